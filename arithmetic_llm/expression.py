@@ -98,6 +98,14 @@ def apply(left: int, operator: str, right: int) -> int:
     return left + right if operator == "+" else left - right
 
 
+def tree_depth(postfix: Iterable[int | str]) -> int:
+    """0 for a number, 1 + that of the deeper side for an operation."""
+    stack: list[int] = []
+    for symbol in postfix:
+        stack.append(0 if isinstance(symbol, int) else 1 + max(stack.pop(), stack.pop()))
+    return stack.pop()
+
+
 def spell(
     postfix: Iterable[int | str],
     wrap_left: Callable[[str], str] = "({})".format,

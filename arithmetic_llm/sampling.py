@@ -6,6 +6,7 @@ A tree is held in postfix (see `expression.Expression.postfix`). Every function 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ STYLES = (*TREE_STYLES, "flat", "drill", "invalid")
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSpec:
-    """What to sample; each rate is a fraction of all samples, and nested expressions are the rest."""
+    """What to sample. Each rate is a fraction of all samples; nested expressions are the rest."""
 
     num_range: tuple[int, int] = opt((1, 20), "smallest and largest number in an expression")
     min_depth: int = opt(1, "least depth of an expression tree", at_least=1)
@@ -157,6 +158,11 @@ def count_trees(depth: int, num_range: tuple[int, int]) -> int:
     return up_to[depth] - (up_to[depth - 1] if depth else 0)
 
 
+def count_flat_sums(terms: int, num_range: tuple[int, int]) -> int:
+    """How many flat sums of that many numbers there are."""
+    return (num_range[1] - num_range[0] + 1) ** terms * 2 ** (terms - 1)
+
+
 def all_trees(depth: int, num_range: tuple[int, int]) -> Iterator[Postfix]:
     """Every tree that is exactly that deep, once."""
     if depth == 0:
@@ -172,6 +178,13 @@ def all_trees(depth: int, num_range: tuple[int, int]) -> Iterator[Postfix]:
         for left in lefts:
             for right in rights:
                 yield from ((*left, *right, operator) for operator in "+-")
+
+
+def all_flat_sums(terms: int, num_range: tuple[int, int]) -> Iterator[Postfix]:
+    """Every flat sum of that many numbers, once."""
+    numbers = range(num_range[0], num_range[1] + 1)
+    choices = [numbers, *([numbers, "+-"] * (terms - 1))]
+    yield from itertools.product(*choices)
 
 
 # -------------------------------------------------------------------------------- styles

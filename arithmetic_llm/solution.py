@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from arithmetic_llm.expression import ExpressionError, apply, parse
+from arithmetic_llm.expression import MAX_DIGITS, ExpressionError, apply, parse
 
 ERROR: Literal["ERROR"] = "ERROR"  # the answer to an invalid expression
 Answer = int | Literal["ERROR"]
 
+_FINAL_RESULT = "Final Result:"
+_ANSWER = re.compile(rf"-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})|{ERROR}")
 _READY = re.compile(r"(?<![^(])(-?[0-9]+) ([+-]) (-?[0-9]+)")
 
 
@@ -30,8 +32,15 @@ class Step(NamedTuple):
     expression: str
 
     @property
-    def equation(self) -> str:
-        return f"{self.left} {self.operator} {self.right} = {self.result}"
+    def operation(self) -> str:
+        """What is carried out: ``10 - 3``."""
+        return f"{self.left} {self.operator} {self.right}"
+
+    def text(self, number: int) -> str:
+        """The two lines of a solution that state this step, as its ``number``-th from 1."""
+        return (
+            f"Step {number}: {self.operation} = {self.result}\nExpression now: {self.expression}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +55,10 @@ class Solution:
     def text(self) -> str:
         """The solution as it is stored, several lines from ``<think>`` to ``Final Result: N``."""
         lines = ["<think>"]
-        for number, step in enumerate(self.steps, 1):
-            lines.append(f"Step {number}: {step.equation}")
-            lines.append(f"Expression now: {step.expression}")
+        lines += [step.text(number) for number, step in enumerate(self.steps, 1)]
         if self.error:
             lines.append(f"Error: {self.error}")
-        lines += ["</think>", f"Final Result: {self.answer}"]
+        lines += ["</think>", f"{_FINAL_RESULT} {self.answer}"]
         return "\n".join(lines)
 
 
@@ -81,27 +88,27 @@ def next_step(expression: str) -> Step | None:
     match = _READY.search(expression)
     if match is None:
         return None
-    left, operator, right = match.groups()
-    return step_at(expression, match.span(), int(left), operator, int(right))
-
-
-def step_at(
-    expression: str, span: tuple[int, int], left: int, operator: str, right: int
-) -> Step:
-    """Carry out the operation that stands at ``span`` of a canonical expression.
-
-    Parentheses that would be left around the result go; all others stay as they are.
-    """
+    left, operator, right = int(match[1]), match[2], int(match[3])
     result = apply(left, operator, right)
-    return Step(left, operator, right, result, replace(expression, span, result))
+    return Step(left, operator, right, result, _put(expression, match.span(), result))
 
 
-def replace(expression: str, span: tuple[int, int], number: int) -> str:
-    """Put a number for ``span`` of a canonical expression, with no parentheses left around it."""
+def _put(expression: str, span: tuple[int, int], number: int) -> str:
+    """The expression with a number in place of ``span``, and no parentheses left around it."""
     start, end = span
     while expression[start - 1 : start] == "(" and expression[end : end + 1] == ")":
         start, end = start - 1, end + 1
     return f"{expression[:start]}{number}{expression[end:]}"
+
+
+def read_answer(text: str) -> Answer | None:
+    """The final result that a text states; None unless it states exactly one, legibly."""
+    if text.count(_FINAL_RESULT) != 1:
+        return None
+    stated = text.partition(_FINAL_RESULT)[2].split(maxsplit=1)
+    if not stated or not _ANSWER.fullmatch(stated[0]):
+        return None
+    return ERROR if stated[0] == ERROR else int(stated[0])
 
 
 def one_line(text: str) -> str:
