@@ -1,0 +1,122 @@
+"""The settings of the model and of every training stage; flags and JSON keys come from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from arithmetic_llm.cli import opt
+from arithmetic_llm.runtime import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Model architecture."""
+
+    d_model: int = opt(256, "embedding dimension", at_least=2)
+    nhead: int = opt(8, "number of attention heads; must divide d_model", at_least=1)
+    num_layers: int = opt(6, "number of transformer layers", at_least=1)
+    dim_feedforward: int = opt(1024, "width of the SwiGLU feed-forward layer", at_least=1)
+    dropout: float = opt(0.1, "dropout on each residual branch", at_least=0.0, at_most=0.99)
+    max_seq_length: int = opt(
+        1024,
+        "context in tokens; a longer sample is dropped, counted and reported",
+        at_least=8,
+    )
+    rope_theta: float = opt(10000.0, "base of the rotary position frequencies", above=0.0)
+    tie_embeddings: bool = opt(False, "share the input embedding with the output head")
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.nhead:
+            raise UserError(f"--d-model {self.d_model}: must be a multiple of --nhead {self.nhead}")
+        if self.head_dim % 2:
+            raise UserError(
+                f"--d-model {self.d_model} over --nhead {self.nhead}: heads of {self.head_dim} features; "
+                "rotary positions need an even number"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one attention head."""
+        return self.d_model // self.nhead
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Training, common to every supervised stage."""
+
+    tokenizer_path: str = opt("", "tokenizer directory (or its tokenizer.json)", required=True)
+    output_dir: str = opt("models", "the run folder is made in here")
+    num_epochs: int = opt(10, "passes over the corpus", at_least=1)
+    max_steps: int = opt(0, "stop after this many steps instead; 0 = use num_epochs", at_least=0)
+    batch_size: int = opt(32, "sequences per optimizer step", at_least=1)
+    batch_tokens: int = opt(
+        0, "tokens per optimizer step instead of batch_size sequences; 0 = off", at_least=0
+    )
+    gradient_accumulation_steps: int = opt(
+        1, "micro-batches that a step's batch is computed in; same result, less memory", at_least=1
+    )
+    learning_rate: float = opt(1e-4, "peak learning rate", above=0.0)
+    warmup_steps: int = opt(
+        1000, "linear warm-up; at most a tenth of the run's steps is used", at_least=0
+    )
+    schedule: str = opt(
+        "cosine", "learning rate after the warm-up", choices=("cosine", "linear", "constant")
+    )
+    final_lr_ratio: float = opt(
+        0.0, "learning rate at the last step as a share of the peak", at_least=0.0, at_most=1.0
+    )
+    optimizer: str = opt(
+        "adamw",
+        "muon = Muon for the layers' matrices, AdamW for the rest",
+        choices=("adamw", "muon"),
+    )
+    muon_learning_rate: float = opt(0.02, "peak rate of the matrices under muon", above=0.0)
+    weight_decay: float = opt(0.01, "decoupled weight decay of the matrices", at_least=0.0)
+    gradient_clip: float = opt(1.0, "clip the gradient norm to this; 0 = off", at_least=0.0)
+    prompt_loss_weight: float = opt(
+        1.0, "loss weight of a prompt token (foundational stage only)", at_least=0.0
+    )
+    result_loss_weight: float = opt(
+        1.0, "loss weight of the tokens of a step's result (after '=')", above=0.0
+    )
+    eval_every: int = opt(500, "steps between held-out evaluations", at_least=1)
+    eval_samples: int = opt(500, "held-out samples (validation split)", at_least=1)
+    save_every: int = opt(1000, "steps between checkpoints", at_least=1)
+    keep_checkpoints: int = opt(2, "newest checkpoint_step_N.pt to keep; 0 = all", at_least=0)
+    log_every: int = opt(20, "steps between lines of metrics.jsonl", at_least=1)
+    device: str = opt("auto", "cpu, cuda, cuda:N, mps or auto")
+    precision: str = opt(
+        "auto",
+        "auto = bf16 where the hardware multiplies it natively, else fp32",
+        choices=("auto", "fp32", "bf16"),
+    )
+    threads: int = opt(0, "CPU threads; 0 = torch's choice", at_least=0)
+    seed: int = opt(42, "seed of weights, batch order and dropout", at_least=0)
+    init_from: str = opt("", "start a new run from this checkpoint's weights")
+    resume: str = opt("", "continue the run in this folder from its last checkpoint")
+
+
+@dataclass(frozen=True)
+class FoundationalConfig(TrainingConfig):
+    """Foundational training."""
+
+    corpus_path: str = opt("", "training corpus (plain text or JSON Lines)", required=True)
+
+
+@dataclass(frozen=True)
+class InstructionConfig(TrainingConfig):
+    """Instruction tuning."""
+
+    instruction_corpus_path: str = opt(
+        "", "instruction corpus (JSON Lines or plain text)", required=True
+    )
+    foundational_checkpoint: str = opt("", "foundational model to start from", required=True)
+    num_epochs: int = opt(5, "passes over the corpus", at_least=1)
+    learning_rate: float = opt(5e-5, "peak learning rate", above=0.0)
+    warmup_steps: int = opt(
+        500, "linear warm-up; at most a tenth of the run's steps is used", at_least=0
+    )
+    save_every: int = opt(500, "steps between checkpoints", at_least=1)
+    max_seq_length: int = opt(
+        0, "context in tokens; 0 = the foundational model's own", at_least=0
+    )

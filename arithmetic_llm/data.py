@@ -1,0 +1,179 @@
+"""Text to token batches: tokenised samples, loss weights, and a plan of random, tight batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arithmetic_llm.corpus import Record
+from arithmetic_llm.runtime import UserError
+from arithmetic_llm.solution import one_line
+from arithmetic_llm.tokenizer import BOS, EOS, PAD, THINK, UNK, ArithmeticTokenizer
+
+_CHUNK = 10_000  # records tokenised at a time
+_ROUND_TO = 8  # batch widths are multiples of this: fewer distinct shapes run faster
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What a token's loss counts, by its place in the sequence; the solution's text counts 1."""
+
+    prompt: float  # tokens up to and including <think>
+    result: float  # the number after each step's "="
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded next-token prediction; padding and ignored tokens have weight 0."""
+
+    input_ids: Tensor  # (B, T) long
+    targets: Tensor  # (B, T) long; targets[:, t] follows input_ids[:, t]
+    weights: Tensor  # (B, T) fp32
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(t.to(device) for t in (self.input_ids, self.targets, self.weights)))
+
+
+class TokenisedSamples:
+    """All samples of a corpus in one flat array, ready to be cut into batches.
+
+    Attributes:
+        ids: all token ids, one sample after the other.
+        weights: the loss weight of each token as a target.
+        starts: where each sample begins in ``ids``; one entry more than there are samples.
+        dropped: expressions of the samples that were longer than the context.
+    """
+
+    def __init__(
+        self,
+        records: Iterable[Record],
+        tokenizer: ArithmeticTokenizer,
+        max_seq_length: int,
+        loss: LossWeights,
+    ):
+        parts: list[np.ndarray] = []
+        self.dropped: list[str] = []
+        for chunk in _chunks(records, _CHUNK):
+            texts = [sequence_text(record) for record in chunk]
+            for record, ids in zip(chunk, tokenizer.encode_batch(texts), strict=True):
+                if len(ids) + 2 > max_seq_length:
+                    self.dropped.append(record.expression)
+                else:
+                    _check(record, ids)
+                    parts.append(np.array([BOS, *ids, EOS], dtype=np.int32))
+        self.starts = np.cumsum([0, *map(len, parts)])
+        self.ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+        self.weights = token_weights(self.ids, tokenizer, loss)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, ``<bos>`` and ``<eos>`` included."""
+        return np.diff(self.starts)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The named samples as one right-padded batch."""
+        longest = int(self.lengths[indices].max()) - 1
+        width = -(-longest // _ROUND_TO) * _ROUND_TO
+        ids = np.full((len(indices), width + 1), PAD, dtype=np.int64)
+        weights = np.zeros((len(indices), width + 1), dtype=np.float32)
+        for row, index in enumerate(indices):
+            start, end = self.starts[index], self.starts[index + 1]
+            ids[row, : end - start] = self.ids[start:end]
+            weights[row, : end - start] = self.weights[start:end]
+        tokens = torch.from_numpy(ids)
+        return Batch(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(weights)[:, 1:])
+
+
+def sequence_text(record: Record) -> str:
+    """``Evaluate: E <think> Step 1: ... </think> Final Result: N``, on one line."""
+    return f"{record.problem} {one_line(record.solution)}"
+
+
+def token_weights(ids: np.ndarray, tokenizer: ArithmeticTokenizer, loss: LossWeights) -> np.ndarray:
+    """The loss weight of each token of a flat array of samples, fp32.
+
+    A prompt runs from ``<bos>`` to ``<think>``. A result is the run of digits and signs after "=".
+    """
+    place = np.arange(len(ids))
+
+    def latest(mark: np.ndarray) -> np.ndarray:
+        return np.maximum.accumulate(np.where(mark, place, 0)) if len(ids) else place
+
+    in_prompt = (latest(ids == BOS) >= latest(ids == THINK)) | (ids == THINK)
+    kinds = np.array([tokenizer.kind(i) for i in range(tokenizer.vocab_size)])
+    signs = np.array([tokenizer.token(i) == "-" for i in range(tokenizer.vocab_size)])
+    equals = np.array([tokenizer.token(i).endswith("= ") for i in range(tokenizer.vocab_size)])
+    number = ((kinds == "digit") | signs)[ids]
+    in_result = number & equals[ids[latest(~number)]]
+    weights = np.where(in_prompt, loss.prompt, np.where(in_result, loss.result, 1.0))
+    weights[ids == BOS] = 0.0  # nothing precedes it, so nothing can predict it
+    return weights.astype(np.float32)
+
+
+def plan_epoch(
+    lengths: np.ndarray, batch_size: int, batch_tokens: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """One epoch's batches as arrays of sample indices: every sample once, in random order.
+
+    Samples are shuffled, sorted by length within pools of some fifty batches, cut, and the batches
+    shuffled. So a batch has little padding, and still any two samples of like length may meet.
+
+    Args:
+        batch_size: samples a batch, unless
+        batch_tokens: tokens a batch, padding included (a longer sample is a batch of its own).
+    """
+    order = rng.permutation(len(lengths))
+    per_batch = batch_size if not batch_tokens else max(1, int(batch_tokens / lengths.mean()))
+    pool = 50 * per_batch
+    batches: list[np.ndarray] = []
+    for start in range(0, len(order), pool):
+        members = order[start : start + pool]
+        members = members[np.argsort(lengths[members], kind="stable")]
+        batches += _cut(members, lengths, batch_size, batch_tokens)
+    rng.shuffle(batches)
+    return batches
+
+
+def _cut(
+    members: np.ndarray, lengths: np.ndarray, batch_size: int, batch_tokens: int
+) -> list[np.ndarray]:
+    """Consecutive runs of ``members`` (sorted by length) that fit the batch size."""
+    batches, start = [], 0
+    for end in range(1, len(members) + 1):
+        full = end == len(members)
+        if batch_tokens and not full:
+            full = (end + 1 - start) * lengths[members[end]] > batch_tokens
+        elif not full:
+            full = end - start == batch_size
+        if full:
+            batches.append(members[start:end])
+            start = end
+    return batches
+
+
+def _check(record: Record, ids: list[int]) -> None:
+    if UNK in ids:
+        raise UserError(
+            f"the tokenizer has no token for a character of {record.expression!r}; "
+            "train it on this corpus with train_tokenizer.py"
+        )
+    if THINK not in ids:
+        raise UserError(f"{record.expression!r}: its solution has no <think>; make the corpus anew")
+
+
+def _chunks(records: Iterable[Record], size: int) -> Iterable[list[Record]]:
+    chunk: list[Record] = []
+    for record in records:
+        chunk.append(record)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

@@ -1,0 +1,266 @@
+"""The policy: a decoder-only transformer in the layout that the ecosystem calls Qwen3.
+
+Pre-norm RMSNorm, rotary positions, RMSNorm on each head's queries and keys, SwiGLU, no biases, and
+the module names of that family, so that a checkpoint's weights run unchanged elsewhere.
+
+Shape letters: B rows, T new positions, S positions attended to, H heads, D features of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arithmetic_llm.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """Scale to unit root mean square over the last dimension (Zhang & Sennrich, 2019)."""
+
+    def __init__(self, features: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for rotary positions (Su et al., 2021).
+
+    Args:
+        positions: whole numbers, any shape.
+
+    Returns:
+        Two fp32 tensors ``(*positions.shape, head_dim)``, the second half repeating the first.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device) / head_dim
+    angles = positions[..., None] * theta**-exponents
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair ``(x[i], x[i + D/2])`` by its position's angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Softmax attention, written out.
+
+    Args:
+        q: (B, H, T, D). k, v: (B, H, S, D).
+        mask: added to the scores, broadcast to (B, H, T, S); 0 = look, ``-inf`` = do not.
+
+    Returns:
+        (B, H, T, D).
+    """
+    scores = (q @ k.transpose(-1, -2)) * (1.0 / math.sqrt(q.shape[-1])) + mask
+    return scores.softmax(dim=-1).to(v.dtype) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with normalised queries and keys."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d_model, self.head_dim = config.d_model, config.head_dim
+        self.q_proj = nn.Linear(d_model, d_model, bias=False)
+        self.k_proj = nn.Linear(d_model, d_model, bias=False)
+        self.v_proj = nn.Linear(d_model, d_model, bias=False)
+        self.o_proj = nn.Linear(d_model, d_model, bias=False)
+        self.q_norm = RMSNorm(self.head_dim)
+        self.k_norm = RMSNorm(self.head_dim)
+
+    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
+        q = rotate(self.q_norm(self._heads(self.q_proj(x))), context.cos, context.sin)
+        k = rotate(self.k_norm(self._heads(self.k_proj(x))), context.cos, context.sin)
+        v = self._heads(self.v_proj(x))
+        if context.cache is not None:
+            k, v = context.cache.extend(layer, k, v, context.positions)
+        out = attend(q, k, v, context.mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.dim_feedforward, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.dim_feedforward, bias=False)
+        self.down_proj = nn.Linear(config.dim_feedforward, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One transformer layer: two normalised residual branches."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.d_model)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.d_model)
+        self.mlp = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), context, layer))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class KVCache:
+    """Keys and values of every layer for B rows, each row at its own length.
+
+    Rows are left-aligned: token ``i`` of a row lives in slot ``i``, so a row's length is all that
+    masks and positions need, and nothing that another row holds, padding included, can matter.
+    The cache grows as it fills.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, device: torch.device):
+        shape = (config.num_layers, rows, config.nhead, 0, config.head_dim)
+        self.keys = torch.zeros(shape, device=device)
+        self.values = torch.zeros(shape, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.in_use = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Store ``k``, ``v`` (B, H, T, D) in slots ``positions`` (B, T); return the slots in use."""
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        self.keys[layer][rows, :, positions] = k.transpose(1, 2)
+        self.values[layer][rows, :, positions] = v.transpose(1, 2)
+        return self.keys[layer, :, :, : self.in_use], self.values[layer, :, :, : self.in_use]
+
+    def reserve(self, tokens: int) -> int:
+        """Make room for ``tokens`` more in each row; return how many slots are then in use."""
+        self.in_use = int(self.lengths.max()) + tokens
+        missing = self.in_use - self.keys.shape[3]
+        if missing > 0:  # grow by half, so that copying stays a small share of decoding
+            room = (0, 0, 0, max(missing, self.keys.shape[3] // 2))
+            self.keys, self.values = F.pad(self.keys, room), F.pad(self.values, room)
+        return self.in_use
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop every row that is not in ``rows``, a tensor of row indices."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.lengths = self.lengths[rows]
+
+
+@dataclass
+class Context:
+    """What all layers of one forward pass share."""
+
+    positions: Tensor  # (B, T), or (1, T) without a cache
+    cos: Tensor  # (B or 1, 1, T, D)
+    sin: Tensor
+    mask: Tensor  # additive, broadcasts to (B, H, T, S)
+    cache: KVCache | None
+
+
+class Transformer(nn.Module):
+    """Embedding, layers and final norm: token ids to hidden states."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None) -> Tensor:
+        context = self._context(input_ids, cache)
+        x = self.dropout(self.embed_tokens(input_ids))
+        for index, layer in enumerate(self.layers):
+            x = layer(x, context, index)
+        return self.norm(x)
+
+    def _context(self, input_ids: Tensor, cache: KVCache | None) -> Context:
+        tokens = input_ids.shape[1]
+        positions = torch.arange(tokens, device=input_ids.device)[None]
+        slots = positions[0]
+        if cache is not None:
+            positions = positions + cache.lengths[:, None]
+            slots = torch.arange(cache.reserve(tokens), device=input_ids.device)
+        # A query sees the slots up to its own position: causal, and blind to every padded slot.
+        hidden = slots > positions[:, None, :, None]
+        mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        config = self.config
+        cos, sin = rotary_angles(positions[:, None], config.head_dim, config.rope_theta)
+        return Context(positions, cos, sin, mask, cache)
+
+
+class ArithmeticModel(nn.Module):
+    """A language model over the arithmetic vocabulary.
+
+    ``model(input_ids)`` gives logits of shape (B, T, vocabulary). Rows may be padded on the right:
+    attention is causal, so no real position ever sees the padding.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config, vocab_size)
+        self.lm_head = nn.Linear(config.d_model, vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def vocab_size(self) -> int:
+        return self.lm_head.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        return self.lm_head(self.hidden_states(input_ids, cache))
+
+    def hidden_states(
+        self, input_ids: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        """Final hidden states (B, T, d_model), before the head.
+
+        Args:
+            input_ids: (B, T) token ids; with a cache, the T tokens that follow what it holds.
+            cache: read and extended in place.
+            lengths: (B,) how many of the T tokens are real; default all. Only with a cache.
+        """
+        hidden = self.model(input_ids, cache)
+        if cache is not None:
+            cache.lengths = cache.lengths + (input_ids.shape[1] if lengths is None else lengths)
+        return hidden
+
+    def new_cache(self, rows: int) -> KVCache:
+        """An empty cache on the model's device."""
+        return KVCache(self.config, rows, self.device)
+
+    def parameter_count(self) -> int:
+        """Number of weights, a tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+@torch.no_grad()
+def initialise(model: ArithmeticModel) -> ArithmeticModel:
+    """Random weights from torch's global generator.
+
+    The last projection of each residual branch starts at zero, so that every layer starts as the
+    identity; small models train markedly faster this way.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.zero_()
+        elif parameter.ndim == 2:
+            parameter.normal_(std=parameter.shape[1] ** -0.5)
+    return model

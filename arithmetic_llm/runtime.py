@@ -1,0 +1,193 @@
+"""The ground every stage stands on: errors for users, safe writes, progress, devices and seeds.
+
+Nothing here imports torch when the module is imported; functions that need it import it themselves,
+so that ``--help`` and the corpus tools answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line naming the thing, its value and the remedy."""
+
+
+# ---------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a binary file that appears at ``path`` whole or not at all.
+
+    The bytes go to a temporary file in the same folder (``os.replace`` is atomic only within one
+    file system), reach the disk, and then take the name. On any error, an interrupt included, the
+    temporary file is removed and what stood at ``path`` before is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write ``text`` as UTF-8 with ``\\n`` line ends, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def require_file(path: str | Path, what: str) -> Path:
+    """The path, if a non-empty file stands there; else a `UserError` that says what is wrong."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; name the {what} file itself")
+    if not path.is_file():
+        raise UserError(f"{path}: no such {what} file; check the path")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: the {what} file is empty; make it again")
+    return path
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------- progress
+
+
+class Progress:
+    """A tqdm bar on a terminal; a plain line every few seconds anywhere else (logs, CI, pipes)."""
+
+    SECONDS_BETWEEN_LINES = 15.0
+
+    def __init__(self, total: int | None, description: str, unit: str = "it", initial: int = 0):
+        from tqdm import tqdm
+
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total,
+            desc=description,
+            unit=unit,
+            initial=initial,
+            dynamic_ncols=True,
+            disable=not self.terminal,
+        )
+        self.total, self.description, self.unit = total, description, unit
+        self.count, self.initial = initial, initial
+        self.started = self.last_line = time.monotonic()
+        self.figures: dict[str, object] = {}
+
+    def update(self, n: int = 1, **figures: object) -> None:
+        """Count ``n`` more units and show the latest figures (loss, accuracy, tokens/s)."""
+        self.count += n
+        self.figures.update(figures)
+        if self.terminal:
+            if figures:
+                self.bar.set_postfix(self.figures, refresh=False)
+            self.bar.update(n)
+        elif time.monotonic() - self.last_line > self.SECONDS_BETWEEN_LINES:
+            self._print_line()
+
+    def note(self, text: str) -> None:
+        """Print a line of its own without tearing the bar."""
+        if self.terminal:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def _print_line(self) -> None:
+        self.last_line = time.monotonic()
+        rate = (self.count - self.initial) / max(self.last_line - self.started, 1e-9)
+        of_total = f"/{self.total}" if self.total else ""
+        left = f", {readable_seconds((self.total - self.count) / rate)} left" if self.total else ""
+        figures = "".join(f", {name} {value}" for name, value in self.figures.items())
+        line = f"{self.description}: {self.count}{of_total} {self.unit}{figures}{left}"
+        print(line, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def readable_seconds(seconds: float) -> str:
+    """``75`` -> ``1m15s``; what a person wants to read, never more than two units."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+# ------------------------------------------------------------------------ devices and seeds
+
+
+def resolve_device(name: str):
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` as a ``torch.device`` that exists here."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: not usable here ({reason}); try --device auto") from None
+    return device
+
+
+def multiplies_bf16(device) -> bool:
+    """Whether the hardware has bf16 matrix instructions; emulated bf16 is slower than fp32."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch has no public name
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch on every device; the package draws from no other global generator."""
+    import torch
+
+    torch.manual_seed(seed)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a number; part of ``run.json``."""
+    import numpy
+    import tokenizers
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tokenizers": tokenizers.__version__,
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+    }

@@ -1,0 +1,143 @@
+"""Byte-pair encoding for arithmetic: text to token ids and back, without losing a character.
+
+The tokenizer is the ``tokenizers`` library's BPE in its own JSON file; this module only decides how
+text is cut *before* merging, because that decides what the model must learn:
+
+* every digit stands alone: ``137`` is three tokens, so carrying is one rule and not a table;
+* a binary operator takes its two spaces along (``" + "``), a sign stays a bare ``"-"``; the model
+  sees at once which of the two it reads;
+* every other run of characters may merge into one token: ``" Step "``, ``" Expression now: "``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from arithmetic_llm.runtime import UserError, atomic_write_text, require_file
+
+SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>", "<think>", "</think>")
+PAD, UNK, BOS, EOS, THINK, END_THINK = range(len(SPECIAL_TOKENS))
+
+FILE_NAME = "tokenizer.json"
+# Order matters: the first alternative that matches at a position wins.
+PIECES = r"[0-9]| [+\-] |[+\-()]|[^0-9+\-()]+?(?= [+\-] |[0-9+\-()]|$)"
+PRINTABLE_ASCII = [chr(code) for code in range(32, 127)]
+SMALLEST_VOCAB = len(SPECIAL_TOKENS) + len(PRINTABLE_ASCII)
+
+
+class ArithmeticTokenizer:
+    """A trained tokenizer. ``decode(encode(text)) == text`` for all printable ASCII text."""
+
+    def __init__(self, serialized: str):
+        from tokenizers import Tokenizer
+
+        try:
+            self._tokenizer = Tokenizer.from_str(serialized)
+        except BaseException as error:  # the Rust side raises bare Exception, or panics
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise ValueError(f"not a tokenizer ({str(error).splitlines()[0]})") from None
+        ids = [self._tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
+        if ids != list(range(len(SPECIAL_TOKENS))):
+            raise ValueError(f"special tokens {SPECIAL_TOKENS} must have ids 0 to 5, not {ids}")
+        self.serialized = serialized
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> ArithmeticTokenizer:
+        """Learn merges from ``texts``; ``vocab_size`` is an upper bound on the result's size.
+
+        Raises:
+            UserError: ``vocab_size`` leaves no room for the special tokens and printable ASCII.
+        """
+        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+        from tokenizers.trainers import BpeTrainer
+
+        if vocab_size < SMALLEST_VOCAB:
+            raise UserError(f"--vocab-size {vocab_size}: must be at least {SMALLEST_VOCAB}")
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+        trainer = BpeTrainer(
+            vocab_size=vocab_size,
+            show_progress=False,
+            special_tokens=[AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS],
+            initial_alphabet=PRINTABLE_ASCII,
+        )
+        # The trainer does not know special tokens: left in, "</think> Final" would become one word.
+        plain = (re.split("</?think>", text) for text in texts)
+        tokenizer.train_from_iterator(plain, trainer)
+        return cls(tokenizer.to_str())
+
+    @classmethod
+    def load(cls, path: str | Path) -> ArithmeticTokenizer:
+        """From a directory, a ``tokenizer.json``, or the documented ``tokenizer.pkl`` beside one.
+
+        Raises:
+            UserError: nothing there, or not a tokenizer of this package.
+        """
+        path = Path(path)
+        if path.name == "tokenizer.pkl":  # the manual's old name; no pickle is ever opened
+            path = path.with_name(FILE_NAME)
+        elif path.is_dir() or not path.suffix:
+            path = path / FILE_NAME
+        path = require_file(path, "tokenizer")
+        try:
+            return cls(path.read_text(encoding="utf-8"))
+        except (ValueError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: {error}; train one with train_tokenizer.py") from None
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``tokenizer.json``, which the wider ecosystem loads as it is."""
+        path = Path(directory) / FILE_NAME
+        atomic_write_text(path, self.serialized)
+        return path
+
+    @property
+    def vocab_size(self) -> int:
+        """The real number of tokens."""
+        return self._tokenizer.get_vocab_size()
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the tokenizer's content, whatever the white space of its file."""
+        canonical = json.dumps(json.loads(self.serialized), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``; ``<think>`` and its kin become their one id each."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """``[encode(text) for text in texts]``, in parallel."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """The text of ``ids``; ``skip_special`` leaves out ``<bos>``, ``<eos>`` and ``<pad>``."""
+        if skip_special:
+            ids = [i for i in ids if i not in (PAD, BOS, EOS)]
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def token(self, token_id: int) -> str:
+        """The text of one token."""
+        return self._tokenizer.id_to_token(token_id)
+
+    def kind(self, token_id: int) -> str:
+        """``special``, ``digit``, ``operator``, ``parenthesis`` or ``text``."""
+        if token_id < len(SPECIAL_TOKENS):
+            return "special"
+        text = self.token(token_id).strip()
+        if text.isdigit():
+            return "digit"
+        return {"+": "operator", "-": "operator", "(": "parenthesis", ")": "parenthesis"}.get(
+            text, "text"
+        )
+
+    def prompt_ids(self, expression: str) -> list[int]:
+        """``<bos> Evaluate: E <think>``: what the model is given; it writes from there."""
+        return [BOS, *self.encode(f"Evaluate: {expression} <think>")]

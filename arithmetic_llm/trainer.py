@@ -1,0 +1,382 @@
+"""The training loop. It knows steps, gradients, files and signals; what is learned is a `Task`.
+
+A run is a function of its config and seed: a task gives the same batches for a step however often
+it is asked, and a checkpoint holds all that changes. So a run that was killed and resumed ends
+with the same weights, bit for bit, on a CPU with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from arithmetic_llm.checkpoint import (
+    FINISHED,
+    Checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    step_checkpoints,
+)
+from arithmetic_llm.cli import to_json
+from arithmetic_llm.config import TrainingConfig
+from arithmetic_llm.data import Batch
+from arithmetic_llm.model import ArithmeticModel
+from arithmetic_llm.optim import MuonAdamW, build_optimizer, learning_rate_factor
+from arithmetic_llm.runtime import (
+    Progress,
+    UserError,
+    atomic_write_text,
+    multiplies_bf16,
+    readable_seconds,
+    versions,
+)
+
+
+class Task(Protocol):
+    """What is learned: where batches come from, what the loss is, how it is judged."""
+
+    total_steps: int
+    steps_per_epoch: int
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """The batch of a step, in the parts that are to be computed one at a time."""
+
+    def loss(self, model: ArithmeticModel, batch: Batch) -> Tensor:
+        """The loss of a micro-batch, summed (not averaged) over what it counts."""
+
+    def tokens_left(self, step: int) -> int:
+        """Tokens that the steps from ``step`` on will read; what the time estimate rests on."""
+
+    def evaluate(self, model: ArithmeticModel) -> dict[str, float]:
+        """Figures on held-out data; ``eval_loss`` among them decides the best model."""
+
+
+@dataclass
+class Run:
+    """One training run: its folder, what it trains, and how far it is."""
+
+    folder: Path
+    config: TrainingConfig
+    checkpoint: Checkpoint  # the model, with what every file saved from it must say
+    optimizer: MuonAdamW
+    step: int = 0
+    best: float = math.inf  # lowest eval_loss so far
+    precision: torch.dtype = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.precision = resolve_precision(self.config.precision, self.model.device)
+
+    @property
+    def model(self) -> ArithmeticModel:
+        return self.checkpoint.model
+
+    # -- files
+
+    def save(self, name: str, resumable: bool = False) -> None:
+        """Write a checkpoint of this moment into the run folder."""
+        training = self._training_state() if resumable else {}
+        content = replace(self.checkpoint, step=self.step, training=training)
+        save_checkpoint(self.folder / name, content)
+
+    def save_step(self) -> None:
+        """Write ``checkpoint_step_N.pt`` and drop those that are no longer kept."""
+        self.save(f"checkpoint_step_{self.step}.pt", resumable=True)
+        keep = self.config.keep_checkpoints
+        for old in step_checkpoints(self.folder)[:-keep] if keep else []:
+            old.unlink(missing_ok=True)
+
+    def write_json(self, name: str, value: Any) -> None:
+        atomic_write_text(self.folder / name, json.dumps(value, indent=2) + "\n")
+
+    # -- resuming
+
+    def _training_state(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "threads": torch.get_num_threads(),
+            "precision": str(self.precision),
+        }
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Continue from a resumable checkpoint: weights, optimizer, random state, best so far."""
+        state = saved.training
+        self.model.load_state_dict(saved.model.state_dict())
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.best = saved.step, state["best"]
+        torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available() and state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if state["threads"] != torch.get_num_threads():
+            torch.set_num_threads(state["threads"])
+            print(f"using {state['threads']} CPU threads, as this run did before")
+        if state["precision"] != str(self.precision):
+            print(
+                f"warning: this run computed in {state['precision']} before, now in "
+                f"{self.precision}; its weights will not be bit-identical",
+                file=sys.stderr,
+            )
+
+
+def resolve_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the matrix products; weights and optimizer state are fp32 in any case."""
+    if name == "auto":
+        name = "bf16" if multiplies_bf16(device) else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def start_run(folder: Path, config: TrainingConfig, checkpoint: Checkpoint, **facts: Any) -> Run:
+    """A run at step 0, with ``run.json`` and the configs written."""
+    run = Run(folder, config, checkpoint, build_optimizer(checkpoint.model, config))
+    atomic_write_text(folder / "training_config.json", to_json(replace(config, resume="")))
+    atomic_write_text(folder / "model_config.json", to_json(checkpoint.model.config))
+    run.write_json(
+        "run.json",
+        {
+            "command": sys.argv,
+            "stage": checkpoint.stage,
+            "seed": config.seed,
+            "device": str(run.model.device),
+            "precision": str(run.precision).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "parameters": run.model.parameter_count(),
+            "tokenizer_hash": checkpoint.tokenizer.hash,
+            "versions": versions(),
+            **facts,
+        },
+    )
+    return run
+
+
+def continue_run(folder: Path, config: TrainingConfig, checkpoint: Checkpoint) -> Run:
+    """The run in ``folder``, at its newest readable checkpoint; at step 0 if there is none."""
+    run = Run(folder, config, checkpoint, build_optimizer(checkpoint.model, config))
+    for path in reversed(step_checkpoints(folder)):
+        try:
+            run.restore(load_checkpoint(path, run.model.device))
+        except UserError as error:
+            print(f"warning: {error}; trying the one before", file=sys.stderr)
+            continue
+        print(f"resuming {folder} at step {run.step}")
+        break
+    else:
+        print(f"resuming {folder}: it has no checkpoint yet, so it starts over")
+    MetricsLog(folder).truncate(run.step)
+    return run
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object a line, flushed as it is written, readable at any time."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "metrics.jsonl"
+
+    def append(self, **values: Any) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines so far; one that a kill left unfinished is passed over."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def truncate(self, step: int) -> None:
+        """Forget what came after ``step``; a resumed run will write it again."""
+        kept = [line for line in self.read() if line["step"] <= step]
+        atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+# ------------------------------------------------------------------------------------ the loop
+
+
+def fit(run: Run, task: Task) -> dict[str, Any]:
+    """Train from ``run.step`` to the end and write every file of the run.
+
+    Returns:
+        The training summary.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C, after the step at hand is done and saved.
+        UserError: the loss is not finite.
+    """
+    config, log = run.config, MetricsLog(run.folder)
+    meter = Meter(run, task)
+    run.model.train()
+    bar = Progress(task.total_steps, run.checkpoint.stage, "step", run.step)
+    with bar, on_ctrl_c() as stop:
+        while run.step < task.total_steps:
+            loss, tokens = train_step(run, task)
+            run.step += 1
+            meter.add(loss, tokens, bar)
+            if run.step % config.log_every == 0:
+                log.append(**meter.line())
+            last = run.step == task.total_steps
+            if run.step % config.eval_every == 0 or last:
+                evaluate(run, task, log, bar)
+            if run.step % config.save_every == 0 and not last:
+                run.save_step()
+            if stop.is_set():
+                run.save_step()
+                print(f"saved; go on with --resume {run.folder}", file=sys.stderr)
+                raise KeyboardInterrupt
+    return finish(run, task, log, meter)
+
+
+def train_step(run: Run, task: Task) -> tuple[float, int]:
+    """One optimizer step. Returns the loss (nats per counted token) and the tokens read.
+
+    The gradients of all micro-batches add up and are divided once by the weight of them all, so
+    that how a batch is cut cannot change the step.
+    """
+    batches = [batch.to(run.model.device) for batch in task.micro_batches(run.step)]
+    total_weight = sum(float(batch.weights.sum()) for batch in batches)
+    run.optimizer.zero_grad(set_to_none=True)
+    loss_sum = 0.0
+    for batch in batches:
+        with autocast(run):
+            loss = task.loss(run.model, batch) / total_weight
+        loss.backward()
+        loss_sum += loss.item()
+    if not math.isfinite(loss_sum):
+        raise UserError(f"the loss is {loss_sum} at step {run.step}; lower --learning-rate")
+    if run.config.gradient_clip:
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.gradient_clip)
+    run.optimizer.step(learning_rate_factor(run.config, run.step, task.total_steps))
+    return loss_sum, sum(batch.input_ids.numel() for batch in batches)
+
+
+def autocast(run: Run) -> contextlib.AbstractContextManager:
+    """Matrix products in the run's precision."""
+    enabled = run.precision != torch.float32
+    return torch.autocast(run.model.device.type, dtype=run.precision, enabled=enabled)
+
+
+def evaluate(run: Run, task: Task, log: MetricsLog, bar: Progress) -> None:
+    """Judge the model on held-out data; keep it as ``best_model.pt`` if it is the best so far."""
+    run.model.eval()
+    with torch.no_grad():
+        figures = task.evaluate(run.model)
+    run.model.train()
+    log.append(step=run.step, **figures)
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    bar.note(f"step {run.step}: {shown}")
+    if figures["eval_loss"] < run.best:
+        run.best = figures["eval_loss"]
+        run.save("best_model.pt")
+
+
+def finish(run: Run, task: Task, log: MetricsLog, meter: Meter) -> dict[str, Any]:
+    """Write the files that mark a run as finished, the summary last."""
+    if not (run.folder / "best_model.pt").exists():  # every eval_loss was infinite
+        run.save("best_model.pt")
+    run.save("final_model.pt")
+    lines = log.read()
+    run.write_json("training_log.json", epoch_log(lines, task.steps_per_epoch))
+    evaluations = [line for line in lines if "eval_loss" in line]
+    summary = {
+        "stage": run.checkpoint.stage,
+        "steps": run.step,
+        "best_eval_loss": run.best,
+        "final": evaluations[-1] if evaluations else {},
+        "seconds": round(meter.seconds, 1),  # of this process; a resumed run counts its last part
+        "tokens_per_second": round(meter.tokens_per_second),
+        "parameters": run.model.parameter_count(),
+        "config": asdict(run.config),
+    }
+    run.write_json(FINISHED, summary)
+    return summary
+
+
+def epoch_log(lines: list[dict[str, Any]], steps_per_epoch: int) -> list[dict[str, Any]]:
+    """Mean training loss and last held-out figures of each epoch, from the metrics stream."""
+    epochs: dict[int, list[dict[str, Any]]] = {}
+    for line in lines:
+        epochs.setdefault((line["step"] - 1) // steps_per_epoch + 1, []).append(line)
+    log = []
+    for epoch, members in epochs.items():
+        losses = [line["loss"] for line in members if "loss" in line]
+        mean = sum(losses) / len(losses) if losses else None
+        held_out = [line for line in members if "eval_loss" in line]
+        log.append({"epoch": epoch, "train_loss": mean, **(held_out[-1] if held_out else {})})
+    return log
+
+
+class Meter:
+    """Loss, speed and time left, for the bar and the metrics stream."""
+
+    ESTIMATE_AFTER_STEPS = 10
+
+    def __init__(self, run: Run, task: Task):
+        self.run, self.task = run, task
+        self.started = self.window_start = time.monotonic()
+        self.tokens = self.window_tokens = 0
+        self.losses: list[float] = []
+        self.steps = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def add(self, loss: float, tokens: int, bar: Progress) -> None:
+        """Count a step and show it."""
+        self.losses.append(loss)
+        self.tokens += tokens
+        self.window_tokens += tokens
+        left = self.task.tokens_left(self.run.step) / self.tokens_per_second
+        self.steps += 1
+        if self.steps == min(self.ESTIMATE_AFTER_STEPS, self.task.total_steps):
+            speed = f"{self.tokens_per_second:,.0f} tokens/s"
+            bar.note(f"expected time for this run: about {readable_seconds(left)} more at {speed}")
+        bar.update(1, loss=f"{loss:.3f}", tokens_per_s=f"{self.tokens_per_second:,.0f}")
+
+    def line(self) -> dict[str, Any]:
+        """One line of the metrics stream; starts the next window."""
+        now = time.monotonic()
+        factor = learning_rate_factor(self.run.config, self.run.step, self.task.total_steps)
+        line = {
+            "step": self.run.step,
+            "epoch": round(self.run.step / self.task.steps_per_epoch, 4),
+            "loss": sum(self.losses) / len(self.losses),
+            "learning_rate": self.run.config.learning_rate * factor,
+            "tokens_per_second": round(self.window_tokens / max(now - self.window_start, 1e-9)),
+        }
+        self.losses, self.window_tokens, self.window_start = [], 0, now
+        return line
+
+
+@contextlib.contextmanager
+def on_ctrl_c() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event, so that a step is never cut in half; a second Ctrl-C interrupts."""
+    event = threading.Event()
+
+    def handle(signum: int, frame: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

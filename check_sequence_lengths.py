@@ -1,0 +1,76 @@
+"""Token lengths of a corpus by depth: percentiles, what exceeds a context, and a recommended one.
+
+    python check_sequence_lengths.py --corpus-path data/instruction_corpus.txt \\
+        --tokenizer-path data/tokenizer
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from arithmetic_llm.cli import opt, parse, run_main
+
+PERCENTILES = (50, 90, 99, 100)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sequence lengths."""
+
+    corpus_path: str = opt("", "corpus to measure (either format)", required=True)
+    tokenizer_path: str = opt("", "tokenizer directory or file", required=True)
+    max_seq_length: int = opt(512, "context to count the longer samples for", at_least=1)
+
+
+def main(argv=None):
+    config = parse(Config, argv, __doc__)
+    lengths = lengths_by_depth(config.corpus_path, config.tokenizer_path)
+    print(table(lengths, config.max_seq_length))
+    longest = max(max(row) for row in lengths.values())
+    print(f"\nthe longest sample has {longest}; recommended: --max-seq-length {recommend(longest)}")
+
+
+def lengths_by_depth(corpus_path, tokenizer_path):
+    """Depth (or "invalid") -> token counts, ``<bos>`` and ``<eos>`` included."""
+    from arithmetic_llm.corpus import read_corpus
+    from arithmetic_llm.data import sequence_text
+    from arithmetic_llm.tokenizer import ArithmeticTokenizer
+
+    tokenizer = ArithmeticTokenizer.load(tokenizer_path)
+    lengths = defaultdict(list)
+    for record in read_corpus(corpus_path):
+        tokens = len(tokenizer.encode(sequence_text(record))) + 2
+        lengths[row_name(record.expression)].append(tokens)
+    return lengths
+
+
+def row_name(expression):
+    """What a sample is counted under; a flat sum's depth is only its number of terms less one."""
+    from arithmetic_llm.expression import ExpressionError, parse
+
+    try:
+        tree = parse(expression)
+    except ExpressionError:
+        return "invalid"
+    return "flat" if tree.is_flat else str(tree.depth)
+
+
+def table(lengths, context):
+    """One row a depth: samples, percentiles of the length, and how many exceed the context."""
+    import numpy as np
+
+    heads = ["depth", "samples", *(f"p{p}" for p in PERCENTILES), f"> {context}"]
+    rows = [heads]
+    for name in sorted(lengths):
+        values = np.array(lengths[name])
+        ranks = np.percentile(values, PERCENTILES, method="higher")
+        rows.append([name, len(values), *ranks, int((values > context).sum())])
+    return "\n".join("".join(f"{cell!s:>10}" for cell in row) for row in rows)
+
+
+def recommend(longest):
+    """The next multiple of 64: room for the longest sample and little more."""
+    return -(-longest // 64) * 64
+
+
+if __name__ == "__main__":
+    run_main(main)

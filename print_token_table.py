@@ -1,0 +1,46 @@
+"""Print the vocabulary as CSV: id, token, kind, and the count in a corpus if one is given.
+
+    python print_token_table.py --tokenizer-path data/tokenizer > tokens.csv
+"""
+
+import csv
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+from arithmetic_llm.cli import opt, parse, run_main
+
+
+@dataclass(frozen=True)
+class Config:
+    """Token table."""
+
+    tokenizer_path: str = opt("", "tokenizer directory or file", required=True)
+    corpus_path: str = opt("", "count the tokens of this corpus (either format)")
+
+
+def main(argv=None):
+    config = parse(Config, argv, __doc__)
+    from arithmetic_llm.tokenizer import ArithmeticTokenizer
+
+    tokenizer = ArithmeticTokenizer.load(config.tokenizer_path)
+    counts = count_tokens(tokenizer, config.corpus_path) if config.corpus_path else None
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["id", "token", "kind"] + ([] if counts is None else ["count"]))
+    for token_id in range(tokenizer.vocab_size):
+        row = [token_id, tokenizer.token(token_id), tokenizer.kind(token_id)]
+        table.writerow(row if counts is None else [*row, counts[token_id]])
+
+
+def count_tokens(tokenizer, corpus_path):
+    from arithmetic_llm.corpus import read_corpus
+    from arithmetic_llm.data import sequence_text
+
+    counts = Counter()
+    for record in read_corpus(corpus_path):
+        counts.update(tokenizer.encode(sequence_text(record)))
+    return counts
+
+
+if __name__ == "__main__":
+    run_main(main)
