@@ -1,30 +1,41 @@
-"""Problems with their solutions: how they are drawn, split, stored and read back."""
+"""Problems with their solutions: how they are drawn, stored and read back."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from arithmetic_llm.expression import ExpressionError, Postfix, parse
-from arithmetic_llm.runtime import UserError
-from arithmetic_llm.sampling import (
-    SampleSpec,
-    drill,
-    exact_tree,
-    flat_sum,
-    invalid_expression,
-    write,
+from arithmetic_llm.cli import opt
+from arithmetic_llm.drawing import SPLITS, Problem, draw_any, draw_distinct, shuffled
+from arithmetic_llm.expression import ExpressionError, parse, tree_depth
+from arithmetic_llm.runtime import (
+    Progress,
+    UserError,
+    atomic_write,
+    atomic_write_text,
+    require_file,
+    sha256_file,
 )
-from arithmetic_llm.solution import Answer, problem_text, solve, solve_canonical
-
-SPLITS = ("train", "validation", "test")
-_MAX_DRAWS = 20_000  # 0.95 to this power is nothing: then the split has no such problem
+from arithmetic_llm.sampling import MAX_DEPTH, STYLES, TREE_STYLES, SampleSpec, style_of, write
+from arithmetic_llm.solution import (
+    Answer,
+    Solution,
+    one_line,
+    problem_text,
+    read_answer,
+    solve,
+    solve_canonical,
+)
 
 
 class Record(NamedTuple):
-    """One line of a corpus, in the order of its JSON keys."""
+    """One line of a corpus; the fields are its JSON keys, in their order."""
 
     expression: str
     problem: str
@@ -33,7 +44,7 @@ class Record(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A record and what was asked of it; ``depth`` is None where the text is no tree (invalid)."""
+    """A record and how it was drawn; an invalid expression has no depth and no terms."""
 
     record: Record
     style: str
@@ -41,27 +52,19 @@ class Sample(NamedTuple):
     terms: int | None
 
 
-# -------------------------------------------------------------------------------- splits
+def classify(record: Record) -> Sample:
+    """The sample that a record is, by its text alone; see `sampling.style_of`."""
+    return _classify(record)[0]
 
 
-def split_of(expression: str) -> str:
-    """Which of `SPLITS` a problem belongs to; all spellings of one tree belong to the same."""
+def _classify(record: Record) -> tuple[Sample, list[int]]:
+    """The sample, and the numbers in its expression."""
     try:
-        return _split_of_key(tree_key(parse(expression).postfix))
+        expression = parse(record.expression)
     except ExpressionError:
-        return _split_of_key(expression)
-
-
-def tree_key(tree: Postfix) -> str:
-    """What a problem's split is decided by: its tree in postfix, ``5 10 3 - +``."""
-    return " ".join(map(str, tree))
-
-
-def _split_of_key(key: str) -> str:
-    """90 % train, 5 % validation, 5 % test, by a hash that no machine or version changes."""
-    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-    percentile = int.from_bytes(digest[:8], "big") % 100
-    return "train" if percentile < 90 else "validation" if percentile < 95 else "test"
+        return Sample(record, "invalid", None, None), []
+    numbers = [symbol for symbol in expression.postfix if isinstance(symbol, int)]
+    return Sample(record, style_of(expression), expression.depth, len(numbers)), numbers
 
 
 # ------------------------------------------------------------------------------- drawing
@@ -70,56 +73,295 @@ def _split_of_key(key: str) -> str:
 def generate(
     spec: SampleSpec, num_samples: int, seed: int, split: str = "train"
 ) -> Iterator[Sample]:
-    """Draw exactly ``num_samples`` samples of a split, with replacement and in constant memory."""
+    """Draw exactly ``num_samples`` samples of a split, with replacement and in constant memory.
+
+    Raises:
+        UserError: the split holds no problem of a style.
+    """
     rng = Random(seed)
-    for style in _shuffled(spec.style_counts(num_samples), rng):
-        yield _draw(spec, style, split, rng)
+    for style in shuffled(spec.style_counts(num_samples), rng):
+        yield _sample(draw_any(spec, style, split, rng), style, rng)
 
 
-def _shuffled(counts: dict[str, int], rng: Random) -> Iterator[str]:
-    """Each key as often as counted, in uniformly random order, without making the list."""
-    left = dict(counts)
-    for total in range(sum(counts.values()), 0, -1):
-        place = rng.randrange(total)
-        for key, count in left.items():
-            if place < count:
-                break
-            place -= count
-        left[key] -= 1
-        yield key
+def test_set(spec: SampleSpec, num_samples: int, seed: int, split: str = "test") -> list[Sample]:
+    """Draw distinct problems of a split, as many of each depth (and length of flat sum) as of any.
+
+    Where a depth has fewer problems than its share, all are used, and deeper ones take up the
+    rest; so the list is shorter than ``num_samples`` only when every depth is exhausted.
+
+    Raises:
+        UserError: a depth has no problem in the split at all; it is named.
+    """
+    rng = Random(seed)
+    counts = spec.style_counts(num_samples)
+    samples = []
+    for styles in (TREE_STYLES, ("flat",), ("drill",), ("invalid",)):
+        order = [*shuffled({style: counts[style] for style in styles}, rng)]
+        problems = draw_distinct(spec, styles[0], len(order), split, rng)
+        samples += [
+            _sample(problem, style, rng) for problem, style in zip(problems, order, strict=False)
+        ]
+    rng.shuffle(samples)
+    return samples
 
 
-def _draw(spec: SampleSpec, style: str, split: str, rng: Random) -> Sample:
-    for _ in range(_MAX_DRAWS):
-        if style == "invalid":
-            expression = invalid_expression(spec, rng)
-            if _split_of_key(expression) == split:
-                return _invalid_sample(expression)
-            continue
-        depth, tree = _draw_tree(spec, style, rng)
-        if _split_of_key(tree_key(tree)) == split:
-            return _tree_sample(tree, depth, style, rng)
-    raise UserError(f"no {style} problem is in the {split} split; widen --num-range or the depths")
+def _sample(problem: Problem, style: str, rng: Random) -> Sample:
+    if isinstance(problem, str):
+        return Sample(_record(problem, solve(problem)), style, None, None)
+    expression = write(problem, style, rng)
+    record = _record(expression, solve_canonical(expression))
+    return Sample(record, style, tree_depth(problem), len(problem) // 2 + 1)
 
 
-def _draw_tree(spec: SampleSpec, style: str, rng: Random) -> tuple[int, Postfix]:
-    if style == "flat":
-        terms = rng.randint(2, spec.flat_terms)
-        return terms - 1, flat_sum(terms, spec.num_range, rng)
-    if style == "drill":
-        return 1, drill(spec, rng)
-    depth = rng.randint(spec.min_depth, spec.max_depth)
-    return depth, exact_tree(depth, spec.num_range, rng)
+def _record(expression: str, solution: Solution) -> Record:
+    return Record(expression, problem_text(expression), solution.text, solution.answer)
 
 
-def _tree_sample(tree: Postfix, depth: int, style: str, rng: Random) -> Sample:
-    expression = write(tree, style, rng)
-    solution = solve_canonical(expression)
-    record = Record(expression, problem_text(expression), solution.text, solution.answer)
-    return Sample(record, style, depth, len(tree) // 2 + 1)
+# ------------------------------------------------------------------------------- writing
 
 
-def _invalid_sample(expression: str) -> Sample:
-    solution = solve(expression)
-    record = Record(expression, problem_text(expression), solution.text, solution.answer)
-    return Sample(record, "invalid", None, None)
+def json_line(record: Record) -> str:
+    """A record as a line of an instruction corpus (JSON Lines)."""
+    return json.dumps(record._asdict(), ensure_ascii=False) + "\n"
+
+
+def plain_lines(record: Record) -> str:
+    """A record as the two lines it has in a foundational corpus."""
+    return f"{record.problem}\n{one_line(record.solution)}\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig(SampleSpec):
+    """Corpus."""
+
+    num_samples: int | None = opt(
+        None, "samples in each file that is written", required=True, at_least=1
+    )
+    seed: int = opt(42, "the same seed makes the same file, byte for byte", at_least=0)
+    split: str = opt(
+        "train",
+        "which problems: no two splits share one; test and validation files repeat none either",
+        choices=SPLITS,
+    )
+
+
+def _with_default(name: str, default: float) -> Any:
+    """A field of SampleSpec with another default."""
+    return field(default=default, metadata=SampleSpec.__dataclass_fields__[name].metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundationalCorpusConfig(CorpusConfig):
+    """Foundational corpus.
+
+    It is where arithmetic facts (drills) and the counting of parentheses (padded) are learned; the
+    shares are those that measurement found best.
+    """
+
+    typed_rate: float = _with_default("typed_rate", 0.1)
+    padded_rate: float = _with_default("padded_rate", 0.15)
+    flat_rate: float = _with_default("flat_rate", 0.05)
+    drill_rate: float = _with_default("drill_rate", 0.35)
+
+
+def make_corpus(config: CorpusConfig, path: str, as_text: Callable[[Record], str]) -> None:
+    """Write a corpus file with its sidecar ``<path>.meta.json``, and print what is in it."""
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a directory; name the corpus file itself")
+    draw = generate if config.split == "train" else test_set
+    samples = draw(config, config.num_samples, config.seed, config.split)
+    meta = write_corpus(path, samples, as_text, config.num_samples, asdict(config))
+    print(summary(path, meta, config))
+
+
+def write_corpus(
+    path: str | Path,
+    samples: Iterable[Sample],
+    as_text: Callable[[Record], str],
+    expected: int,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Write samples and a sidecar; both files appear whole or not at all. Returns the sidecar."""
+    counts, digest = Counts(), hashlib.sha256()
+    with atomic_write(path) as file, Progress(expected, str(path), "samples") as progress:
+        for sample in samples:
+            data = as_text(sample.record).encode()
+            file.write(data)
+            digest.update(data)
+            counts.add(sample)
+            progress.update()
+    meta = {**counts.as_dict(), "sha256": digest.hexdigest(), "settings": settings}
+    atomic_write_text(f"{path}.meta.json", json.dumps(meta, indent=2) + "\n")
+    return meta
+
+
+class Counts:
+    """How many samples of each style, depth (of trees) and number of terms (of flat sums)."""
+
+    def __init__(self) -> None:
+        self.styles: dict[str, int] = dict.fromkeys(STYLES, 0)
+        self.depths: Counter[int] = Counter()
+        self.flat_terms: Counter[int] = Counter()
+
+    def add(self, sample: Sample) -> None:
+        self.styles[sample.style] += 1
+        if sample.style in TREE_STYLES:
+            self.depths[sample.depth] += 1
+        elif sample.style == "flat":
+            self.flat_terms[sample.terms] += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts as JSON has them, in a fixed order."""
+        return {
+            "samples": sum(self.styles.values()),
+            "by_style": {style: count for style, count in self.styles.items() if count},
+            "by_depth": _sorted(self.depths),
+            "flat_by_terms": _sorted(self.flat_terms),
+        }
+
+
+def _sorted(counts: dict[int, int]) -> dict[int, int]:
+    return dict(sorted(counts.items()))
+
+
+def summary(path: str, meta: dict[str, Any], config: CorpusConfig) -> str:
+    """What a person wants to know of a file that has just been written."""
+    missing = config.num_samples - meta["samples"]
+    styles = ", ".join(f"{style} {count:,}" for style, count in meta["by_style"].items())
+    depths = ", ".join(f"{depth}: {count:,}" for depth, count in meta["by_depth"].items())
+    return "\n".join(
+        [
+            f"{path}: {meta['samples']:,} samples, {config.split} split, seed {config.seed}",
+            f"  styles  {styles}",
+            f"  depths  {depths}",
+            f"  sha256  {meta['sha256']}",
+        ]
+        + [f"  {missing:,} fewer than asked for: the split has no more problems"] * (missing > 0)
+    )
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+def read_corpus(path: str | Path) -> Iterator[Record]:
+    """The records of a corpus file, JSON Lines or two plain lines a sample.
+
+    Raises:
+        UserError: no such file, a directory, an empty file; and while reading, a line that is not
+            UTF-8 or no record, named by file, line number and reason.
+    """
+    return _records(require_file(path, "corpus"))
+
+
+def _records(path: Path) -> Iterator[Record]:
+    lines = _numbered_lines(path)
+    for number, line in lines:
+        try:
+            if line.startswith("{"):
+                yield _from_json(line)
+            else:
+                _, solution = next(lines, (number + 1, None))
+                yield _from_plain(line, solution)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield number, line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError:
+                raise UserError(f"{path}:{number}: not UTF-8 text") from None
+
+
+def _from_json(line: str) -> Record:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("not a JSON object on one line") from None
+    missing = [key for key in Record._fields if key not in fields]
+    if missing:
+        raise ValueError(f"key {missing[0]!r} is missing")
+    return _checked(Record(*(fields[key] for key in Record._fields)))
+
+
+def _from_plain(problem: str, solution: str | None) -> Record:
+    if not problem.startswith(problem_text("")):
+        raise ValueError(f"neither a JSON object nor a problem ({problem_text('...')!r})")
+    if solution is None:
+        raise ValueError("the problem has no solution line after it")
+    expression = problem.removeprefix(problem_text(""))
+    return _checked(Record(expression, problem, solution, read_answer(solution)))
+
+
+def _checked(record: Record) -> Record:
+    """The record, if its parts agree with each other; that the sums are right is not checked."""
+    for name, value in zip(Record._fields[:3], record, strict=False):
+        if not isinstance(value, str):
+            raise ValueError(f"{name!r} is not a string")
+    if record.problem != problem_text(record.expression):
+        raise ValueError(f"the problem is not {problem_text(record.expression)!r}")
+    if not record.solution.startswith("<think>") or "</think>" not in record.solution:
+        raise ValueError("the solution has no <think> ... </think>")
+    stated = read_answer(record.solution)
+    if stated is None:
+        raise ValueError("the solution does not end with one 'Final Result: N'")
+    if type(record.answer) is not type(stated) or record.answer != stated:
+        raise ValueError(f"the answer {record.answer!r} is not the final result {stated!r}")
+    return record
+
+
+# ------------------------------------------------------------------------------ coverage
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a corpus file can teach, as far as its texts tell.
+
+    ``depths`` and ``flat_terms`` count the trees by depth and the flat sums by length, ``styles``
+    everything by style; ``num_range`` spans the numbers of what takes more than one step, since
+    drills go beyond it on purpose (of everything valid, where nothing does).
+    """
+
+    sha256: str
+    styles: dict[str, int]
+    depths: dict[int, int]
+    flat_terms: dict[int, int]
+    num_range: tuple[int, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint or a JSON file; ``Coverage(**data)`` has it back."""
+        return asdict(self)
+
+    def held_out_spec(self) -> SampleSpec:
+        """What to sample for a held-out loss: the corpus's own mix of valid expressions."""
+        valid = sum(self.styles.values()) - self.styles["invalid"]
+        if not valid:
+            return SampleSpec(invalid_rate=1.0, typed_rate=0.0)
+        depths = [min(max(depth, 1), MAX_DEPTH) for depth in self.depths] or [1]
+        return SampleSpec(
+            num_range=self.num_range,
+            min_depth=min(depths),
+            max_depth=max(depths),
+            invalid_rate=0.0,
+            typed_rate=self.styles["typed"] / valid,
+            padded_rate=self.styles["padded"] / valid,
+            flat_rate=self.styles["flat"] / valid,
+            flat_terms=max(self.flat_terms, default=2),
+        )
+
+
+def coverage(path: str | Path) -> Coverage:
+    """Read a corpus for what it covers. Raises UserError like `read_corpus`."""
+    counts = Counts()
+    spans: dict[bool, list[int]] = {}  # smallest and largest number, by "takes more than one step"
+    for record in read_corpus(path):
+        sample, numbers = _classify(record)
+        counts.add(sample)
+        if numbers:
+            span = spans.setdefault(len(numbers) > 2, numbers[:1] * 2)
+            span[:] = min(span[0], *numbers), max(span[1], *numbers)
+    low, high = spans.get(True) or spans.get(False) or SampleSpec().num_range
+    depths, flat_terms = _sorted(counts.depths), _sorted(counts.flat_terms)
+    return Coverage(sha256_file(path), counts.styles, depths, flat_terms, (low, high))

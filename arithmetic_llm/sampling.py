@@ -1,4 +1,4 @@
-"""Random expressions: exact depths, the styles they are written in, and ways to spoil them.
+"""Random expressions: trees of exact depth, and the styles they are written in.
 
 A tree is held in postfix (see `expression.Expression.postfix`). Every function draws from the
 ``random.Random`` it is given and from nothing else.
@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
 from arithmetic_llm.cli import opt
-from arithmetic_llm.expression import ExpressionError, Postfix, parse, spell
+from arithmetic_llm.corruption import corrupt
+from arithmetic_llm.expression import Expression, Postfix, spell
 from arithmetic_llm.runtime import UserError
 
 LEAF_PROBABILITY = 0.3  # that the free side of an operation stops growing, at every level
 TREE_STYLES = ("nested", "typed", "padded")
 STYLES = (*TREE_STYLES, "flat", "drill", "invalid")
+MAX_DEPTH = 20  # a tree of depth 20 already has some 3,000 numbers
+LARGEST_NUMBER = 10**100
+
+
+def _rate(default: float, help: str) -> float:
+    return opt(default, help, at_least=0.0, at_most=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,45 +34,38 @@ class SampleSpec:
 
     num_range: tuple[int, int] = opt((1, 20), "smallest and largest number in an expression")
     min_depth: int = opt(1, "least depth of an expression tree", at_least=1)
-    max_depth: int = opt(5, "greatest depth of an expression tree", at_least=1, at_most=20)
-    invalid_rate: float = opt(0.1, "fraction of invalid expressions", at_least=0.0, at_most=1.0)
-    typed_rate: float = opt(
-        0.1,
-        "fraction written as people type, without needless parentheses: 1 + 2 + 3",
-        at_least=0.0,
-        at_most=1.0,
+    max_depth: int = opt(5, "greatest depth of an expression tree", at_least=1, at_most=MAX_DEPTH)
+    invalid_rate: float = _rate(0.1, "fraction of invalid expressions, rounded to whole samples")
+    typed_rate: float = _rate(
+        0.1, "fraction written as people type, without needless parentheses: 1 + 2 + 3"
     )
-    padded_rate: float = opt(
+    padded_rate: float = _rate(
         0.0,
         "fraction with 0 to 2 needless pairs of parentheses around each operation, "
         "at least one in all: ((1 + 2)) - 3",
-        at_least=0.0,
-        at_most=1.0,
     )
-    flat_rate: float = opt(
+    flat_rate: float = _rate(
         0.0,
         "fraction of flat sums without parentheses, 2 to --flat-terms numbers: 7 - 2 + 9 - 1",
-        at_least=0.0,
-        at_most=1.0,
     )
-    drill_rate: float = opt(
-        0.0,
-        "fraction of one-step drills with operands up to --drill-bound: -57 - 112",
-        at_least=0.0,
-        at_most=1.0,
+    drill_rate: float = _rate(
+        0.0, "fraction of one-step drills with operands up to --drill-bound: -57 - 112"
     )
-    flat_terms: int = opt(20, "most numbers in a flat sum", at_least=2)
+    flat_terms: int = opt(20, "most numbers in a flat sum", at_least=2, at_most=1000)
     drill_bound: int | None = opt(
         None,
-        "largest operand of a drill, either sign; unless given, the largest that a tree of "
+        "largest operand of a drill, of either sign; unless given, the largest that a tree of "
         "--max-depth can reach: largest number x 2^(max_depth - 1)",
         at_least=1,
+        at_most=LARGEST_NUMBER,
     )
 
     def __post_init__(self) -> None:
         low, high = self.num_range
         if low > high:
             raise UserError(f"--num-range {low} {high}: the smaller number comes first")
+        if max(-low, high) > LARGEST_NUMBER:
+            raise UserError("--num-range: numbers of up to 100 digits, please")
         if self.min_depth > self.max_depth:
             raise UserError(f"--min-depth {self.min_depth}: is above --max-depth {self.max_depth}")
         rates = {style: self.rate(style) for style in STYLES[1:]}
@@ -98,7 +97,20 @@ class SampleSpec:
         return {"nested": left, **counts}
 
 
-# --------------------------------------------------------------------------------- trees
+# -------------------------------------------------------------------------------- problems
+
+
+def draw(spec: SampleSpec, style: str, rng: Random) -> Postfix | str:
+    """A tree to be written in a style; for ``"invalid"``, the text of an invalid expression."""
+    if style == "flat":
+        return flat_sum(rng.randint(2, spec.flat_terms), spec.num_range, rng)
+    if style == "drill":
+        return drill(spec, rng)
+    tree = exact_tree(rng.randint(spec.min_depth, spec.max_depth), spec.num_range, rng)
+    return corrupt(spell(tree), rng) if style == "invalid" else tree
+
+
+# ---------------------------------------------------------------------------------- trees
 
 
 def exact_tree(depth: int, num_range: tuple[int, int], rng: Random) -> Postfix:
@@ -209,121 +221,15 @@ def _padded(tree: Postfix, nested: str, rng: Random) -> str:
     return text
 
 
-# --------------------------------------------------------------------------- corruptions
+def style_of(expression: Expression) -> str:
+    """The style that an expression is written in, as far as the text tells.
 
-# A corruption edits the pieces of a canonical expression; one that finds nothing to edit
-# leaves them as they are.
-_PIECES = re.compile(r"-?[0-9]+| [+-] |[()]")
-_STRAY = "abcxyz*/^%=.,_!?"
-
-Pieces = list[str]
-
-
-def invalid_expression(spec: SampleSpec, rng: Random) -> str:
-    """A nested expression spoilt by one corruption, checked to be invalid."""
-    depth = rng.randint(spec.min_depth, spec.max_depth)
-    return corrupt(spell(exact_tree(depth, spec.num_range, rng)), rng)
-
-
-def corrupt(expression: str, rng: Random) -> str:
-    """Spoil a canonical expression that holds an operation, so that it does not parse."""
-    while True:
-        pieces = _PIECES.findall(expression)
-        rng.choice(CORRUPTIONS)(pieces, rng)
-        text = "".join(pieces).replace("( ", "(").replace(" )", ")").strip()
-        if not _is_valid(text):
-            return text
-
-
-def _is_valid(text: str) -> bool:
-    try:
-        parse(text)
-    except ExpressionError:
-        return False
-    return True
-
-
-def _pick(pieces: Pieces, rng: Random, wanted: Callable[[str], bool]) -> int | None:
-    places = [place for place, piece in enumerate(pieces) if wanted(piece)]
-    return rng.choice(places) if places else None
-
-
-def _is_number(piece: str) -> bool:
-    return piece[-1].isdigit()
-
-
-def _is_operator(piece: str) -> bool:
-    return piece[0] == " "
-
-
-def _is_operand_start(piece: str) -> bool:
-    return piece == "(" or _is_number(piece)
-
-
-def drop_number(pieces: Pieces, rng: Random) -> None:
-    """``5 + 3`` -> ``5 +``"""
-    pieces[_pick(pieces, rng, _is_number)] = ""
-
-
-def drop_operator(pieces: Pieces, rng: Random) -> None:
-    """``5 + 3`` -> ``5 3``"""
-    pieces[_pick(pieces, rng, _is_operator)] = " "
-
-
-def double_operator(pieces: Pieces, rng: Random) -> None:
-    """``5 + 3`` -> ``5 ++ 3``"""
-    place = _pick(pieces, rng, _is_operator)
-    pieces[place] = f" {pieces[place].strip()}{rng.choice('+-')} "
-
-
-def loose_sign(pieces: Pieces, rng: Random) -> None:
-    """``(5 + 3)`` -> ``-(5 + 3)`` or ``(+5 + 3)``"""
-    place = _pick(pieces, rng, _is_operand_start)
-    pieces[place] = rng.choice("+-") + pieces[place]
-
-
-def drop_parenthesis(pieces: Pieces, rng: Random) -> None:
-    """``(5 + 3) - 1`` -> ``(5 + 3 - 1``"""
-    place = _pick(pieces, rng, "()".__contains__)
-    if place is not None:
-        del pieces[place]
-
-
-def extra_parenthesis(pieces: Pieces, rng: Random) -> None:
-    """``5 + 3`` -> ``5 + 3)`` or ``5 + (3``"""
-    place = _pick(pieces, rng, _is_number)
-    pieces[place] = rng.choice(("({}", "{})")).format(pieces[place])
-
-
-def empty_parentheses(pieces: Pieces, rng: Random) -> None:
-    """``5 + 3`` -> ``5 + ()``"""
-    pieces[_pick(pieces, rng, _is_number)] = "()"
-
-
-def leading_zeros(pieces: Pieces, rng: Random) -> None:
-    """``5 + 3`` -> ``5 + 003``"""
-    place = _pick(pieces, rng, _is_number)
-    zeros = "0" * rng.randint(1, 2)
-    pieces[place] = re.sub("([0-9]+)", zeros + r"\1", pieces[place])
-
-
-def stray_character(pieces: Pieces, rng: Random) -> None:
-    """``5 + 3`` -> ``5 + 3x`` or ``5 * 3``"""
-    stray = rng.choice(_STRAY)
-    if rng.random() < 0.5:
-        pieces[_pick(pieces, rng, _is_number)] += stray
-    else:
-        pieces[_pick(pieces, rng, _is_operator)] = f" {stray} "
-
-
-CORRUPTIONS: tuple[Callable[[Pieces, Random], None], ...] = (
-    drop_number,
-    drop_operator,
-    double_operator,
-    loose_sign,
-    drop_parenthesis,
-    extra_parenthesis,
-    empty_parentheses,
-    leading_zeros,
-    stray_character,
-)
+    A drill looks like any nested expression of depth 1, and what can be typed without parentheses
+    at all is a flat sum.
+    """
+    if expression.is_flat:
+        return "flat"
+    if expression.canonical == spell(expression.postfix):
+        return "nested"
+    typed = expression.canonical == spell(expression.postfix, wrap_left=str)
+    return "typed" if typed else "padded"

@@ -38,9 +38,7 @@ class Step(NamedTuple):
 
     def text(self, number: int) -> str:
         """The two lines of a solution that state this step, as its ``number``-th from 1."""
-        return (
-            f"Step {number}: {self.operation} = {self.result}\nExpression now: {self.expression}"
-        )
+        return f"Step {number}: {self.operation} = {self.result}\nExpression now: {self.expression}"
 
 
 @dataclass(frozen=True, slots=True)

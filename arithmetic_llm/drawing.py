@@ -1,0 +1,167 @@
+"""Which problems there are to draw: the train, validation and test splits, and how to draw from one.
+
+A problem is a tree (in postfix) or the text of an invalid expression. All spellings of one tree are
+one problem and belong to the same split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import NamedTuple
+
+from arithmetic_llm.expression import ExpressionError, Postfix, parse
+from arithmetic_llm.runtime import UserError
+from arithmetic_llm.sampling import (
+    SampleSpec,
+    all_flat_sums,
+    all_trees,
+    count_flat_sums,
+    count_trees,
+    draw,
+    exact_tree,
+    flat_sum,
+)
+
+SPLITS = ("train", "validation", "test")
+Problem = Postfix | str
+
+_MAX_DRAWS = 20_000  # a split without a hit in so many draws (0.95 ** 20,000) has no such problem
+
+
+def split_of(expression: str) -> str:
+    """Which of `SPLITS` an expression belongs to, valid or not."""
+    try:
+        return split_of_problem(parse(expression).postfix)
+    except ExpressionError:
+        return split_of_problem(expression)
+
+
+def split_of_problem(problem: Problem) -> str:
+    """90 % train, 5 % validation, 5 % test, by a hash that is the same on every machine.
+
+    Hashed is the tree in postfix, ``5 10 3 - +``, or the raw text of an invalid expression.
+    """
+    key = problem if isinstance(problem, str) else " ".join(map(str, problem))
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    percentile = int.from_bytes(digest[:8], "big") % 100
+    return "train" if percentile < 90 else "validation" if percentile < 95 else "test"
+
+
+def shuffled(counts: dict[str, int], rng: Random) -> Iterator[str]:
+    """Each key as often as counted, in uniformly random order, without holding the order."""
+    left = dict(counts)
+    for total in range(sum(counts.values()), 0, -1):
+        key = _key_at(left, rng.randrange(total))
+        left[key] -= 1
+        yield key
+
+
+def _key_at(counts: dict[str, int], place: int) -> str:
+    for key, count in counts.items():
+        if place < count:
+            return key
+        place -= count
+    raise IndexError(place)
+
+
+def draw_any(spec: SampleSpec, style: str, split: str, rng: Random) -> Problem:
+    """One problem of a style and a split, whether it has been drawn before or not.
+
+    Raises:
+        UserError: the split has none.
+    """
+    for _ in range(_MAX_DRAWS):
+        problem = draw(spec, style, rng)
+        if split_of_problem(problem) == split:
+            return problem
+    raise _no_problem(f"{style} style", spec, split)
+
+
+def draw_distinct(
+    spec: SampleSpec, style: str, wanted: int, split: str, rng: Random
+) -> list[Problem]:
+    """That many different problems in random order, spread evenly over depths or lengths.
+
+    What a depth with few problems lacks falls to deeper ones; fewer than ``wanted`` come back only
+    when all are exhausted.
+
+    Raises:
+        UserError: a depth, a length of flat sum or a style has no problem in the split.
+    """
+    strata = _strata(spec, style)
+    found: list[Problem] = []
+    for place, stratum in enumerate(strata):
+        share = (wanted - len(found)) // (len(strata) - place)
+        problems = _distinct(stratum, share, split, rng)
+        if share and not problems:
+            raise _no_problem(stratum.name, spec, split)
+        found += problems
+    rng.shuffle(found)
+    return found
+
+
+class _Stratum(NamedTuple):
+    """Problems that are to be drawn equally often; ``every`` lists them if there are few."""
+
+    name: str
+    draw: Callable[[Random], Problem]
+    size: int | None = None  # None: too many to list
+    every: Callable[[], Iterator[Problem]] = lambda: iter(())
+
+
+def _strata(spec: SampleSpec, style: str) -> list[_Stratum]:
+    if style == "flat":
+        return [_flat_stratum(terms, spec.num_range) for terms in range(2, spec.flat_terms + 1)]
+    if style in ("drill", "invalid"):
+        return [_Stratum(f"{style} style", lambda rng: draw(spec, style, rng))]
+    depths = range(spec.min_depth, spec.max_depth + 1)
+    return [_depth_stratum(depth, spec.num_range) for depth in depths]
+
+
+def _depth_stratum(depth: int, num_range: tuple[int, int]) -> _Stratum:
+    return _Stratum(
+        f"depth {depth}",
+        lambda rng: exact_tree(depth, num_range, rng),
+        count_trees(depth, num_range),
+        lambda: all_trees(depth, num_range),
+    )
+
+
+def _flat_stratum(terms: int, num_range: tuple[int, int]) -> _Stratum:
+    return _Stratum(
+        f"{terms} numbers in a flat sum",
+        lambda rng: flat_sum(terms, num_range, rng),
+        count_flat_sums(terms, num_range),
+        lambda: all_flat_sums(terms, num_range),
+    )
+
+
+def _distinct(stratum: _Stratum, wanted: int, split: str, rng: Random) -> list[Problem]:
+    """That many different problems, or all there are; small strata are listed, not searched."""
+    if stratum.size is not None and stratum.size <= 100 * wanted:
+        problems = [p for p in stratum.every() if split_of_problem(p) == split]
+        return rng.sample(problems, min(wanted, len(problems)))
+    return _search(stratum, wanted, split, rng)
+
+
+def _search(stratum: _Stratum, wanted: int, split: str, rng: Random) -> list[Problem]:
+    found: dict[Problem, None] = {}  # a set that keeps its order
+    misses = 0
+    while len(found) < wanted and misses < _MAX_DRAWS:
+        problem = stratum.draw(rng)
+        if problem not in found and split_of_problem(problem) == split:
+            found[problem] = None
+            misses = 0
+        else:
+            misses += 1
+    return list(found)
+
+
+def _no_problem(what: str, spec: SampleSpec, split: str) -> UserError:
+    low, high = spec.num_range
+    return UserError(
+        f"the {split} split has no problem of {what} with numbers {low} to {high}; "
+        "widen --num-range or choose other depths"
+    )
