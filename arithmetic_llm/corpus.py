@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from arithmetic_llm.cli import opt
 from arithmetic_llm.drawing import SPLITS, Problem, draw_any, draw_distinct, shuffled
+from arithmetic_llm.drawing import split_of as split_of
 from arithmetic_llm.expression import ExpressionError, parse, tree_depth
 from arithmetic_llm.runtime import (
     Progress,
@@ -20,9 +21,8 @@ from arithmetic_llm.runtime import (
     atomic_write,
     atomic_write_text,
     require_file,
-    sha256_file,
 )
-from arithmetic_llm.sampling import MAX_DEPTH, STYLES, TREE_STYLES, SampleSpec, style_of, write
+from arithmetic_llm.sampling import STYLES, TREE_STYLES, SampleSpec, style_of, write
 from arithmetic_llm.solution import (
     Answer,
     Solution,
@@ -54,17 +54,11 @@ class Sample(NamedTuple):
 
 def classify(record: Record) -> Sample:
     """The sample that a record is, by its text alone; see `sampling.style_of`."""
-    return _classify(record)[0]
-
-
-def _classify(record: Record) -> tuple[Sample, list[int]]:
-    """The sample, and the numbers in its expression."""
     try:
         expression = parse(record.expression)
     except ExpressionError:
-        return Sample(record, "invalid", None, None), []
-    numbers = [symbol for symbol in expression.postfix if isinstance(symbol, int)]
-    return Sample(record, style_of(expression), expression.depth, len(numbers)), numbers
+        return Sample(record, "invalid", None, None)
+    return Sample(record, style_of(expression), expression.depth, expression.terms)
 
 
 # ------------------------------------------------------------------------------- drawing
@@ -199,7 +193,7 @@ class Counts:
     """How many samples of each style, depth (of trees) and number of terms (of flat sums)."""
 
     def __init__(self) -> None:
-        self.styles: dict[str, int] = dict.fromkeys(STYLES, 0)
+        self.styles: Counter[str] = Counter()
         self.depths: Counter[int] = Counter()
         self.flat_terms: Counter[int] = Counter()
 
@@ -213,15 +207,11 @@ class Counts:
     def as_dict(self) -> dict[str, Any]:
         """The counts as JSON has them, in a fixed order."""
         return {
-            "samples": sum(self.styles.values()),
-            "by_style": {style: count for style, count in self.styles.items() if count},
-            "by_depth": _sorted(self.depths),
-            "flat_by_terms": _sorted(self.flat_terms),
+            "samples": self.styles.total(),
+            "by_style": {style: self.styles[style] for style in STYLES if self.styles[style]},
+            "by_depth": {str(depth): self.depths[depth] for depth in sorted(self.depths)},
+            "flat_by_terms": {str(n): self.flat_terms[n] for n in sorted(self.flat_terms)},
         }
-
-
-def _sorted(counts: dict[int, int]) -> dict[int, int]:
-    return dict(sorted(counts.items()))
 
 
 def summary(path: str, meta: dict[str, Any], config: CorpusConfig) -> str:
@@ -310,58 +300,3 @@ def _checked(record: Record) -> Record:
     if type(record.answer) is not type(stated) or record.answer != stated:
         raise ValueError(f"the answer {record.answer!r} is not the final result {stated!r}")
     return record
-
-
-# ------------------------------------------------------------------------------ coverage
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """What a corpus file can teach, as far as its texts tell.
-
-    ``depths`` and ``flat_terms`` count the trees by depth and the flat sums by length, ``styles``
-    everything by style; ``num_range`` spans the numbers of what takes more than one step, since
-    drills go beyond it on purpose (of everything valid, where nothing does).
-    """
-
-    sha256: str
-    styles: dict[str, int]
-    depths: dict[int, int]
-    flat_terms: dict[int, int]
-    num_range: tuple[int, int]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for a checkpoint or a JSON file; ``Coverage(**data)`` has it back."""
-        return asdict(self)
-
-    def held_out_spec(self) -> SampleSpec:
-        """What to sample for a held-out loss: the corpus's own mix of valid expressions."""
-        valid = sum(self.styles.values()) - self.styles["invalid"]
-        if not valid:
-            return SampleSpec(invalid_rate=1.0, typed_rate=0.0)
-        depths = [min(max(depth, 1), MAX_DEPTH) for depth in self.depths] or [1]
-        return SampleSpec(
-            num_range=self.num_range,
-            min_depth=min(depths),
-            max_depth=max(depths),
-            invalid_rate=0.0,
-            typed_rate=self.styles["typed"] / valid,
-            padded_rate=self.styles["padded"] / valid,
-            flat_rate=self.styles["flat"] / valid,
-            flat_terms=max(self.flat_terms, default=2),
-        )
-
-
-def coverage(path: str | Path) -> Coverage:
-    """Read a corpus for what it covers. Raises UserError like `read_corpus`."""
-    counts = Counts()
-    spans: dict[bool, list[int]] = {}  # smallest and largest number, by "takes more than one step"
-    for record in read_corpus(path):
-        sample, numbers = _classify(record)
-        counts.add(sample)
-        if numbers:
-            span = spans.setdefault(len(numbers) > 2, numbers[:1] * 2)
-            span[:] = min(span[0], *numbers), max(span[1], *numbers)
-    low, high = spans.get(True) or spans.get(False) or SampleSpec().num_range
-    depths, flat_terms = _sorted(counts.depths), _sorted(counts.flat_terms)
-    return Coverage(sha256_file(path), counts.styles, depths, flat_terms, (low, high))

@@ -1,4 +1,4 @@
-"""Which problems there are to draw: the train, validation and test splits, and how to draw from one.
+"""The train, validation and test splits, and how to draw problems from one of them.
 
 A problem is a tree (in postfix) or the text of an invalid expression. All spellings of one tree are
 one problem and belong to the same split.
