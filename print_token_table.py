@@ -1,6 +1,6 @@
 """Print the vocabulary as CSV: id, token, kind, and the count in a corpus if one is given.
 
-    python print_token_table.py --tokenizer-path data/tokenizer > tokens.csv
+python print_token_table.py --tokenizer-path data/tokenizer > tokens.csv
 """
 
 import csv

@@ -1,6 +1,6 @@
 """Train the BPE tokenizer on a corpus.
 
-    python train_tokenizer.py --corpus-path data/foundational_corpus.txt
+python train_tokenizer.py --corpus-path data/foundational_corpus.txt
 """
 
 from dataclasses import dataclass

@@ -30,8 +30,8 @@ class ModelConfig:
             raise UserError(f"--d-model {self.d_model}: must be a multiple of --nhead {self.nhead}")
         if self.head_dim % 2:
             raise UserError(
-                f"--d-model {self.d_model} over --nhead {self.nhead}: heads of {self.head_dim} features; "
-                "rotary positions need an even number"
+                f"--d-model {self.d_model} over --nhead {self.nhead}: heads of {self.head_dim} "
+                "features, but rotary positions need an even number"
             )
 
     @property
@@ -117,6 +117,4 @@ class InstructionConfig(TrainingConfig):
         500, "linear warm-up; at most a tenth of the run's steps is used", at_least=0
     )
     save_every: int = opt(500, "steps between checkpoints", at_least=1)
-    max_seq_length: int = opt(
-        0, "context in tokens; 0 = the foundational model's own", at_least=0
-    )
+    max_seq_length: int = opt(0, "context in tokens; 0 = the foundational model's own", at_least=0)

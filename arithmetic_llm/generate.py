@@ -58,7 +58,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     batch_size: int = 64,
-    on_done: Callable[[int], None] = lambda count: None,
+    on_done: Callable[[int, Completion], None] = lambda row, completion: None,
 ) -> list[Completion]:
     """Complete every prompt; results stand in the order of the prompts.
 
@@ -69,7 +69,7 @@ def generate(
     Args:
         prompts: token ids, each non-empty, of any lengths.
         max_new_tokens: most tokens written after a prompt, ``<eos>`` included.
-        on_done: called with the number of prompts finished since the last call.
+        on_done: called with the row of each prompt and its completion as soon as that is finished.
     """
     completions = [Completion() for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
@@ -77,12 +77,17 @@ def generate(
         rows = order[start : start + batch_size]
         batch = [prompts[row] for row in rows]
         for emission in decode(model, batch, max_new_tokens, sampling, rows):
-            _collect(emission, completions)
-        on_done(len(rows))
+            for row in _collect(emission, completions):
+                on_done(row, completions[row])
+        for row in rows:
+            if completions[row].finish_reason == "length":
+                on_done(row, completions[row])
     return completions
 
 
-def _collect(emission: Emission, completions: list[Completion]) -> None:
+def _collect(emission: Emission, completions: list[Completion]) -> list[int]:
+    """Append each row's token to its completion; returns the rows that this token ends."""
+    ended = []
     for row, token, logprob, margin in zip(
         emission.rows, emission.tokens, emission.logprobs, emission.margins, strict=True
     ):
@@ -92,6 +97,8 @@ def _collect(emission: Emission, completions: list[Completion]) -> None:
         completion.margin = min(completion.margin, margin)
         if token == EOS:
             completion.finish_reason = "eos"
+            ended.append(row)
+    return ended
 
 
 def decode(
@@ -150,9 +157,7 @@ def _prefill(model: ArithmeticModel, prompts: Sequence[Sequence[int]], cache: KV
 
 
 @torch.no_grad()
-def _forward(
-    model: ArithmeticModel, ids: Tensor, cache: KVCache, lengths: Tensor | None
-) -> Tensor:
+def _forward(model: ArithmeticModel, ids: Tensor, cache: KVCache, lengths: Tensor | None) -> Tensor:
     """Logits (B, vocabulary) after each row's last real token."""
     hidden = model.hidden_states(ids, cache, lengths)
     if lengths is not None:

@@ -8,7 +8,6 @@ Shape letters: B rows, T new positions, S positions attended to, H heads, D feat
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -61,8 +60,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (B, H, T, D).
     """
-    scores = (q @ k.transpose(-1, -2)) * (1.0 / math.sqrt(q.shape[-1])) + mask
-    return scores.softmax(dim=-1).to(v.dtype) @ v
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask.to(q.dtype)
+    return scores.softmax(dim=-1) @ v
 
 
 class Attention(nn.Module):
@@ -136,7 +135,7 @@ class KVCache:
         self.in_use = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``k``, ``v`` (B, H, T, D) in slots ``positions`` (B, T); return the slots in use."""
+        """Store ``k``, ``v`` (B, H, T, D) at slots ``positions`` (B, T); return the slots in use."""
         rows = torch.arange(len(k), device=k.device)[:, None]
         self.keys[layer][rows, :, positions] = k.transpose(1, 2)
         self.values[layer][rows, :, positions] = v.transpose(1, 2)

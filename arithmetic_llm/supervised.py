@@ -1,0 +1,226 @@
+"""The supervised stages: learning to write the solutions of a corpus."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arithmetic_llm.checkpoint import (
+    FINISHED,
+    Checkpoint,
+    check_tokenizer,
+    load_checkpoint,
+    new_run_folder,
+    resolve_stamp,
+)
+from arithmetic_llm.cli import read_json
+from arithmetic_llm.config import FoundationalConfig, InstructionConfig, ModelConfig, TrainingConfig
+from arithmetic_llm.corpus import Record, read_corpus, test_set
+from arithmetic_llm.coverage import Coverage, coverage, merge
+from arithmetic_llm.data import Batch, LossWeights, TokenisedSamples, plan_epoch
+from arithmetic_llm.expression import ExpressionError, parse
+from arithmetic_llm.model import ArithmeticModel, initialise
+from arithmetic_llm.runtime import UserError, resolve_device, seed_everything, sha256_file
+from arithmetic_llm.tokenizer import ArithmeticTokenizer
+from arithmetic_llm.trainer import Run, continue_run, fit, start_run
+
+
+class SupervisedTask:
+    """Next-token prediction over tokenised samples; see `trainer.Task`."""
+
+    def __init__(self, train: TokenisedSamples, held_out: TokenisedSamples, config: TrainingConfig):
+        self.train, self.held_out, self.config = train, held_out, config
+        self.plan: list[np.ndarray] = []
+        for epoch in range(config.num_epochs):
+            rng = np.random.default_rng((config.seed, epoch))
+            self.plan += plan_epoch(train.lengths, config.batch_size, config.batch_tokens, rng)
+            self.steps_per_epoch = len(self.plan) // (epoch + 1)
+            if config.max_steps and len(self.plan) >= config.max_steps:
+                break
+        if config.max_steps:
+            self.plan = self.plan[: config.max_steps]
+        self.total_steps = len(self.plan)
+        tokens = [int(train.lengths[batch].sum()) for batch in self.plan]
+        self._tokens_before = np.cumsum([0, *tokens])
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        indices = self.plan[step]
+        parts = min(self.config.gradient_accumulation_steps, len(indices))
+        return [self.train.batch(part) for part in np.array_split(indices, parts)]
+
+    def tokens_left(self, step: int) -> int:
+        return int(self._tokens_before[-1] - self._tokens_before[step])
+
+    def loss(self, model: ArithmeticModel, batch: Batch) -> Tensor:
+        """Sum over tokens of weight x negative log-likelihood, in nats."""
+        logits, targets, weights = counted_logits(model, batch)
+        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+
+    def evaluate(self, model: ArithmeticModel) -> dict[str, float]:
+        """Figures on the held-out samples.
+
+        ``eval_loss`` is in nats per solution token. ``eval_exact`` is the share of samples whose
+        every solution token is the likeliest one: just those that greedy decoding would write.
+        """
+        loss, tokens, exact = 0.0, 0.0, 0
+        for indices in np.array_split(np.argsort(self.held_out.lengths), _parts(self.held_out)):
+            batch = self.held_out.batch(indices).to(model.device)
+            logits, targets, weights = counted_logits(model, batch)
+            losses = F.cross_entropy(logits, targets, reduction="none") * weights
+            wrong = torch.zeros(batch.weights.shape, device=model.device, dtype=torch.bool)
+            wrong[batch.weights > 0] = logits.argmax(-1) != targets
+            loss, tokens = loss + losses.sum().item(), tokens + weights.sum().item()
+            exact += int((~wrong.any(dim=1)).sum())
+        return {"eval_loss": loss / tokens, "eval_exact": exact / len(self.held_out)}
+
+
+def counted_logits(model: ArithmeticModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (N, vocabulary), targets (N,) and weights (N,) of the tokens whose loss counts."""
+    counted = batch.weights > 0
+    hidden = model.hidden_states(batch.input_ids)[counted]
+    return model.lm_head(hidden).float(), batch.targets[counted], batch.weights[counted]
+
+
+def _parts(samples: TokenisedSamples, tokens: int = 16_384) -> int:
+    return max(1, -(-len(samples.ids) // tokens))
+
+
+# ------------------------------------------------------------------------------ the stages
+
+
+def train_foundational(config: FoundationalConfig, shape: ModelConfig) -> Path:
+    """Train a model from random weights, or from ``init_from``'s; returns the run folder."""
+    loss = LossWeights(config.prompt_loss_weight, config.result_loss_weight)
+    return _train("foundational", config, config.corpus_path, config.init_from, shape, loss)
+
+
+def train_instruction(config: InstructionConfig) -> Path:
+    """Fine-tune a foundational model on the tokens after ``<think>``; returns the run folder."""
+    start = config.init_from or config.foundational_checkpoint
+    loss = LossWeights(0.0, config.result_loss_weight)
+    return _train("instruction", config, config.instruction_corpus_path, start, None, loss)
+
+
+def _train(
+    stage: str,
+    config: TrainingConfig,
+    corpus_path: str,
+    start: str,
+    shape: ModelConfig | None,
+    loss: LossWeights,
+) -> Path:
+    """Load and check everything first; only then make the run folder, and train."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    seed_everything(config.seed)
+    tokenizer = ArithmeticTokenizer.load(resolve_stamp(config.tokenizer_path))
+    covered = coverage(corpus_path)
+    checkpoint = _starting_point(stage, config, start, shape, tokenizer, covered)
+    task = _task(config, corpus_path, covered, checkpoint, loss)
+    sha256 = sha256_file(corpus_path)
+    if config.resume:
+        run = _resumed(Path(config.resume), config, checkpoint, sha256)
+    else:
+        folder = new_run_folder(config.output_dir, stage)
+        run = start_run(folder, config, checkpoint, corpus=corpus_path, corpus_sha256=sha256)
+    _describe(run, task)
+    summary = fit(run, task)
+    print(f"done: best eval loss {summary['best_eval_loss']:.4g}; models in {run.folder}")
+    return run.folder
+
+
+def _starting_point(
+    stage: str,
+    config: TrainingConfig,
+    start: str,
+    shape: ModelConfig | None,
+    tokenizer: ArithmeticTokenizer,
+    covered: Coverage,
+) -> Checkpoint:
+    """The untrained model, or the one to go on from with what it has seen."""
+    seen = covered.as_dict()
+    if start:
+        base = load_checkpoint(resolve_stamp(start))
+        check_tokenizer(base, config.tokenizer_path, start)
+        model, seen = base.model, merge(base.trained_on, seen)
+    else:
+        model = initialise(ArithmeticModel(shape, tokenizer.vocab_size))
+    model.to(resolve_device(config.device))
+    return Checkpoint(model, tokenizer, stage, seen)
+
+
+def _task(
+    config: TrainingConfig,
+    corpus_path: str,
+    covered: Coverage,
+    checkpoint: Checkpoint,
+    loss: LossWeights,
+) -> SupervisedTask:
+    context = checkpoint.model.config.max_seq_length
+    train = TokenisedSamples(read_corpus(corpus_path), checkpoint.tokenizer, context, loss)
+    _report(train, covered, corpus_path, context)
+    held_out = TokenisedSamples(
+        _held_out_records(covered, config), checkpoint.tokenizer, context, LossWeights(0.0, 1.0)
+    )
+    if len(held_out) == 0:
+        raise UserError(f"no held-out sample fits into {context} tokens; raise --max-seq-length")
+    return SupervisedTask(train, held_out, config)
+
+
+def _resumed(folder: Path, config: TrainingConfig, checkpoint: Checkpoint, sha256: str) -> Run:
+    if (folder / FINISHED).exists():
+        raise UserError(f"{folder}: is finished; start a new run with --init-from")
+    before = read_json(folder / "run.json")
+    if before.get("corpus_sha256") != sha256:
+        raise UserError(f"{folder}: its corpus has changed since; restore it or start a new run")
+    if before.get("tokenizer_hash") != checkpoint.tokenizer.hash:
+        raise UserError(f"{folder}: its tokenizer has changed since; restore it")
+    return continue_run(folder, config, checkpoint)
+
+
+def _held_out_records(covered: Coverage, config: TrainingConfig) -> list[Record]:
+    """Problems of the validation split, drawn like the corpus's own."""
+    samples = test_set(covered.held_out_spec(), config.eval_samples, config.seed, "validation")
+    return [sample.record for sample in samples]
+
+
+def _report(samples: TokenisedSamples, covered: Coverage, corpus_path: str, context: int) -> None:
+    for split in ("validation", "test"):
+        if count := covered.splits.get(split):
+            print(
+                f"warning: {count} samples of {corpus_path} belong to the {split} split, so held-out "
+                "figures will flatter this model; make the corpus with --split train"
+            )
+    if len(samples) == 0:
+        raise UserError(
+            f"{corpus_path}: every sample is longer than {context} tokens; raise --max-seq-length"
+        )
+    if samples.dropped:
+        depths = Counter(_depth_name(expression) for expression in samples.dropped)
+        shown = ", ".join(f"{count} of depth {depth}" for depth, count in sorted(depths.items()))
+        print(
+            f"warning: {len(samples.dropped)} of {len(samples) + len(samples.dropped)} samples are "
+            f"longer than {context} tokens and left out ({shown}); raise --max-seq-length"
+        )
+
+
+def _depth_name(expression: str) -> str:
+    try:
+        return str(parse(expression).depth)
+    except ExpressionError:
+        return "none (invalid)"
+
+
+def _describe(run: Run, task: SupervisedTask) -> None:
+    config, model = run.config, run.model
+    print(
+        f"{run.checkpoint.stage}: {model.parameter_count():,} parameters on {model.device} "
+        f"in {str(run.precision).removeprefix('torch.')}, {len(task.train):,} samples, "
+        f"{task.tokens_left(0):,} tokens in {task.total_steps:,} steps, seed {config.seed}\n"
+        f"run folder {run.folder}"
+    )

@@ -1,0 +1,20 @@
+"""Train the foundational model.
+
+    python run_foundational_training.py --corpus-path data/foundational_corpus.txt \\
+        --tokenizer-path data/tokenizer
+"""
+
+from arithmetic_llm.cli import parse_run, run_main
+from arithmetic_llm.config import FoundationalConfig, ModelConfig
+
+
+def main(argv=None):
+    sections = {"config": FoundationalConfig, "model_config": ModelConfig}
+    config, shape = parse_run(sections, argv, __doc__)
+    from arithmetic_llm.supervised import train_foundational
+
+    train_foundational(config, shape)
+
+
+if __name__ == "__main__":
+    run_main(main)

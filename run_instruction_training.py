@@ -1,0 +1,20 @@
+"""Fine-tune a foundational model to answer prompts with reasoning.
+
+    python run_instruction_training.py --instruction-corpus-path data/instruction_corpus.txt \\
+        --tokenizer-path data/tokenizer \\
+        --foundational-checkpoint models/foundational_YYYYMMDD_HHMMSS/best_model.pt
+"""
+
+from arithmetic_llm.cli import parse_run, run_main
+from arithmetic_llm.config import InstructionConfig
+
+
+def main(argv=None):
+    (config,) = parse_run({"config": InstructionConfig}, argv, __doc__)
+    from arithmetic_llm.supervised import train_instruction
+
+    train_instruction(config)
+
+
+if __name__ == "__main__":
+    run_main(main)
