@@ -171,6 +171,22 @@ def multiplies_bf16(device) -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of large temporaries instead of returning it to the kernel.
+
+    A training step on the CPU frees and takes the same megabytes again and again; getting them
+    back costs a page fault every 4 KiB, a fifth of the whole step. Without glibc this does nothing.
+    """
+    import ctypes
+
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # names and values of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+        libc.mallopt(m_top_pad, 1 << 26)
+
+
 def seed_everything(seed: int) -> None:
     """Seed torch on every device; the package draws from no other global generator."""
     import torch

@@ -25,7 +25,13 @@ from arithmetic_llm.coverage import Coverage, coverage, merge
 from arithmetic_llm.data import Batch, LossWeights, TokenisedSamples, plan_epoch
 from arithmetic_llm.expression import ExpressionError, parse
 from arithmetic_llm.model import ArithmeticModel, initialise
-from arithmetic_llm.runtime import UserError, resolve_device, seed_everything, sha256_file
+from arithmetic_llm.runtime import (
+    UserError,
+    keep_freed_memory,
+    resolve_device,
+    seed_everything,
+    sha256_file,
+)
 from arithmetic_llm.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.trainer import Run, continue_run, fit, start_run
 
@@ -115,6 +121,7 @@ def _train(
     loss: LossWeights,
 ) -> Path:
     """Load and check everything first; only then make the run folder, and train."""
+    keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     seed_everything(config.seed)
@@ -193,8 +200,8 @@ def _report(samples: TokenisedSamples, covered: Coverage, corpus_path: str, cont
     for split in ("validation", "test"):
         if count := covered.splits.get(split):
             print(
-                f"warning: {count} samples of {corpus_path} belong to the {split} split, so held-out "
-                "figures will flatter this model; make the corpus with --split train"
+                f"warning: {count} samples of {corpus_path} belong to the {split} split, so "
+                "held-out figures will flatter this model; make the corpus with --split train"
             )
     if len(samples) == 0:
         raise UserError(

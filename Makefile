@@ -1,0 +1,29 @@
+# Two commands do everything on a fresh machine, set-up included:
+#     make quickstart     the whole pipeline on the CPU recipe, ending in a table of results
+#     make test           lint and tests
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: quickstart test clean
+
+quickstart: $(VENV)/ready
+	$(RUN) quickstart.py
+
+test: $(VENV)/ready-to-test
+	$(RUN) -m ruff check .
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/ready: requirements.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/ready-to-test: requirements.txt requirements-test.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,120 @@
+"""Run the numbered stages on the CPU recipe, one after the other, and end with a table of results.
+
+    make quickstart                                      (sets up a virtual environment first)
+    python quickstart.py                                 (inside one)
+    python quickstart.py --recipe configs/gpu
+
+Each stage is one command, printed before it runs; paste it to run that stage alone.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from arithmetic_llm.cli import opt, parse, run_main
+from arithmetic_llm.runtime import UserError
+
+TEST = "--tokenizer-path data/tokenizer --test-file data/instruction_corpus_test.txt"
+FOUNDATIONAL = "models/foundational_YYYYMMDD_HHMMSS/best_model.pt"
+INSTRUCTION = "models/instruction_YYYYMMDD_HHMMSS/best_model.pt"
+
+# name, command, and where its evaluation lands if it is one; {recipe} is the folder of configs
+STAGES = (
+    (
+        "1 foundational corpus",
+        "generate_foundational_plaintext.py --config {recipe}/foundational_corpus.json "
+        "--output-txt data/foundational_corpus.txt",
+        None,
+    ),
+    (
+        "1 instruction corpus",
+        "generate_instruction_corpus_mixed.py --config {recipe}/instruction_corpus.json "
+        "--output-mixed data/instruction_corpus.txt",
+        None,
+    ),
+    (
+        "1 test corpus",
+        "generate_corpus.py --instruction-only --split test --config {recipe}/test_corpus.json "
+        "--output-instruction data/instruction_corpus_test.txt",
+        None,
+    ),
+    (
+        "2 tokenizer",
+        "train_tokenizer.py --corpus-path data/foundational_corpus.txt --output-dir data/tokenizer",
+        None,
+    ),
+    (
+        "3 foundational model",
+        "run_foundational_training.py --config {recipe}/foundational.json "
+        "--model-config {recipe}/model.json --corpus-path data/foundational_corpus.txt "
+        "--tokenizer-path data/tokenizer",
+        None,
+    ),
+    (
+        "3.1 its evaluation",
+        f"run_evaluation.py --model-path {FOUNDATIONAL} {TEST} "
+        "--output-dir evaluation_results/quickstart_foundational",
+        "evaluation_results/quickstart_foundational",
+    ),
+    (
+        "4 instruction model",
+        "run_instruction_training.py --config {recipe}/instruction.json "
+        "--instruction-corpus-path data/instruction_corpus.txt --tokenizer-path data/tokenizer "
+        f"--foundational-checkpoint {FOUNDATIONAL}",
+        None,
+    ),
+    (
+        "4.1 its evaluation",
+        f"run_evaluation.py --model-path {INSTRUCTION} {TEST} "
+        "--output-dir evaluation_results/quickstart_instruction",
+        "evaluation_results/quickstart_instruction",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Quickstart."""
+
+    recipe: str = opt("configs/cpu", "folder with the configs of the stages")
+
+
+def main(argv=None):
+    recipe = parse(Config, argv, __doc__).recipe
+    done = []
+    for name, command, results in STAGES:
+        seconds = run(name, command.format(recipe=recipe))
+        done.append((name, newest_metrics(results) if results else None, seconds))
+
+    from arithmetic_llm.report import stage_table
+
+    print("\n" + stage_table(done))
+    print(f"\nType expressions into the solver:\n  python run_interactive.py --model-path {INSTRUCTION}")
+
+
+def run(name, command):
+    """One stage as a process of its own; returns its seconds."""
+    print(f"\n== {name}\n$ python {command}", flush=True)
+    script, *flags = shlex.split(command)
+    started = time.monotonic()
+    here = Path(__file__).resolve().parent
+    code = subprocess.run([sys.executable, str(here / script), *flags]).returncode
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise UserError(f"stage '{name}' ended with exit code {code}; its message is above")
+    return time.monotonic() - started
+
+
+def newest_metrics(folder):
+    """The metrics that an evaluation has just written."""
+    newest = max(Path(folder).glob("evaluation_metrics_*.json"))
+    return json.loads(newest.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    run_main(main)
