@@ -23,7 +23,7 @@ def corrupt(expression: str, rng: Random) -> str:
     while True:
         pieces = _PIECES.findall(expression)
         rng.choice(CORRUPTIONS)(pieces, rng)
-        text = "".join(pieces).replace("( ", "(").replace(" )", ")").strip()
+        text = " ".join("".join(pieces).split()).replace("( ", "(").replace(" )", ")")
         if not _is_valid(text):
             return text
 

@@ -30,6 +30,7 @@ _OPERAND = re.compile(r"[ \t]*(-?[0-9]+|.|\Z)", re.DOTALL)
 _OPERATOR = re.compile(r"[ \t]*(.|\Z)", re.DOTALL)
 
 Postfix = tuple[int | str, ...]
+_State = Callable[[], "_State | None"]
 
 
 class ExpressionError(ValueError):
@@ -143,13 +144,14 @@ class _Parser:
         self.waiting: list[tuple[str, int]] = []  # operators and "(" with their columns
 
     def run(self) -> Expression:
-        state = self.operand
+        state: _State | None = self.operand
         while state:
             state = state()
         [(value, depth)] = self.operands
         return Expression("".join(self.pieces), tuple(self.postfix), depth, value)
 
-    def operand(self):
+    def operand(self) -> _State:
+        """Read a number or an opening parenthesis."""
         token, column = self._next(_OPERAND)
         if "0" <= token[-1:] <= "9":
             self._number(token, column)
@@ -160,7 +162,8 @@ class _Parser:
             return self.operand
         raise self._no_operand(token, column)
 
-    def operator(self):
+    def operator(self) -> _State | None:
+        """Read an operator, a closing parenthesis or the end."""
         token, column = self._next(_OPERATOR)
         if token in ("+", "-"):
             self.pieces.append(f" {token} ")
