@@ -1,0 +1,133 @@
+"""What several test modules share: running scripts, small corpora, small models."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from arithmetic_llm.checkpoint import Checkpoint
+from arithmetic_llm.cli import run_main
+from arithmetic_llm.config import ModelConfig
+from arithmetic_llm.corpus import Record, generate
+from arithmetic_llm.data import sequence_text
+from arithmetic_llm.model import ArithmeticModel
+from arithmetic_llm.sampling import SampleSpec
+from arithmetic_llm.tokenizer import ArithmeticTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {"d_model": 32, "nhead": 2, "num_layers": 2, "dim_feedforward": 48, "dropout": 0.0}
+
+
+# ---------------------------------------------------------------------------------- scripts
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a script ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error_lines(self) -> list[str]:
+        """Standard error without warnings and progress: what is left must be the one error line."""
+        return [line for line in self.err.splitlines() if line.startswith("error:")]
+
+
+def load_script(name: str):
+    """A root script as a module, without running it."""
+    spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(name: str, *argv: object) -> Ended:
+    """Run a script's ``main`` in this process, through the `run_main` that it runs under."""
+    main = load_script(name).main
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run_main(lambda _: main([str(word) for word in argv]))
+        except SystemExit as end:
+            return Ended(end.code, out.getvalue(), err.getvalue())
+
+
+def command(name: str, *argv: object) -> list[str]:
+    """The command line of a script, for a process of its own."""
+    return [sys.executable, str(ROOT / name), *map(str, argv)]
+
+
+def one_thread() -> dict[str, str]:
+    """An environment in which a process keeps to one core."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run(name: str, *argv: object, cwd: Path | None = None, stdin: str | None = None) -> Ended:
+    """Run a script as a process of its own, to its end."""
+    done = subprocess.run(
+        command(name, *argv),
+        cwd=cwd,
+        input=stdin,
+        env=one_thread(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+# --------------------------------------------------------------------------------- materials
+
+
+def records(count: int = 400, seed: int = 0, **settings: object) -> list[Record]:
+    """Records of the train split; depth 1 to 3 in all styles unless told otherwise."""
+    spec = {
+        "max_depth": 3,
+        "typed_rate": 0.1,
+        "padded_rate": 0.1,
+        "flat_rate": 0.1,
+        "drill_rate": 0.1,
+    }
+    samples = generate(SampleSpec(**{**spec, **settings}), count, seed)
+    return [sample.record for sample in samples]
+
+
+def make_tokenizer(vocab_size: int = 300) -> ArithmeticTokenizer:
+    """A tokenizer of the size and kind that the product uses."""
+    return ArithmeticTokenizer.train(map(sequence_text, records()), vocab_size)
+
+
+def random_model(vocab_size: int, seed: int = 0, **shape: object) -> ArithmeticModel:
+    """A model whose every weight is random, norms included, so that each of them matters."""
+    torch.manual_seed(seed)
+    model = ArithmeticModel(ModelConfig(**{**TINY, **shape}), vocab_size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=2 * parameter.shape[1] ** -0.5)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def checkpoint_of(model: ArithmeticModel, tokenizer: ArithmeticTokenizer) -> Checkpoint:
+    """A checkpoint of a model that claims to have been trained on depth 1 to 3."""
+    seen = {
+        "styles": {"nested": 100},
+        "depths": [1, 2, 3],
+        "flat_terms": [],
+        "num_range": [1, 20],
+        "splits": {"train": 100},
+    }
+    return Checkpoint(model, tokenizer, "foundational", seen)

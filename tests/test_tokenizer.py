@@ -1,0 +1,206 @@
+"""The tokenizer: nothing is lost, digits stay single, and others read the same file alike."""
+
+import json
+import re
+
+import pytest
+from helpers import make_tokenizer, records
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from arithmetic_llm.data import sequence_text
+from arithmetic_llm.runtime import UserError
+from arithmetic_llm.solution import one_line, solve
+from arithmetic_llm.tokenizer import (
+    BOS,
+    EOS,
+    PAD,
+    SMALLEST_VOCAB,
+    SPECIAL_TOKENS,
+    THINK,
+    UNK,
+    ArithmeticTokenizer,
+)
+
+TOKENIZER = make_tokenizer()
+SMALLEST = make_tokenizer(SMALLEST_VOCAB)
+TEXTS = [sequence_text(record) for record in records(300, seed=1, num_range=(-50, 200))]
+
+ascii_text = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60)
+# Near misses of the task's own language, special tokens included.
+task_like = st.lists(
+    st.sampled_from([*"0123456789+-() ", " + ", " - ", *SPECIAL_TOKENS, "Step ", ": ", " = "])
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def of_transformers(tmp_path_factory):
+    from transformers import PreTrainedTokenizerFast
+
+    path = TOKENIZER.save(tmp_path_factory.mktemp("tokenizer"))
+    return PreTrainedTokenizerFast(tokenizer_file=str(path))
+
+
+# ---------------------------------------------------------------------------------- lossless
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, SMALLEST], ids=["trained", "no merges"])
+def test_every_text_of_the_task_survives(tokenizer):
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(ascii_text | task_like)
+@example(" ")
+@example("1 + 2  +  3 - -4")
+@example("<think><bos> </think>")
+def test_printable_ascii_survives(text):
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+def test_a_character_without_a_token_becomes_unk():
+    assert TOKENIZER.encode("5×3") == [*TOKENIZER.encode("5"), UNK, *TOKENIZER.encode("3")]
+
+
+def test_encode_batch_is_encode_of_each():
+    assert TOKENIZER.encode_batch(TEXTS[:20]) == [TOKENIZER.encode(text) for text in TEXTS[:20]]
+
+
+# ----------------------------------------------------------------------------- transformers
+
+
+def test_transformers_reads_the_same_ids_from_the_file(of_transformers):
+    for text in TEXTS:
+        assert of_transformers(text)["input_ids"] == TOKENIZER.encode(text)
+
+
+@given(text=ascii_text | task_like)
+def test_transformers_agrees_on_any_ascii(of_transformers, text):
+    ids = TOKENIZER.encode(text)
+    assert of_transformers(text)["input_ids"] == ids
+    assert of_transformers.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+# -------------------------------------------------------------------------------- the tokens
+
+
+def test_special_tokens_have_ids_0_to_5():
+    assert [TOKENIZER.encode(token) for token in SPECIAL_TOKENS] == [[i] for i in range(6)]
+    assert [TOKENIZER.kind(i) for i in range(7)] == ["special"] * 6 + ["text"]
+
+
+def test_no_token_holds_a_digit_or_an_operator_beside_anything_but_its_spaces():
+    for token_id in range(len(SPECIAL_TOKENS), TOKENIZER.vocab_size):
+        token = TOKENIZER.token(token_id)
+        if re.search(r"[0-9+\-()]", token):
+            assert re.fullmatch(r"[0-9()]| ?[+\-] ?", token), token
+
+
+def test_a_binary_operator_takes_its_spaces_and_a_sign_does_not():
+    pieces = [TOKENIZER.token(i) for i in TOKENIZER.encode("(14 - -2) + 137")]
+    assert pieces == ["(", "1", "4", " - ", "-", "2", ")", " + ", "1", "3", "7"]
+
+
+def test_the_words_of_a_solution_are_single_tokens():
+    text = one_line(solve("5 + (10 - 3)").text)
+    tokens = [TOKENIZER.token(i) for i in TOKENIZER.encode(text)]
+    assert {"<think>", " Step ", ": ", " = ", " Expression now: ", " Final Result: "} <= {*tokens}
+
+
+def test_kinds():
+    kinds = {TOKENIZER.token(i): TOKENIZER.kind(i) for i in range(TOKENIZER.vocab_size)}
+    assert (kinds["7"], kinds[" + "], kinds["-"], kinds["("], kinds[" Step "]) == (
+        "digit",
+        "operator",
+        "operator",
+        "parenthesis",
+        "text",
+    )
+
+
+def test_a_prompt_ends_with_think():
+    ids = TOKENIZER.prompt_ids("5 + 3")
+    assert (ids[0], ids[-1]) == (BOS, THINK)
+    assert TOKENIZER.decode(ids[1:]) == "Evaluate: 5 + 3 <think>"
+
+
+def test_decode_leaves_out_only_frame_tokens_when_asked():
+    ids = [BOS, *TOKENIZER.encode("1 <think>"), EOS, PAD]
+    assert TOKENIZER.decode(ids, skip_special=True) == "1 <think>"
+
+
+# ------------------------------------------------------------------------------- vocab size
+
+
+@pytest.mark.parametrize("bound", [SMALLEST_VOCAB, 110, 150, 100_000])
+def test_vocab_size_is_an_upper_bound(bound):
+    size = make_tokenizer(bound).vocab_size
+    assert SMALLEST_VOCAB <= size <= bound
+
+
+def test_a_vocab_without_room_for_ascii_is_refused():
+    with pytest.raises(UserError, match=f"at least {SMALLEST_VOCAB}"):
+        make_tokenizer(SMALLEST_VOCAB - 1)
+
+
+def test_training_twice_gives_the_same_tokenizer():
+    assert make_tokenizer().hash == TOKENIZER.hash != make_tokenizer(200).hash
+
+
+# ------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("name", ["", "tokenizer.json", "tokenizer.pkl"])
+def test_a_directory_its_file_and_the_old_pickle_name_all_load(tmp_path, name):
+    TOKENIZER.save(tmp_path)
+    assert ArithmeticTokenizer.load(tmp_path / name).hash == TOKENIZER.hash
+
+
+def test_the_hash_does_not_depend_on_white_space(tmp_path):
+    compact = json.dumps(json.loads(TOKENIZER.serialized), separators=(",", ":"))
+    assert ArithmeticTokenizer(compact).hash == TOKENIZER.hash
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    TOKENIZER.save(tmp_path)
+    (tmp_path / "tokenizer.pkl").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    assert ArithmeticTokenizer.load(tmp_path / "tokenizer.pkl").hash == TOKENIZER.hash
+
+
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"{}",
+        b"[1, 2]",
+        b"\xff\xfe\x00",
+        b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
+        TOKENIZER.serialized[:-200].encode(),
+        TOKENIZER.serialized.replace("<think>", "<thunk>").encode(),
+        b"[" * 100_000,
+    ],
+    ids=[
+        "empty",
+        "cut",
+        "no keys",
+        "a list",
+        "not text",
+        "no special tokens",
+        "truncated",
+        "other special tokens",
+        "deeply nested",
+    ],
+)
+def test_a_malformed_file_is_refused_by_name(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match="tokenizer.json") as refusal:
+        ArithmeticTokenizer.load(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match="no such tokenizer"):
+        ArithmeticTokenizer.load(tmp_path / "nowhere")
