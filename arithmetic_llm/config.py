@@ -97,6 +97,26 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """LoRA adapter."""
+
+    lora_rank: int = opt(8, "rank of the adapter", at_least=1)
+    lora_alpha: float = opt(16.0, "the adapter is scaled by alpha / rank", above=0.0)
+    lora_target_modules: str = opt(
+        "attention", "comma-separated: attention, feedforward, or single names such as q_proj"
+    )
+    lora_dropout: float = opt(
+        0.0, "dropout on the adapter's input", at_least=0.0, at_most=0.99
+    )
+    use_rslora: bool = opt(False, "scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023)")
+
+    @property
+    def scale(self) -> float:
+        """What ``B A x`` is multiplied by."""
+        return self.lora_alpha / (self.lora_rank**0.5 if self.use_rslora else self.lora_rank)
+
+
+@dataclass(frozen=True)
 class FoundationalConfig(TrainingConfig):
     """Foundational training."""
 
@@ -118,3 +138,41 @@ class InstructionConfig(TrainingConfig):
     )
     save_every: int = opt(500, "steps between checkpoints", at_least=1)
     max_seq_length: int = opt(0, "context in tokens; 0 = the foundational model's own", at_least=0)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation."""
+
+    model_path: str = opt("", "checkpoint of any stage", required=True)
+    tokenizer_path: str = opt(
+        "", "tokenizer directory; not needed, but if given it must be the checkpoint's own"
+    )
+    num_samples: int = opt(1000, "test problems, spread evenly over the depths", at_least=1)
+    min_depth: int = opt(1, "least exact depth", at_least=1)
+    max_depth: int = opt(5, "greatest exact depth", at_least=1)
+    num_range: tuple[int, int] = opt((1, 20), "smallest and largest number in a problem")
+    style: str = opt(
+        "nested",
+        "how problems are written: with exactly the parentheses of the tree, as people type, with "
+        "needless pairs, or as flat sums",
+        choices=("nested", "typed", "padded", "flat"),
+    )
+    flat_terms: int = opt(20, "most numbers in a flat sum", at_least=2)
+    invalid_rate: float = opt(
+        0.0, "fraction of invalid expressions; only ERROR is right", at_least=0.0, at_most=1.0
+    )
+    test_file: str = opt("", "evaluate all problems of this corpus file instead of drawing some")
+    seed: int = opt(42, "seed of the problems drawn, and of sampling", at_least=0)
+    temperature: float = opt(0.0, "0 = greedy", at_least=0.0)
+    top_k: int = opt(0, "sample among the k likeliest tokens; 0 = all", at_least=0)
+    top_p: float = opt(1.0, "sample among the likeliest this much", above=0.0, at_most=1.0)
+    max_gen_length: int = opt(
+        0,
+        "most new tokens of an answer; 0 = the longest right answer of the test and a quarter more "
+        "(at most 4 contexts), which cuts off no trained depth",
+        at_least=0,
+    )
+    batch_size: int = opt(64, "problems at a time: speed and memory, not results", at_least=1)
+    output_dir: str = opt("evaluation_results", "folder for the three result files")
+    device: str = opt("auto", "cpu, cuda, cuda:N or mps; auto = the CPU, where results repeat")

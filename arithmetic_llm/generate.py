@@ -41,6 +41,14 @@ class Completion:
     finish_reason: Literal["eos", "length"] = "length"
     margin: float = float("inf")  # smallest gap between the two best logits: a near-tie if ~1e-5
 
+    def add(self, token: int, logprob: float, margin: float) -> None:
+        """Append what one decoding step has given."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.margin = min(self.margin, margin)
+        if token == EOS:
+            self.finish_reason = "eos"
+
 
 @dataclass(frozen=True)
 class Emission:
@@ -77,28 +85,16 @@ def generate(
         rows = order[start : start + batch_size]
         batch = [prompts[row] for row in rows]
         for emission in decode(model, batch, max_new_tokens, sampling, rows):
-            for row in _collect(emission, completions):
-                on_done(row, completions[row])
+            for row, *what in zip(
+                emission.rows, emission.tokens, emission.logprobs, emission.margins, strict=True
+            ):
+                completions[row].add(*what)
+                if completions[row].finish_reason == "eos":
+                    on_done(row, completions[row])
         for row in rows:
             if completions[row].finish_reason == "length":
                 on_done(row, completions[row])
     return completions
-
-
-def _collect(emission: Emission, completions: list[Completion]) -> list[int]:
-    """Append each row's token to its completion; returns the rows that this token ends."""
-    ended = []
-    for row, token, logprob, margin in zip(
-        emission.rows, emission.tokens, emission.logprobs, emission.margins, strict=True
-    ):
-        completion = completions[row]
-        completion.tokens.append(token)
-        completion.logprobs.append(logprob)
-        completion.margin = min(completion.margin, margin)
-        if token == EOS:
-            completion.finish_reason = "eos"
-            ended.append(row)
-    return ended
 
 
 def decode(

@@ -1,0 +1,216 @@
+"""The solver for a person: read an expression, show the solution as it is written, check it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import unicodedata
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+from arithmetic_llm.expression import ExpressionError, parse
+from arithmetic_llm.judging import Outcome
+from arithmetic_llm.runtime import UserError
+from arithmetic_llm.solution import ERROR
+from arithmetic_llm.solver import ArithmeticSolver
+from arithmetic_llm.verifier import StepVerdict, verify
+
+PROMPT = "Enter expression: "
+RULE = "-" * 60
+FAREWELLS = ("exit", "quit", "q")
+CARET_WINDOW = 60  # characters of a long invalid expression that are shown
+
+_ERROR_WORDS = {
+    "arithmetic": "wrong result",
+    "wrong_reduction": "not the next operation",
+    "wrong_copy": "wrongly copied",
+    "unparseable": "unreadable",
+    "cut_off": "cut off",
+}
+
+
+@dataclass(frozen=True)
+class Marks:
+    """How right and wrong are shown."""
+
+    right: str
+    wrong: str
+
+
+SYMBOLS, PLAIN = Marks("✓", "✗"), Marks("[right]", "[wrong]")
+
+
+def marks_for(encoding: str | None) -> Marks:
+    """Symbols, or words where the encoding has no symbols."""
+    try:
+        (SYMBOLS.right + SYMBOLS.wrong).encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return PLAIN
+    return SYMBOLS
+
+
+# ----------------------------------------------------------------------------- the dialogue
+
+
+def run(solver: ArithmeticSolver) -> None:
+    """Read expressions and show solutions until ``exit``, end of input or Ctrl-C."""
+    _prepare_terminal()
+    marks = marks_for(sys.stdout.encoding)
+    try:
+        for typed in expressions():
+            for piece in answer(solver, typed, marks):
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print()
+
+
+def expressions() -> Iterator[str]:
+    """What the user types, line by line; piped input is echoed, so that a transcript is whole."""
+    while True:
+        try:
+            typed = input(PROMPT).strip()
+        except EOFError:
+            print()
+            return
+        if not sys.stdin.isatty():
+            print(typed)
+        if typed.lower() in FAREWELLS:
+            return
+        if typed:
+            yield typed
+
+
+def _prepare_terminal() -> None:
+    """Line editing and history where the platform has them; odd bytes never end the dialogue."""
+    with contextlib.suppress(ImportError):  # Windows has its own
+        import readline  # noqa: F401
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def answer(solver: ArithmeticSolver, typed: str, marks: Marks) -> Iterator[str]:
+    """All that is shown for one line of input, in pieces."""
+    try:
+        expression = parse(typed).canonical
+        solver.prompt(expression)
+    except ExpressionError as error:
+        yield explain(error)
+        return
+    except UserError as error:
+        yield f"\n{error}\n\n"
+        return
+    yield "".join(f"\nNote: {warning}.\n" for warning in solver.warnings(expression))
+    yield from screen(solver, expression, marks)
+
+
+def explain(error: ExpressionError) -> str:
+    """The invalid text, a caret under the place, and what is wrong there."""
+    text = "".join(c if c.isprintable() else " " for c in error.text)
+    start = max(0, error.column - CARET_WINDOW // 2)
+    before, after = text[start : error.column], text[error.column : start + CARET_WINDOW]
+    left, right = "..." * (start > 0), "..." * (start + CARET_WINDOW < len(text))
+    indent = " " * (len(left) + sum(map(_columns, before)))
+    return f"\n  {left}{before}{after}{right}\n  {indent}^\nInvalid expression: {error}\n\n"
+
+
+def _columns(character: str) -> int:
+    """How many columns of a terminal a character takes."""
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+# ------------------------------------------------------------------------------- the screen
+
+
+def screen(solver: ArithmeticSolver, expression: str, marks: Marks) -> Iterator[str]:
+    """The solution of a valid expression, as the model writes it, and what it is worth."""
+    yield f"\n{RULE}\nSOLUTION:\n{RULE}\n\nReasoning Steps:"
+    outcome = yield from Typesetter(expression, marks).set(solver.stream(expression))
+    yield f"\n{RULE}\n{comparison(outcome, marks)}\n"
+    if outcome.beyond_context:
+        yield f"Note: the text is longer than anything trained on ({solver.context:,} tokens).\n"
+    yield "\n"
+
+
+def comparison(outcome: Outcome, marks: Marks) -> str:
+    """The model's result against the exact one, in a sentence."""
+    if outcome.correct and outcome.verdict.trace_correct:
+        return f"{marks.right} Right: the exact result is {outcome.value}."
+    if outcome.correct:
+        return f"{marks.right} The result is right, {outcome.value}; the way to it is not."
+    if outcome.result is None:
+        stopped = f", stopped after {outcome.tokens:,} tokens" if outcome.cut_off else ""
+        return f"{marks.wrong} No result{stopped}; the exact one is {outcome.value}."
+    if outcome.result == ERROR:
+        return f"{marks.wrong} Wrong: this is a valid expression, its result is {outcome.value}."
+    return f"{marks.wrong} Wrong: the exact result is {outcome.value}."
+
+
+# What can be shown at once: the end of the trace, a whole word that might be a mark, or a piece of
+# one that cannot be.
+_SHOWABLE = re.compile(r"(\s*)(</think>|[SEF<]\S*(?=\s)|[^\sSEF<]+)")
+
+
+class Typesetter:
+    """Sets the one line that a model writes as the lines of the screen, marking each step.
+
+    A line begins at ``Step``, ``Expression``, ``Error:`` and ``Final``; so a word is held back
+    while it might become one of these, and every other character is shown as it comes.
+    """
+
+    def __init__(self, expression: str, marks: Marks):
+        self.expression, self.marks = expression, marks
+        self.held = ""  # written, and not yet shown
+        self.shown = ""
+        self.steps_marked = 0
+        self.new_line_due = True  # whatever the next word is
+
+    def set(self, pieces: Generator[str, None, Outcome]) -> Generator[str, None, Outcome]:
+        """The screen's text for a stream of pieces; returns what the stream returns."""
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                yield from self._feed(" ")  # nothing follows: whatever is held is a whole word
+                yield self._mark(end.value.steps)
+                return end.value
+            yield from self._feed(piece)
+
+    def _feed(self, piece: str) -> Iterator[str]:
+        self.held += piece
+        while match := _SHOWABLE.match(self.held):
+            self.held = self.held[match.end() :]
+            yield self._place(*match.groups())
+
+    def _place(self, space: str, word: str) -> str:
+        """A word as it goes on the screen, after the mark of the step that it ends."""
+        ends_step = word in ("Step", "Final", "</think>")
+        mark = self._mark(verify(self.expression, self.shown).steps) if ends_step else ""
+        self.shown += space + word
+        if word == "</think>":
+            self.new_line_due = True
+            return mark
+        return mark + self._separator(space, word) + word
+
+    def _separator(self, space: str, word: str) -> str:
+        due, self.new_line_due = self.new_line_due, False
+        if word == "Final":
+            return "\n\n"
+        if due or word in ("Step", "Expression", "Error:"):
+            return "\n  "
+        return " " if space else ""
+
+    def _mark(self, steps: tuple[StepVerdict, ...]) -> str:
+        """The mark of the last step, unless it has been shown."""
+        if len(steps) <= self.steps_marked:
+            return ""
+        self.steps_marked = len(steps)
+        last = steps[-1]
+        return (
+            f"  {self.marks.right}"
+            if last.ok
+            else f"  {self.marks.wrong} {_ERROR_WORDS[last.error]}"
+        )

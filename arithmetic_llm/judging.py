@@ -1,0 +1,349 @@
+"""Judging a policy: a verdict on each text that it wrote, and figures over all of them.
+
+A row of the figures holds the problems of one exact depth, the flat sums of one number of terms, or
+the invalid expressions; no problem is in two of them. Percentages run from 0 to 100 and each
+accuracy stands with its 95 % Wilson interval. Nothing here runs a model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import isfinite, sqrt
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from arithmetic_llm.corpus import Sample, split_of
+from arithmetic_llm.expression import ExpressionError, parse
+from arithmetic_llm.solution import Answer
+from arithmetic_llm.verifier import StepVerdict, Verdict, verify
+
+if TYPE_CHECKING:
+    from arithmetic_llm.generate import Completion
+    from arithmetic_llm.tokenizer import ArithmeticTokenizer
+
+NEAR_TIE = 1e-4  # a gap between the two best logits that another kernel's rounding might close
+
+# ------------------------------------------------------------------------------ the problems
+
+
+class Row(NamedTuple):
+    """Where a problem is counted: ``("depth", 3)``, ``("terms", 7)`` or ``("invalid", 0)``."""
+
+    kind: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem to put to a policy, and the row that it is counted in."""
+
+    expression: str  # canonical if it is valid, else as it stands
+    row: Row
+    low: int  # its smallest and largest number; both 0 if it is invalid
+    high: int
+    style: str | None = None  # as it was drawn, if that is known
+
+    @property
+    def depth(self) -> int | None:
+        """The exact depth of a problem that is counted by depth, else None."""
+        return self.row.number if self.row.kind == "depth" else None
+
+    @property
+    def terms(self) -> int | None:
+        """How many numbers a flat sum has, None for all else."""
+        return self.row.number if self.row.kind == "terms" else None
+
+
+def problem_from(text: str, style: str | None = None) -> Problem:
+    """Read a problem; a sum of three or more numbers without parentheses is flat in any style."""
+    try:
+        tree = parse(text)
+    except ExpressionError:
+        return Problem(text, Row("invalid", 0), 0, 0, style)
+    flat = tree.is_flat or style == "flat"
+    row = Row("terms", tree.terms) if flat else Row("depth", tree.depth)
+    numbers = [symbol for symbol in tree.postfix if isinstance(symbol, int)]
+    return Problem(tree.canonical, row, min(numbers), max(numbers), style)
+
+
+def problems_from(samples: Sequence[Sample]) -> list[Problem]:
+    """The problems of samples that were drawn, each in its own style."""
+    return [problem_from(sample.record.expression, sample.style) for sample in samples]
+
+
+def in_train_split(problems: Sequence[Problem]) -> int:
+    """How many problems belong to the train split, so that a model may have learned them."""
+    return sum(split_of(problem.expression) == "train" for problem in problems)
+
+
+def covered(problem: Problem, trained_on: dict[str, Any]) -> bool:
+    """Whether a checkpoint saw problems of this kind in training.
+
+    Args:
+        trained_on: what the checkpoint says, see `coverage.Coverage`.
+    """
+    styles, depths = trained_on["styles"], trained_on["depths"]
+    low, high = trained_on["num_range"]
+    if problem.row.kind == "invalid":
+        return "invalid" in styles
+    if problem.style is not None and problem.style not in styles:
+        return False
+    in_row = problem.depth in depths
+    if problem.terms is not None:  # 1 + 2 + 3 is a flat sum, but also (1 + 2) + 3 as typed
+        in_row = problem.terms in trained_on["flat_terms"]
+        in_row = in_row or ("typed" in styles and problem.terms - 1 in depths)
+    return in_row and low <= problem.low and problem.high <= high
+
+
+# ------------------------------------------------------------------------------ one outcome
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a policy wrote for one problem, and what it is worth."""
+
+    problem: Problem
+    text: str  # what followed the prompt, without <eos>
+    verdict: Verdict
+    tokens: int  # written, <eos> included
+    cut_off: bool  # by the length limit
+    beyond_context: bool  # prompt and text together are longer than any training sample could be
+    margin: float = float("inf")  # smallest gap between the two best logits on the way
+
+    @property
+    def expression(self) -> str:
+        """As the policy had it: canonical, or as it stands if it is invalid."""
+        return self.problem.expression
+
+    @property
+    def result(self) -> Answer | None:
+        """The final result as written; ``"ERROR"`` calls the problem invalid, None if none is."""
+        return self.verdict.predicted
+
+    @property
+    def value(self) -> Answer:
+        """The exact value; ``"ERROR"`` for an invalid expression."""
+        return self.verdict.answer
+
+    @property
+    def correct(self) -> bool:
+        """The final result is the exact value."""
+        return self.verdict.correct
+
+    @property
+    def steps(self) -> tuple[StepVerdict, ...]:
+        """The steps as written: ``text``, ``ok``, and ``error`` if one is not."""
+        return self.verdict.steps
+
+    @property
+    def near_tie(self) -> bool:
+        """Another kernel's rounding might have led to another text."""
+        return self.margin < NEAR_TIE
+
+    def as_dict(self) -> dict[str, Any]:
+        """An entry of ``sample_outputs_*.json``."""
+        verdict = self.verdict
+        return {
+            "expression": self.expression,
+            "depth": self.problem.depth,
+            "ground_truth": self.value,
+            "predicted": self.result,
+            "generated_text": self.text,
+            "correct": self.correct,
+            "error": verdict.error,
+            "terms": self.problem.terms,
+            "style": self.problem.style,
+            "trace_error": verdict.trace_error,
+            "first_error": verdict.first_error,
+            "valid_steps": verdict.valid_steps,
+            "needed_steps": verdict.needed_steps,
+            "tokens": self.tokens,
+            "cut_off": self.cut_off,
+            "beyond_context": self.beyond_context,
+            "margin": self.margin if isfinite(self.margin) else None,
+        }
+
+
+def judge(
+    problem: Problem,
+    completion: Completion,
+    prompt_tokens: int,
+    tokenizer: ArithmeticTokenizer,
+    context: int,
+) -> Outcome:
+    """Verify one completion.
+
+    Args:
+        prompt_tokens: length of the prompt.
+        context: the most tokens that a training sample could have.
+    """
+    cut_off = completion.finish_reason == "length"
+    text = tokenizer.decode(completion.tokens, skip_special=True).strip()
+    return Outcome(
+        problem=problem,
+        text=text,
+        verdict=verify(problem.expression, text, cut_off),
+        tokens=len(completion.tokens),
+        cut_off=cut_off,
+        beyond_context=prompt_tokens + len(completion.tokens) > context,
+        margin=completion.margin,
+    )
+
+
+# ------------------------------------------------------------------------------ the figures
+
+
+def wilson_interval(correct: int, samples: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval for a share (JASA 22, 1927), as fractions; 95 % by default.
+
+    Unlike the normal approximation it is right near 0 and 1: 0 of 10 may still be 27.8 %.
+    """
+    if samples == 0:
+        return 0.0, 1.0
+    share, spread = correct / samples, z * z / samples
+    center = (share + spread / 2) / (1 + spread)
+    half = sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def percent(part: float, whole: float) -> float | None:
+    """``part`` of ``whole`` in percent; None if there is no whole."""
+    return round(100 * part / whole, 4) if whole else None
+
+
+def accuracy(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """How many final results are right, with the 95 % interval in percent."""
+    correct = sum(outcome.correct for outcome in outcomes)
+    low, high = wilson_interval(correct, len(outcomes))
+    return {
+        "samples": len(outcomes),
+        "correct": correct,
+        "exact_match_accuracy": percent(correct, len(outcomes)),
+        "low": round(100 * low, 4),
+        "high": round(100 * high, 4),
+    }
+
+
+def quality(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What stands behind the accuracy: whether texts can be read, steps hold, and where they end.
+
+    ``step_validity_rate`` is the share of all needed steps that were written and right with no
+    wrong step before them; None where no step is needed.
+    """
+    verdicts = [outcome.verdict for outcome in outcomes]
+    count = len(outcomes)
+    valid, needed = sum(v.valid_steps for v in verdicts), sum(v.needed_steps for v in verdicts)
+    return {
+        "parse_success_rate": percent(sum(v.parseable for v in verdicts), count),
+        "step_validity_rate": percent(valid, needed),
+        "exact_trace_rate": percent(sum(v.trace_correct for v in verdicts), count),
+        "avg_generation_length": round(sum(o.tokens for o in outcomes) / count, 2)
+        if count
+        else None,
+        "cut_off_rate": percent(sum(o.cut_off for o in outcomes), count),
+        "beyond_context": sum(o.beyond_context for o in outcomes),
+    }
+
+
+def figures(outcomes: Sequence[Outcome], trained_on: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``evaluation_metrics_*.json``, but for the settings.
+
+    ``exact_match_accuracy`` speaks of all problems, invalid ones included; ``trained_depths`` of
+    those alone whose depth, numbers and style occurred in training.
+    """
+    overall = accuracy(outcomes)
+    verdicts = [outcome.verdict for outcome in outcomes]
+    return {
+        "exact_match_accuracy": overall["exact_match_accuracy"],
+        "low": overall["low"],
+        "high": overall["high"],
+        "total_samples": overall["samples"],
+        "correct_samples": overall["correct"],
+        "parseable_samples": sum(verdict.parseable for verdict in verdicts),
+        **quality(outcomes),
+        "trained_depths": accuracy(_of_trained_depths(outcomes, trained_on)),
+        "by_depth": rows(outcomes, "depth", trained_on),
+        "by_terms": rows(outcomes, "terms", trained_on),
+        "invalid": _invalid_row(outcomes, trained_on),
+        "errors": _count(verdict.error for verdict in verdicts),
+        "trace_errors": _count(verdict.trace_error for verdict in verdicts),
+        "near_ties": _near_ties(outcomes),
+    }
+
+
+def rows(
+    outcomes: Sequence[Outcome], kind: str, trained_on: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One dict for each number of a kind of row, ascending; see `Row`.
+
+    ``trained`` is None if the checkpoint does not say what it was trained on.
+    """
+    groups: dict[int, list[Outcome]] = {}
+    for outcome in outcomes:
+        if outcome.problem.row.kind == kind:
+            groups.setdefault(outcome.problem.row.number, []).append(outcome)
+    return [
+        {
+            kind: number,
+            **accuracy(group),
+            "trained": all(covered(o.problem, trained_on) for o in group) if trained_on else None,
+            **quality(group),
+        }
+        for number, group in sorted(groups.items())
+    ]
+
+
+def _of_trained_depths(outcomes: Sequence[Outcome], trained_on: dict[str, Any]) -> list[Outcome]:
+    if not trained_on:
+        return []
+    by_depth = [outcome for outcome in outcomes if outcome.problem.depth is not None]
+    return [outcome for outcome in by_depth if covered(outcome.problem, trained_on)]
+
+
+def _invalid_row(outcomes: Sequence[Outcome], trained_on: dict[str, Any]) -> dict[str, Any] | None:
+    found = rows(outcomes, "invalid", trained_on)
+    return {name: value for name, value in found[0].items() if name != "invalid"} if found else None
+
+
+def _count(errors: Iterable[str | None]) -> dict[str, int]:
+    return dict(Counter(error for error in errors if error).most_common())
+
+
+def _near_ties(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    smallest = min((outcome.margin for outcome in outcomes), default=float("inf"))
+    return {
+        "below": NEAR_TIE,
+        "samples": sum(outcome.near_tie for outcome in outcomes),
+        "smallest_margin": smallest if isfinite(smallest) else None,
+    }
+
+
+# ------------------------------------------------------------------------------ all of it
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """An evaluation: what was written for every problem, and all that is needed to repeat it."""
+
+    outcomes: tuple[Outcome, ...]
+    trained_on: dict[str, Any]  # what the checkpoint says of its training; may be empty
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0  # spent generating and judging
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON; see `figures`."""
+        tokens = sum(outcome.tokens for outcome in self.outcomes)
+        return {
+            **figures(self.outcomes, self.trained_on),
+            "seconds": round(self.seconds, 2),
+            "tokens_per_second": round(tokens / max(self.seconds, 1e-9)),
+            "trained_on": self.trained_on,
+            "settings": self.settings,
+        }
+
+    @property
+    def sample_outputs(self) -> list[dict[str, Any]]:
+        """One entry for every problem, in the order of the test."""
+        return [outcome.as_dict() for outcome in self.outcomes]

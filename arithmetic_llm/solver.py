@@ -1,0 +1,157 @@
+"""Solving with a trained model, and checking it: the same thing for a program and for a person.
+
+solver = ArithmeticSolver.from_checkpoint("models/instruction_.../best_model.pt")
+outcome = solver.solve("5 + (10 - 3)")
+outcome.result, outcome.value, outcome.correct  # the model's, the exact one, whether they agree
+for step in outcome.steps:
+    print(step.text, step.ok)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, overload
+
+from arithmetic_llm.checkpoint import check_tokenizer, load_checkpoint, resolve_stamp
+from arithmetic_llm.evaluate import room_to_answer
+from arithmetic_llm.generate import GREEDY, Completion, Sampling, decode, generate
+from arithmetic_llm.judging import Outcome, Problem, covered, judge, problem_from
+from arithmetic_llm.model import ArithmeticModel
+from arithmetic_llm.runtime import UserError, resolve_device
+from arithmetic_llm.tokenizer import ArithmeticTokenizer
+
+
+class ArithmeticSolver:
+    """A model with its tokenizer, ready to solve.
+
+    Args:
+        trained_on: what the checkpoint says of its training; decides what `warnings` says.
+        max_new_tokens: most tokens to write; 0 = enough for a right answer and some more.
+    """
+
+    def __init__(
+        self,
+        model: ArithmeticModel,
+        tokenizer: ArithmeticTokenizer,
+        trained_on: dict[str, Any] | None = None,
+        max_new_tokens: int = 0,
+        sampling: Sampling = GREEDY,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.trained_on = trained_on or {}
+        self.max_new_tokens, self.sampling = max_new_tokens, sampling
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, device: str = "auto", tokenizer_path: str = "", **options: Any
+    ) -> ArithmeticSolver:
+        """Load a checkpoint of any stage.
+
+        Args:
+            tokenizer_path: if given, must be the tokenizer that the checkpoint was trained with.
+            options: ``max_new_tokens``, ``sampling``.
+
+        Raises:
+            UserError: no checkpoint there, a damaged one, another tokenizer, no such device.
+        """
+        path = resolve_stamp(str(path))
+        checkpoint = load_checkpoint(path, resolve_device(device))
+        check_tokenizer(checkpoint, tokenizer_path, path)
+        return cls(checkpoint.model, checkpoint.tokenizer, checkpoint.trained_on, **options)
+
+    @property
+    def context(self) -> int:
+        """The most tokens that a training sample could have."""
+        return self.model.config.max_seq_length
+
+    @overload
+    def solve(self, expressions: str, batch_size: int = 64) -> Outcome: ...
+    @overload
+    def solve(self, expressions: Sequence[str], batch_size: int = 64) -> list[Outcome]: ...
+
+    def solve(self, expressions, batch_size=64):
+        """Solve one expression, or several as one batch.
+
+        Each is put to the model in canonical spelling, an invalid one as it stands. Both may be
+        solved wrongly; ``correct`` and ``steps`` tell.
+
+        Raises:
+            UserError: an expression that alone is longer than the model's context.
+        """
+        if isinstance(expressions, str):
+            return self.solve([expressions], batch_size)[0]
+        problems = [problem_from(expression) for expression in expressions]
+        prompts = [self.prompt(problem.expression) for problem in problems]
+        limits = [self._limit(problem) for problem in problems]
+        longest = max(limits, default=0)
+        written = generate(self.model, prompts, longest, self.sampling, batch_size)
+        return [self._judge(*row) for row in zip(problems, prompts, written, limits, strict=True)]
+
+    def stream(self, expression: str) -> Generator[str, None, Outcome]:
+        """Solve one expression, giving the text in pieces as they are written.
+
+        The generator's return value is what `solve` returns; the pieces joined and stripped are its
+        ``text``.
+
+        Raises:
+            UserError: as `solve`.
+        """
+        problem = problem_from(expression)
+        prompt, limit = self.prompt(problem.expression), self._limit(problem)
+        written = Completion()
+        for emission in decode(self.model, [prompt], limit, self.sampling):
+            written.add(emission.tokens[0], emission.logprobs[0], emission.margins[0])
+            yield self.tokenizer.decode(emission.tokens, skip_special=True)
+        return self._judge(problem, prompt, written, limit)
+
+    def prompt(self, expression: str) -> list[int]:
+        """Token ids of the prompt.
+
+        Raises:
+            UserError: it leaves no room for an answer within the context.
+        """
+        if len(expression) <= 20 * self.context:  # a longer one is not worth tokenising
+            ids = self.tokenizer.prompt_ids(expression)
+            if len(ids) < self.context:
+                return ids
+        raise UserError(
+            f"an expression of {len(expression):,} characters is too long: with its solution it "
+            f"must fit into this model's {self.context:,} tokens"
+        )
+
+    def warnings(self, expression: str) -> list[str]:
+        """In what the expression differs from all that the model was trained on."""
+        problem, seen = problem_from(expression), self.trained_on
+        if not seen or covered(problem, seen) or problem.row.kind == "invalid":
+            return []
+        found = []
+        if problem.depth is not None and problem.depth not in seen["depths"]:
+            found.append(f"depth {problem.depth}; trained on depth {_span(seen['depths'])}")
+        elif problem.terms is not None and problem.terms not in seen["flat_terms"]:
+            found.append(
+                f"a sum of {problem.terms} numbers; trained on {_span(seen['flat_terms'])}"
+            )
+        low, high = seen["num_range"]
+        if problem.low < low or problem.high > high:
+            found.append(f"numbers {problem.low} to {problem.high}; trained on {low} to {high}")
+        return found
+
+    def _limit(self, problem: Problem) -> int:
+        return self.max_new_tokens or room_to_answer([problem], self.tokenizer, self.context)
+
+    def _judge(
+        self, problem: Problem, prompt: list[int], written: Completion, limit: int
+    ) -> Outcome:
+        if len(written.tokens) > limit:  # others in its batch had more room
+            written = replace(written, tokens=written.tokens[:limit], finish_reason="length")
+        return judge(problem, written, len(prompt), self.tokenizer, self.context)
+
+
+def _span(numbers: Sequence[int]) -> str:
+    """``1 to 4``, ``3``, or ``none``."""
+    if not numbers:
+        return "none"
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
