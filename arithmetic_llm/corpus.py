@@ -77,7 +77,12 @@ def generate(
         yield _sample(draw_any(spec, style, split, rng), style, rng)
 
 
-def test_set(spec: SampleSpec, num_samples: int, seed: int, split: str = "test") -> list[Sample]:
+def test_set(
+    spec: SampleSpec,
+    num_samples: int,
+    seed: int,
+    split: str = "test",  # noqa: PT028  (this is no test)
+) -> list[Sample]:
     """Draw distinct problems of a split, as many of each depth (and length of flat sum) as of any.
 
     Where a depth has fewer problems than its share, all are used, and deeper ones take up the
@@ -248,12 +253,14 @@ def _records(path: Path) -> Iterator[Record]:
     for number, line in lines:
         try:
             if line.startswith("{"):
-                yield _from_json(line)
+                record = _from_json(line)
             else:
-                _, solution = next(lines, (number + 1, None))
-                yield _from_plain(line, solution)
+                expression = _plain_expression(line)
+                number, solution = next(lines, (number, None))
+                record = _from_plain(expression, solution)
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}") from None
+        yield record
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -276,13 +283,16 @@ def _from_json(line: str) -> Record:
     return _checked(Record(*(fields[key] for key in Record._fields)))
 
 
-def _from_plain(problem: str, solution: str | None) -> Record:
-    if not problem.startswith(problem_text("")):
+def _plain_expression(line: str) -> str:
+    if not line.startswith(problem_text("")):
         raise ValueError(f"neither a JSON object nor a problem ({problem_text('...')!r})")
+    return line.removeprefix(problem_text(""))
+
+
+def _from_plain(expression: str, solution: str | None) -> Record:
     if solution is None:
         raise ValueError("the problem has no solution line after it")
-    expression = problem.removeprefix(problem_text(""))
-    return _checked(Record(expression, problem, solution, read_answer(solution)))
+    return _checked(Record(expression, problem_text(expression), solution, read_answer(solution)))
 
 
 def _checked(record: Record) -> Record:

@@ -68,7 +68,11 @@ def test_a_bare_number_has_no_steps():
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("5 +", "missing operand"), ("6 18", "missing operator"), ("5 + 3abc", "unexpected character")],
+    [
+        ("5 +", "missing operand"),
+        ("6 18", "missing operator"),
+        ("5 + 3abc", "unexpected character"),
+    ],
 )
 def test_an_invalid_expression_is_refused_with_a_reason(text, reason):
     solution = solve(text)

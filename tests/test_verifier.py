@@ -139,7 +139,11 @@ def test_wrong_words_on_an_invalid_expression(text, kind):
 
 def test_a_valid_expression_refused():
     verdict = verify(PROBLEM, "Error: missing operand </think> Final Result: ERROR")
-    assert (verdict.error, verdict.first_error, verdict.predicted) == ("wrong_reduction", 0, "ERROR")
+    assert (verdict.error, verdict.first_error, verdict.predicted) == (
+        "wrong_reduction",
+        0,
+        "ERROR",
+    )
 
 
 # ------------------------------------------------------------------- judged on their merit
@@ -190,7 +194,9 @@ def test_a_right_text_cut_off_anywhere_is_cut_off():
 
 
 def test_half_a_number_before_the_limit_is_cut_off_not_wrong():
-    verdict = verify("7 + 5", "Step 1: 7 + 5 = 12 Expression now: 12 </think> Final Result: 1", True)
+    verdict = verify(
+        "7 + 5", "Step 1: 7 + 5 = 12 Expression now: 12 </think> Final Result: 1", True
+    )
     assert (verdict.error, verdict.predicted) == ("cut_off", 1)
 
 

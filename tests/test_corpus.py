@@ -1,0 +1,320 @@
+"""Splits, exact counts, test sets, corpus files and their readers."""
+
+import hashlib
+import itertools
+import json
+import random
+import tracemalloc
+from collections import Counter
+
+import pytest
+
+from arithmetic_llm import corpus
+from arithmetic_llm.corpus import (
+    CorpusConfig,
+    classify,
+    generate,
+    json_line,
+    make_corpus,
+    plain_lines,
+    read_corpus,
+)
+from arithmetic_llm.drawing import SPLITS, shuffled, split_of
+from arithmetic_llm.expression import parse
+from arithmetic_llm.runtime import UserError
+from arithmetic_llm.sampling import STYLES, TREE_STYLES, SampleSpec
+from arithmetic_llm.solution import ERROR, one_line, solve
+
+MIXED = SampleSpec(
+    max_depth=3,
+    invalid_rate=0.1,
+    typed_rate=0.1,
+    padded_rate=0.2,
+    flat_rate=0.1,
+    drill_rate=0.2,
+)
+ALL_DEPTH_1 = [f"{a} {op} {b}" for a, b in itertools.product(range(1, 21), repeat=2) for op in "+-"]
+GOLDEN_SHA256 = "b8a7efe6ba0781bc93e039f7bbd89c77954783613d7bf5de3f55f00c2694ac1b"
+
+
+def tree_of(sample):
+    return parse(sample.record.expression).postfix
+
+
+# -------------------------------------------------------------------------------- splits
+
+
+@pytest.mark.parametrize(
+    ("expression", "split"),
+    [
+        ("5 + (10 - 3)", "train"),
+        ("14 - -2", "train"),
+        ("7", "train"),
+        ("5 +", "train"),
+        ("1 + 1", "validation"),
+        ("2 + 7", "validation"),
+        ("3 - 9", "test"),
+        ("1 + 17", "test"),
+    ],
+)
+def test_a_problem_stays_in_its_split_for_ever(expression, split):
+    assert split_of(expression) == split
+
+
+def test_all_spellings_of_a_tree_are_in_one_split():
+    for expression in ALL_DEPTH_1[:200]:
+        spellings = [
+            expression.replace(" ", ""),
+            f"(({expression}))",
+            f"({expression[0]}){expression[1:]}",
+        ]
+        assert {split_of(text) for text in spellings} == {split_of(expression)}
+    assert split_of("1 + 2 - (3 - 4)") == split_of("((1 + 2)) - (3 - 4)")
+    different = {split_of(f"1 + (2 - {n})") == split_of(f"1 + 2 - {n}") for n in range(300)}
+    assert different == {True, False}  # another tree is another problem
+
+
+def test_nine_in_ten_are_for_training():
+    counts = Counter(split_of(f"1 + {n}") for n in range(20_000))
+    assert counts["train"] == pytest.approx(18_000, abs=150)
+    assert counts["test"] == pytest.approx(1000, abs=100)
+
+
+def test_any_text_has_a_split():
+    assert {split_of(text) for text in ("", "\ud800", "\n", "(" * 50_000)} <= set(SPLITS)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("split", SPLITS)
+def test_samples_are_of_their_split_and_style(style, split):
+    rates = dict.fromkeys((f"{other}_rate" for other in STYLES[1:]), 0.0)
+    rates |= {f"{style}_rate": 1.0} if style != "nested" else {}
+    for sample in generate(SampleSpec(**rates), 60, seed=1, split=split):
+        assert sample.style == style
+        assert split_of(sample.record.expression) == split
+
+
+# ------------------------------------------------------------------------------- drawing
+
+
+def test_counts_are_exact_in_any_order():
+    styles = [sample.style for sample in generate(MIXED, 1000, seed=5)]
+    assert Counter(styles) == MIXED.style_counts(1000)
+    assert Counter(styles)["invalid"] == 100
+    assert 20 < styles[:300].count("invalid") < 45  # spread all over, not in one place
+
+
+def test_shuffled_is_uniform():
+    rng = random.Random(0)
+    orders = Counter("".join(shuffled({"a": 2, "b": 1}, rng)) for _ in range(3000))
+    assert set(orders) == {"aab", "aba", "baa"}
+    assert all(count == pytest.approx(1000, abs=100) for count in orders.values())
+
+
+def test_records_are_what_the_solver_says():
+    for record, style, depth, terms in generate(MIXED, 500, seed=3):
+        solution = solve(record.expression)
+        assert record.problem == f"Evaluate: {record.expression}"
+        assert (record.solution, record.answer) == (solution.text, solution.answer)
+        assert (
+            (record.answer == ERROR) == (style == "invalid") == (depth is None) == (terms is None)
+        )
+        if style != "invalid":
+            expression = parse(record.expression)
+            assert (expression.depth, expression.terms) == (depth, terms)
+        if style in TREE_STYLES:
+            assert 1 <= depth <= 3
+
+
+def test_generating_takes_constant_memory():
+    samples = generate(MIXED, 100_000, seed=1)
+    next(samples)
+    tracemalloc.start()
+    for _ in itertools.islice(samples, 5000):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+def test_a_split_without_problems_is_an_error_and_not_an_endless_search():
+    spec = SampleSpec(num_range=(3, 3), max_depth=1, invalid_rate=0.0, typed_rate=0.0)
+    assert split_of("3 + 3") == split_of("3 - 3") == "train"
+    with pytest.raises(UserError, match="test split has no problem of nested style"):
+        next(generate(spec, 1, seed=1, split="test"))
+    with pytest.raises(UserError, match="test split has no problem of depth 1"):
+        corpus.test_set(spec, 10, seed=1)
+
+
+# ------------------------------------------------------------------------------ test sets
+
+
+def test_test_problems_are_distinct_and_of_the_test_split():
+    spec = SampleSpec(max_depth=4, invalid_rate=0.1, typed_rate=0.3, padded_rate=0.2)
+    samples = corpus.test_set(spec, 1000, seed=42)
+    assert len(samples) == 1000
+    assert {split_of(sample.record.expression) for sample in samples} == {"test"}
+    trees = [tree_of(sample) for sample in samples if sample.style in TREE_STYLES]
+    assert len(trees) == len(set(trees)) == 900
+    invalid = [sample.record.expression for sample in samples if sample.style == "invalid"]
+    assert len(invalid) == len(set(invalid)) == 100
+
+
+def test_a_small_depth_is_exhausted_and_the_others_share_the_rest():
+    spec = SampleSpec(max_depth=4, invalid_rate=0.0, typed_rate=0.0)
+    samples = corpus.test_set(spec, 1000, seed=1)
+    ones = {sample.record.expression for sample in samples if sample.depth == 1}
+    assert ones == {text for text in ALL_DEPTH_1 if split_of(text) == "test"}
+    rest = Counter(sample.depth for sample in samples if sample.depth > 1)
+    assert sum(rest.values()) == 1000 - len(ones)
+    assert max(rest.values()) - min(rest.values()) <= 1
+
+
+def test_no_more_than_there_is():
+    spec = SampleSpec(max_depth=1, invalid_rate=0.0, typed_rate=0.5)
+    samples = corpus.test_set(spec, 1000, seed=1)
+    assert len(samples) == sum(split_of(text) == "test" for text in ALL_DEPTH_1)
+    assert len({tree_of(sample) for sample in samples}) == len(samples)
+
+
+def test_flat_sums_are_even_over_their_lengths():
+    spec = SampleSpec(flat_rate=1.0, flat_terms=6, invalid_rate=0.0, typed_rate=0.0)
+    samples = corpus.test_set(spec, 300, seed=1)
+    counts = Counter(sample.terms for sample in samples)
+    assert counts[2] == sum(split_of(text) == "test" for text in ALL_DEPTH_1)
+    assert sum(counts.values()) == 300
+    assert max(counts[n] for n in range(3, 7)) - min(counts[n] for n in range(3, 7)) <= 1
+
+
+def test_the_same_seed_makes_the_same_set():
+    assert corpus.test_set(MIXED, 200, seed=9) == corpus.test_set(MIXED, 200, seed=9)
+    assert corpus.test_set(MIXED, 200, seed=9) != corpus.test_set(MIXED, 200, seed=8)
+
+
+# ------------------------------------------------------------------------------- writing
+
+
+@pytest.fixture
+def config():
+    return CorpusConfig(
+        num_samples=200, max_depth=3, padded_rate=0.1, flat_rate=0.1, drill_rate=0.1
+    )
+
+
+@pytest.mark.parametrize("as_text", [json_line, plain_lines])
+def test_what_is_written_is_read_back(tmp_path, config, as_text, capsys):
+    path = tmp_path / "new" / "corpus.txt"
+    make_corpus(config, path, as_text)
+    written = [sample.record for sample in generate(config, 200, seed=42)]
+    if as_text is plain_lines:
+        written = [record._replace(solution=one_line(record.solution)) for record in written]
+    assert list(read_corpus(path)) == written
+    assert "200 samples, train split, seed 42" in capsys.readouterr().out
+
+
+def test_json_keys_are_in_the_documented_order(config):
+    record = next(generate(config, 1, seed=1)).record
+    assert list(json.loads(json_line(record))) == ["expression", "problem", "solution", "answer"]
+
+
+def test_the_same_seed_makes_the_same_bytes_on_every_machine(tmp_path, config):
+    """A changed hash means that every published file changes: only ever on purpose."""
+    path = tmp_path / "corpus.txt"
+    make_corpus(config, path, plain_lines)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest == GOLDEN_SHA256
+    assert b"\r" not in path.read_bytes()
+
+
+def test_the_sidecar_describes_the_file(tmp_path, config):
+    path = tmp_path / "corpus.txt"
+    make_corpus(config, path, json_line)
+    meta = json.loads((tmp_path / "corpus.txt.meta.json").read_text())
+    assert meta["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert meta["samples"] == 200
+    assert meta["by_style"] == {style: n for style, n in config.style_counts(200).items() if n}
+    samples = [*generate(config, 200, seed=42)]
+    depths = Counter(str(sample.depth) for sample in samples if sample.style in TREE_STYLES)
+    assert meta["by_depth"] == depths
+    assert sum(meta["flat_by_terms"].values()) == 20
+    assert meta["settings"]["seed"] == 42
+    assert meta["settings"]["num_range"] == [1, 20]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, config, monkeypatch):
+    path = tmp_path / "corpus.txt"
+    path.write_text("old")
+    monkeypatch.setattr(corpus, "generate", lambda *_: (1 / 0 for _ in range(3)))
+    with pytest.raises(ZeroDivisionError):
+        make_corpus(config, path, json_line)
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["corpus.txt"]
+
+
+def test_fewer_problems_than_asked_for_are_announced(tmp_path, capsys):
+    config = CorpusConfig(
+        num_samples=100, max_depth=1, invalid_rate=0.0, typed_rate=0.0, split="test"
+    )
+    make_corpus(config, tmp_path / "corpus.txt", json_line)
+    assert "fewer than asked for" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------- reading
+
+GOOD_JSON = json_line(next(generate(MIXED, 1, seed=1)).record).strip()
+GOOD_PLAIN = plain_lines(next(generate(MIXED, 1, seed=1)).record).strip()
+FIELDS = json.loads(GOOD_JSON)
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "reason"),
+    [
+        (GOOD_JSON + "\nhello\n", 2, "neither a JSON object nor a problem"),
+        (GOOD_JSON + "\n\n" + GOOD_JSON, 2, "neither a JSON object nor a problem"),
+        (GOOD_JSON[:-5], 1, "not a JSON object"),
+        ("{" * 100_000, 1, "not a JSON object"),
+        ("[1]", 1, "neither"),
+        (json.dumps({**FIELDS, "answer": 10**6}), 1, "is not the final result"),
+        (json.dumps({**FIELDS, "answer": str(FIELDS["answer"])}), 1, "is not the final result"),
+        (json.dumps({**FIELDS, "answer": True}), 1, "is not the final result"),
+        (json.dumps({**FIELDS, "problem": "Evaluate: 1"}), 1, "the problem is not"),
+        (json.dumps({**FIELDS, "expression": 5}), 1, "'expression' is not a string"),
+        (json.dumps({**FIELDS, "solution": "Final Result: 1"}), 1, "no <think>"),
+        (json.dumps({k: v for k, v in FIELDS.items() if k != "answer"}), 1, "'answer' is missing"),
+        (GOOD_PLAIN + "\nEvaluate: 1 + 1", 3, "no solution line"),
+        (GOOD_PLAIN + "\nEvaluate: 1 + 1\n<think> </think>\n", 4, "Final Result"),
+        (GOOD_PLAIN + "\nEvaluate: 1 + 1\n" + GOOD_PLAIN, 4, "no <think>"),
+        ("Step 1\n", 1, "neither"),
+        ("\ufeff" + GOOD_JSON, 1, "neither"),
+        (GOOD_JSON.encode() + b"\n\xff\xfe\n", 2, "not UTF-8"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, content, line, reason):
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as caught:
+        list(read_corpus(path))
+    assert str(caught.value).startswith(f"{path}:{line}: ")
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_file_a_directory_and_an_empty_file(tmp_path):
+    (tmp_path / "empty").touch()
+    for path in (tmp_path / "nothing", tmp_path, tmp_path / "empty"):
+        with pytest.raises(UserError, match=str(path)):
+            read_corpus(path)
+
+
+def test_windows_line_ends_are_read(tmp_path):
+    (tmp_path / "corpus.txt").write_bytes((GOOD_PLAIN + "\n").replace("\n", "\r\n").encode())
+    (record,) = read_corpus(tmp_path / "corpus.txt")
+    assert plain_lines(record) == GOOD_PLAIN + "\n"
+
+
+def test_records_are_classified_by_their_text():
+    for sample in generate(MIXED, 300, seed=2):
+        seen = classify(sample.record)
+        assert (seen.depth, seen.terms) == (sample.depth, sample.terms)
+        alike = sample.style in ("typed", "flat", "drill") or seen.style == sample.style
+        assert alike, sample.record.expression
