@@ -121,6 +121,30 @@ def random_model(vocab_size: int, seed: int = 0, **shape: object) -> ArithmeticM
     return model.eval()
 
 
+def of_transformers(model: ArithmeticModel):
+    """The same weights in transformers' own model of the architecture, Qwen3."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = model.config
+    theirs = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=model.vocab_size,
+            hidden_size=config.d_model,
+            intermediate_size=config.dim_feedforward,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.nhead,
+            num_key_value_heads=config.nhead,
+            head_dim=config.head_dim,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            max_position_embeddings=config.max_seq_length,
+            tie_word_embeddings=config.tie_embeddings,
+            attn_implementation="eager",
+        )
+    )
+    theirs.load_state_dict(model.state_dict(), strict=True)
+    return theirs.eval()
+
+
 def checkpoint_of(model: ArithmeticModel, tokenizer: ArithmeticTokenizer) -> Checkpoint:
     """A checkpoint of a model that claims to have been trained on depth 1 to 3."""
     seen = {

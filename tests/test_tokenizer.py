@@ -59,7 +59,7 @@ def test_printable_ascii_survives(text):
 
 
 def test_a_character_without_a_token_becomes_unk():
-    assert TOKENIZER.encode("5×3") == [*TOKENIZER.encode("5"), UNK, *TOKENIZER.encode("3")]
+    assert TOKENIZER.encode("5\u00d73") == [*TOKENIZER.encode("5"), UNK, *TOKENIZER.encode("3")]
 
 
 def test_encode_batch_is_encode_of_each():
@@ -167,8 +167,6 @@ def test_a_pickle_is_never_opened(tmp_path):
     assert ArithmeticTokenizer.load(tmp_path / "tokenizer.pkl").hash == TOKENIZER.hash
 
 
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -196,7 +194,7 @@ def test_a_pickle_is_never_opened(tmp_path):
 )
 def test_a_malformed_file_is_refused_by_name(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(UserError, match="tokenizer.json") as refusal:
+    with pytest.raises(UserError, match=r"tokenizer\.json") as refusal:
         ArithmeticTokenizer.load(tmp_path)
     assert "\n" not in str(refusal.value)
 

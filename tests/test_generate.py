@@ -1,0 +1,224 @@
+"""The decoder against a naive loop and transformers; and batches change nothing."""
+
+from collections import Counter
+
+import pytest
+import torch
+from helpers import of_transformers, random_model
+
+from arithmetic_llm.generate import (
+    GREEDY,
+    Completion,
+    Sampling,
+    decode,
+    generate,
+    truncated_logprobs,
+)
+from arithmetic_llm.tokenizer import BOS, EOS
+
+VOCAB = 61
+MODEL = random_model(VOCAB, seed=1)
+LIMIT = 24
+SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.95, seed=5)
+
+
+def make_prompts(count, seed=0):
+    """Prompts of 1 to 30 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 30, (count,), generator=generator).tolist()
+    return [
+        [BOS, *torch.randint(6, VOCAB, (length,), generator=generator).tolist()]
+        for length in lengths
+    ]
+
+
+PROMPTS = make_prompts(70)
+
+
+@torch.no_grad()
+def naive_greedy(model, prompt, limit):
+    """One token at a time, one row at a time, no cache."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + limit:
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        if ids[-1] == EOS:
+            break
+    return ids[len(prompt) :]
+
+
+# ------------------------------------------------------------------------------------ greedy
+
+
+def test_greedy_equals_the_naive_loop():
+    completions = generate(MODEL, PROMPTS[:20], LIMIT)
+    for prompt, completion in zip(PROMPTS[:20], completions, strict=True):
+        assert completion.tokens == naive_greedy(MODEL, prompt, LIMIT)
+
+
+def test_greedy_equals_generate_of_transformers():
+    theirs = of_transformers(MODEL)
+    completions = generate(MODEL, PROMPTS[:10], LIMIT)
+    for prompt, completion in zip(PROMPTS[:10], completions, strict=True):
+        ids = theirs.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=LIMIT,
+            do_sample=False,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+        assert completion.tokens == ids[0, len(prompt) :].tolist()
+
+
+def test_the_reason_to_stop_is_told():
+    completions = generate(MODEL, PROMPTS, LIMIT)
+    ended = [completion for completion in completions if completion.finish_reason == "eos"]
+    assert 0 < len(ended) < len(completions)  # this model does both, at various lengths
+    assert len({len(completion.tokens) for completion in ended}) > 3
+    for completion in completions:
+        assert (completion.tokens[-1] == EOS) == (completion.finish_reason == "eos")
+        assert EOS not in completion.tokens[:-1]
+        if completion.finish_reason == "length":
+            assert len(completion.tokens) == LIMIT
+
+
+def test_a_limit_of_zero_writes_nothing():
+    assert generate(MODEL, PROMPTS[:2], 0) == [Completion(), Completion()]
+
+
+def test_no_prompts_no_completions():
+    assert generate(MODEL, [], LIMIT) == []
+
+
+# ----------------------------------------------------------------------------- batch invariance
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_the_batch_size_changes_no_token(sampling):
+    one, seven, many = (
+        [c.tokens for c in generate(MODEL, PROMPTS, LIMIT, sampling, batch_size=size)]
+        for size in (1, 7, 64)
+    )
+    assert one == seven == many
+
+
+def test_a_row_writes_the_same_whoever_its_neighbours_are():
+    alone = generate(MODEL, PROMPTS[:1], LIMIT)[0].tokens
+    for seed in range(3):
+        assert generate(MODEL, [PROMPTS[0], *make_prompts(9, seed)], LIMIT)[0].tokens == alone
+
+
+def test_completions_stand_in_the_order_of_the_prompts():
+    forwards = [c.tokens for c in generate(MODEL, PROMPTS, LIMIT, batch_size=7)]
+    backwards = [c.tokens for c in generate(MODEL, PROMPTS[::-1], LIMIT, batch_size=7)]
+    assert forwards == backwards[::-1]
+
+
+def test_every_row_is_reported_once_when_it_is_done():
+    done = []
+    completions = generate(
+        MODEL,
+        PROMPTS,
+        LIMIT,
+        batch_size=16,
+        on_done=lambda row, c: done.append((row, len(c.tokens))),
+    )
+    assert sorted(done) == [(row, len(c.tokens)) for row, c in enumerate(completions)]
+
+
+# --------------------------------------------------------------------------------- streaming
+
+
+def test_tokens_stream_as_they_are_written_and_finished_rows_leave():
+    expected = generate(MODEL, PROMPTS[:12], LIMIT)
+    streamed = [[] for _ in range(12)]
+    counts = []
+    for emission in decode(MODEL, PROMPTS[:12], LIMIT):
+        counts.append(len(emission.rows))
+        for row, token in zip(emission.rows, emission.tokens, strict=True):
+            streamed[row].append(token)
+    assert streamed == [completion.tokens for completion in expected]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] < counts[0]
+
+
+def test_a_stream_that_is_left_early_leaves_the_model_as_it_was():
+    MODEL.train()
+    stream = decode(MODEL, PROMPTS[:2], LIMIT)
+    next(stream)
+    assert not MODEL.training
+    stream.close()
+    assert MODEL.training
+    MODEL.eval()
+
+
+# -------------------------------------------------------------------------- log-probabilities
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(temperature=0.7, seed=2), SAMPLED], ids=["greedy", "T", "all"]
+)
+def test_logprobs_are_those_of_a_full_forward_pass(sampling):
+    for prompt, completion in zip(
+        PROMPTS[:8], generate(MODEL, PROMPTS[:8], LIMIT, sampling), strict=True
+    ):
+        logits = MODEL(torch.tensor([prompt + completion.tokens]))[0, len(prompt) - 1 : -1]
+        logprobs = truncated_logprobs(logits, sampling)
+        expected = logprobs.gather(1, torch.tensor(completion.tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_the_margin_is_the_smallest_gap_between_the_two_best_logits():
+    (completion,) = generate(MODEL, PROMPTS[:1], LIMIT)
+    ids = torch.tensor([PROMPTS[0] + completion.tokens])
+    best = MODEL(ids)[0, len(PROMPTS[0]) - 1 : -1].topk(2).values
+    assert completion.margin == pytest.approx((best[:, 0] - best[:, 1]).min().item(), abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("top_k", [0, 1, 5, VOCAB + 3])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 0.01])
+def test_the_distribution_is_that_of_transformers(temperature, top_k, top_p):
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(50, VOCAB, generator=torch.Generator().manual_seed(0)) * 3
+    expected = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1.0:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    ours = truncated_logprobs(logits, Sampling(temperature, top_k, top_p))
+    torch.testing.assert_close(ours, expected.log_softmax(-1))
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says():
+    draws, sampling = 4000, Sampling(temperature=1.3, top_k=8, top_p=0.9, seed=3)
+    prompt = PROMPTS[0]
+    with torch.no_grad():
+        logits = MODEL(torch.tensor([prompt]))[0, -1]
+    probs = truncated_logprobs(logits, sampling).exp()
+    drawn = Counter(c.tokens[0] for c in generate(MODEL, [prompt] * draws, 1, sampling, 2000))
+    possible = probs.nonzero().flatten().tolist()
+    assert drawn.keys() <= {*possible}
+    assert len(possible) > 3
+    chi_square = sum((drawn[t] - draws * probs[t]) ** 2 / (draws * probs[t]) for t in possible)
+    assert chi_square < 27  # 7 degrees of freedom at most: exceeded by chance once in 3,000
+
+
+def test_the_seed_decides_what_is_drawn():
+    def tokens(seed):
+        sampling = Sampling(temperature=1.0, seed=seed)
+        return [c.tokens for c in generate(MODEL, PROMPTS[:5], LIMIT, sampling)]
+
+    assert tokens(1) == tokens(1) != tokens(2)
+
+
+def test_equal_prompts_are_drawn_independently():
+    sampling = Sampling(temperature=1.0, seed=1)
+    completions = generate(MODEL, [PROMPTS[0]] * 8, LIMIT, sampling)
+    assert len({tuple(completion.tokens) for completion in completions}) > 4

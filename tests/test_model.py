@@ -1,0 +1,168 @@
+"""The model against transformers' Qwen3, and what a row may and may not see."""
+
+import pytest
+import torch
+from helpers import TINY, of_transformers, random_model
+
+from arithmetic_llm.config import ModelConfig
+from arithmetic_llm.model import ArithmeticModel, initialise, rotary_angles, rotate
+from arithmetic_llm.runtime import UserError
+from arithmetic_llm.tokenizer import PAD
+
+VOCAB = 61
+MODEL = random_model(VOCAB)
+
+
+def random_ids(rows, tokens, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(6, VOCAB, (rows, tokens), generator=generator)
+
+
+# ----------------------------------------------------------------------------------- parity
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("rope_theta", [10000.0, 500.0])
+def test_logits_equal_those_of_transformers(tied, rope_theta):
+    model = random_model(VOCAB, tie_embeddings=tied, rope_theta=rope_theta)
+    ids = random_ids(3, 50)
+    ours, theirs = model(ids), of_transformers(model)(ids).logits
+    assert ours.std() > 0.5  # else closeness would say little
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_cached_logits_of_ragged_rows_equal_those_of_transformers():
+    theirs = of_transformers(MODEL)
+    lengths, steps = torch.tensor([20, 3, 11]), 6
+    ids = random_ids(3, 20 + steps)
+    cache = MODEL.new_cache(3)
+    MODEL.hidden_states(ids[:, :20], cache, lengths)
+    for step in range(steps):
+        at = lengths + step
+        ours = MODEL(ids[torch.arange(3), at][:, None], cache)[:, 0]
+        for row in range(3):
+            expected = theirs(ids[row : row + 1, : at[row] + 1]).logits[0, -1]
+            torch.testing.assert_close(ours[row], expected, atol=1e-4, rtol=0)
+
+
+# --------------------------------------------------------------------------------- the cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cuts", [[1] * 12, [5, 7], [4, 1, 1, 6]])
+def test_the_cache_changes_no_logits_however_the_text_is_cut(cuts):
+    ids = random_ids(2, 12)
+    cache = MODEL.new_cache(2)
+    parts = [MODEL(part, cache) for part in ids.split(cuts, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), MODEL(ids), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_rows_that_are_dropped_leave_the_others_alone():
+    ids = random_ids(3, 9)
+    cache, reference = MODEL.new_cache(3), MODEL(ids)
+    MODEL.hidden_states(ids[:, :8], cache, torch.tensor([8, 2, 8]))
+    cache.keep(torch.tensor([0, 2]))
+    last = MODEL(ids[[0, 2], 8:], cache)
+    torch.testing.assert_close(last[:, 0], reference[[0, 2], 8], atol=1e-4, rtol=0)
+
+
+# ----------------------------------------------------------------------------------- padding
+
+
+@torch.no_grad()
+def test_whatever_stands_in_the_padding_no_bit_of_any_row_changes():
+    lengths = torch.tensor([15, 4, 9])
+    padding = torch.arange(15) >= lengths[:, None]
+    last = []
+    for filler in (PAD, 7, VOCAB - 1):
+        ids = random_ids(3, 15).masked_fill(padding, filler)
+        cache = MODEL.new_cache(3)
+        hidden = MODEL.hidden_states(ids, cache, lengths)
+        following = MODEL(random_ids(3, 1, seed=9), cache)
+        last.append((hidden[~padding], following))
+    for hidden, following in last[1:]:
+        assert torch.equal(hidden, last[0][0])
+        assert torch.equal(following, last[0][1])
+
+
+@torch.no_grad()
+def test_garbage_in_unused_slots_of_the_cache_changes_no_bit():
+    lengths, ids, following = torch.tensor([15, 4]), random_ids(2, 15), random_ids(2, 1, seed=9)
+    results = []
+    for garbage in (0.0, 1e30, -1e30):
+        cache = MODEL.new_cache(2)
+        MODEL.hidden_states(ids, cache, lengths)
+        cache.keys[:, 1, :, 4:] = garbage
+        cache.values[:, 1, :, 4:] = garbage
+        results.append(MODEL(following, cache))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@torch.no_grad()
+def test_no_position_sees_a_later_one():
+    ids = random_ids(2, 12)
+    changed = ids.clone()
+    changed[:, 7:] = random_ids(2, 5, seed=3)
+    assert torch.equal(MODEL(ids)[:, :7], MODEL(changed)[:, :7])
+    assert not torch.allclose(MODEL(ids)[:, 7:], MODEL(changed)[:, 7:])
+
+
+@torch.no_grad()
+def test_no_row_sees_another():
+    ids = random_ids(3, 12)
+    changed = ids.clone()
+    changed[1] = random_ids(1, 12, seed=3)
+    assert torch.equal(MODEL(ids)[[0, 2]], MODEL(changed)[[0, 2]])
+
+
+# ------------------------------------------------------------------------------- its pieces
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_alone():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 8)
+
+    def score(at_q, at_k):
+        turned = [
+            rotate(x, *rotary_angles(torch.tensor(at), 8, 100.0))
+            for x, at in ((q, at_q), (k, at_k))
+        ]
+        assert turned[0].norm() == pytest.approx(q.norm().item(), rel=1e-6)
+        return (turned[0] @ turned[1]).item()
+
+    assert score(9, 4) == pytest.approx(score(25, 20), rel=1e-4)
+    assert score(9, 4) != pytest.approx(score(9, 5), rel=1e-2)
+
+
+def test_a_fresh_model_starts_as_the_identity_between_embedding_and_head():
+    torch.manual_seed(0)
+    model = initialise(ArithmeticModel(ModelConfig(**TINY), VOCAB))
+    ids = random_ids(2, 6)
+    hidden = model.model.norm(model.model.embed_tokens(ids))
+    torch.testing.assert_close(model(ids), model.lm_head(hidden))
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation():
+    model = random_model(VOCAB, dropout=0.5)
+    ids = random_ids(2, 6)
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+def test_a_tied_head_is_the_embedding_and_counts_once():
+    tied, untied = random_model(VOCAB, tie_embeddings=True), random_model(VOCAB)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert untied.parameter_count() - tied.parameter_count() == VOCAB * TINY["d_model"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "named"), [({"d_model": 30, "nhead": 4}, "nhead"), ({"d_model": 6}, "even")]
+)
+def test_a_shape_that_cannot_be_is_refused(shape, named):
+    with pytest.raises(UserError, match=named):
+        ModelConfig(**{**TINY, **shape})
