@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from arithmetic_llm.cli import opt
 from arithmetic_llm.drawing import SPLITS, Problem, draw_any, draw_distinct, shuffled
 from arithmetic_llm.drawing import split_of as split_of
-from arithmetic_llm.expression import ExpressionError, parse, tree_depth
+from arithmetic_llm.expression import tree_depth
 from arithmetic_llm.runtime import (
     Progress,
     UserError,
@@ -22,7 +22,7 @@ from arithmetic_llm.runtime import (
     atomic_write_text,
     require_file,
 )
-from arithmetic_llm.sampling import STYLES, TREE_STYLES, SampleSpec, style_of, write
+from arithmetic_llm.sampling import STYLES, TREE_STYLES, SampleSpec, write
 from arithmetic_llm.solution import (
     Answer,
     Solution,
@@ -50,15 +50,6 @@ class Sample(NamedTuple):
     style: str
     depth: int | None
     terms: int | None
-
-
-def classify(record: Record) -> Sample:
-    """The sample that a record is, by its text alone; see `sampling.style_of`."""
-    try:
-        expression = parse(record.expression)
-    except ExpressionError:
-        return Sample(record, "invalid", None, None)
-    return Sample(record, style_of(expression), expression.depth, expression.terms)
 
 
 # ------------------------------------------------------------------------------- drawing

@@ -14,7 +14,7 @@ from random import Random
 
 from arithmetic_llm.cli import opt
 from arithmetic_llm.corruption import corrupt
-from arithmetic_llm.expression import Expression, Postfix, spell
+from arithmetic_llm.expression import Postfix, spell
 from arithmetic_llm.runtime import UserError
 
 LEAF_PROBABILITY = 0.3  # that the free side of an operation stops growing, at every level
@@ -219,17 +219,3 @@ def _padded(tree: Postfix, nested: str, rng: Random) -> str:
     while text == nested:
         text = pad(spell(tree, pad, pad), needed=0)
     return text
-
-
-def style_of(expression: Expression) -> str:
-    """The style that an expression is written in, as far as the text tells.
-
-    A drill looks like any nested expression of depth 1, and what can be typed without parentheses
-    at all is a flat sum.
-    """
-    if expression.is_flat:
-        return "flat"
-    if expression.canonical == spell(expression.postfix):
-        return "nested"
-    typed = expression.canonical == spell(expression.postfix, wrap_left=str)
-    return "typed" if typed else "padded"

@@ -12,7 +12,6 @@ import pytest
 from arithmetic_llm import corpus
 from arithmetic_llm.corpus import (
     CorpusConfig,
-    classify,
     generate,
     json_line,
     make_corpus,
@@ -310,11 +309,3 @@ def test_windows_line_ends_are_read(tmp_path):
     (tmp_path / "corpus.txt").write_bytes((GOOD_PLAIN + "\n").replace("\n", "\r\n").encode())
     (record,) = read_corpus(tmp_path / "corpus.txt")
     assert plain_lines(record) == GOOD_PLAIN + "\n"
-
-
-def test_records_are_classified_by_their_text():
-    for sample in generate(MIXED, 300, seed=2):
-        seen = classify(sample.record)
-        assert (seen.depth, seen.terms) == (sample.depth, sample.terms)
-        alike = sample.style in ("typed", "flat", "drill") or seen.style == sample.style
-        assert alike, sample.record.expression

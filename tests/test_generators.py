@@ -10,8 +10,9 @@ import pytest
 import generate_corpus
 import generate_foundational_plaintext
 import generate_instruction_corpus_mixed
-from arithmetic_llm.corpus import classify, read_corpus
+from arithmetic_llm.corpus import read_corpus
 from arithmetic_llm.drawing import split_of
+from arithmetic_llm.expression import parse
 from arithmetic_llm.runtime import UserError
 
 ROOT = Path(generate_corpus.__file__).parent
@@ -91,7 +92,7 @@ def test_a_given_rate_holds_for_both_files(tmp_path):
     generate_corpus.main(f"--num-samples 50 {flags} {outputs}".split())
     records = [list(read_corpus(path)) for path in (plain, lines)]
     assert [r.expression for r in records[0]] == [r.expression for r in records[1]]
-    assert {classify(record).depth for record in records[0]} == {1}
+    assert {parse(record.expression).depth for record in records[0]} == {1}
 
 
 def test_invalid_rate_is_rounded_to_the_nearest_sample(tmp_path):
@@ -120,9 +121,10 @@ def test_depths_from_min_to_max_and_negative_numbers(tmp_path):
         "--num-samples 100 --min-depth 2 --max-depth 3 --num-range -30 -10 --invalid-rate 0 "
         f"--output-mixed {path}".split()
     )
-    samples = [classify(record) for record in read_corpus(path)]
-    assert {sample.depth for sample in samples} == {2, 3}
-    assert all("-1" in s.record.expression or "-2" in s.record.expression for s in samples)
+    expressions = [parse(record.expression) for record in read_corpus(path)]
+    assert {expression.depth for expression in expressions} == {2, 3}
+    numbers = {n for expression in expressions for n in expression.postfix if isinstance(n, int)}
+    assert (min(numbers), max(numbers)) == (-30, -10)
 
 
 # -------------------------------------------------------------------------------- refusals
@@ -168,6 +170,6 @@ def test_a_config_file_is_read_and_flags_win(tmp_path):
     path, config = tmp_path / "i.txt", tmp_path / "config.json"
     config.write_text(json.dumps({"num_samples": 30, "max_depth": 1, "output_mixed": str(path)}))
     generate_instruction_corpus_mixed.main(["--config", str(config), "--num-samples", "40"])
-    depths = {classify(record).depth for record in read_corpus(path)}
-    assert len([*read_corpus(path)]) == 40
-    assert depths == {1, None}
+    records = [*read_corpus(path)]
+    assert len(records) == 40
+    assert {parse(r.expression).depth for r in records if r.answer != "ERROR"} == {1}
