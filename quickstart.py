@@ -93,7 +93,8 @@ def main(argv=None):
     from arithmetic_llm.report import stage_table
 
     print("\n" + stage_table(done))
-    print(f"\nType expressions into the solver:\n  python run_interactive.py --model-path {INSTRUCTION}")
+    print("\nType expressions into the solver:")
+    print(f"  {sys.executable} run_interactive.py --model-path {INSTRUCTION}")
 
 
 def run(name, command):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arithmetic_llm.cli import build
-from arithmetic_llm.config import ModelConfig
+from arithmetic_llm.config import LoRAConfig, ModelConfig
 from arithmetic_llm.runtime import UserError, atomic_write, require_file
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from arithmetic_llm.model import ArithmeticModel
     from arithmetic_llm.tokenizer import ArithmeticTokenizer
@@ -37,57 +39,155 @@ class Checkpoint:
     model: ArithmeticModel
     tokenizer: ArithmeticTokenizer
     stage: str  # "foundational", "instruction", ...
-    trained_on: dict[str, Any]  # see corpus.Coverage: depths, styles, number range
+    trained_on: dict[str, Any]  # as coverage.Coverage.as_dict gives it
     step: int = 0
     training: dict[str, Any] = field(default_factory=dict)  # what --resume needs; else empty
+    adapter: dict[str, Any] | None = None  # of a model with LoRA: its config and its base
+
+
+@dataclass
+class Content:
+    """What a checkpoint file holds, checked, but not yet a model."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]  # the whole model's; an adapter's alone if there is one
+    tokenizer: ArithmeticTokenizer
+    stage: str
+    trained_on: dict[str, Any]
+    step: int
+    training: dict[str, Any]
+    adapter: dict[str, Any] | None
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write atomically; the file loads with ``weights_only=True`` and needs no other file."""
+    """Write atomically; the file loads with ``weights_only=True``.
+
+    It needs no other file, unless the model has an adapter: then it holds the adapter alone and
+    remembers the hash of its base.
+    """
     import torch
 
+    from arithmetic_llm.lora import adapter_weights
+
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    weights = adapter_weights(model) if checkpoint.adapter else model.state_dict()
     content = {
         "format": FORMAT,
         "stage": checkpoint.stage,
         "step": checkpoint.step,
         "model_config": dataclasses.asdict(model.config),
-        "weights": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        "weights": {name: tensor.detach().cpu() for name, tensor in weights.items()},
         "tokenizer": tokenizer.serialized,
         "tokenizer_hash": tokenizer.hash,
         "trained_on": checkpoint.trained_on,
         "training": checkpoint.training,
+        "adapter": checkpoint.adapter,
     }
     with atomic_write(path) as file:
         torch.save(content, file)
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read a checkpoint without executing anything in it.
+def read_checkpoint(path: str | Path) -> Content:
+    """Read a checkpoint file without executing anything in it.
 
     Raises:
         UserError: no file, truncated, not a checkpoint of this package, code instead of data,
-            weights that do not fit the model config or are not finite.
+            parts missing, weights that are not finite.
     """
     from arithmetic_llm.tokenizer import ArithmeticTokenizer
 
     path = require_file(path, "checkpoint")
-    content = _read(path)
+    raw = _read(path)
     try:
-        config = build(ModelConfig, content["model_config"], {})
-        tokenizer = ArithmeticTokenizer(content["tokenizer"])
-        model = _model(config, tokenizer.vocab_size, content["weights"])
-        checkpoint = Checkpoint(
-            model=model.to(device),
-            tokenizer=tokenizer,
-            stage=str(content["stage"]),
-            trained_on=dict(content["trained_on"]),
-            step=int(content["step"]),
-            training=dict(content["training"]),
+        return Content(
+            config=build(ModelConfig, raw["model_config"], {}),
+            weights=_finite(raw["weights"]),
+            tokenizer=ArithmeticTokenizer(raw["tokenizer"]),
+            stage=str(raw["stage"]),
+            trained_on=dict(raw["trained_on"]),
+            step=int(raw["step"]),
+            training=dict(raw["training"]),
+            adapter=raw["adapter"] and dict(raw["adapter"]),
         )
-    except (KeyError, TypeError, ValueError, UserError) as error:
-        raise UserError(f"{path}: damaged checkpoint ({_reason(error)}); use another") from None
-    return checkpoint
+    except (AttributeError, KeyError, TypeError, ValueError, UserError) as error:
+        raise _damaged(path, error) from None
+
+
+def load_checkpoint(
+    path: str | Path, device: torch.device | str = "cpu", base_checkpoint: str | Path = ""
+) -> Checkpoint:
+    """A model ready for use. An adapter is merged into its base, which is found by its hash.
+
+    Args:
+        base_checkpoint: where an adapter's base is, if it has moved.
+
+    Raises:
+        UserError: as `read_checkpoint`; weights that do not fit the model config; no base.
+    """
+    content = read_checkpoint(path)
+    try:
+        if content.adapter:
+            model = _merged(content, path, base_checkpoint)
+        else:
+            model = build_model(content.config, content.tokenizer.vocab_size, content.weights)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from None
+    return Checkpoint(
+        model.to(device),
+        content.tokenizer,
+        content.stage,
+        content.trained_on,
+        content.step,
+        content.training,
+    )
+
+
+def _merged(content: Content, path: str | Path, base_checkpoint: str | Path) -> ArithmeticModel:
+    from arithmetic_llm.lora import add_lora, merge_adapter
+
+    config = build(LoRAConfig, content.adapter["config"], {})
+    base = find_base(content.adapter, Path(path), base_checkpoint)
+    model = add_lora(base, config)
+    load_weights(model, content.weights)
+    return merge_adapter(model)
+
+
+def find_base(adapter: dict[str, Any], path: Path, base_checkpoint: str | Path) -> ArithmeticModel:
+    """The model that an adapter was trained on: where it was then, or in a run folder nearby.
+
+    Raises:
+        UserError: it is nowhere, or ``base_checkpoint`` is another model.
+    """
+    if base_checkpoint:
+        model = load_checkpoint(base_checkpoint).model
+        if weights_hash(model) != adapter["base_hash"]:
+            raise UserError(
+                f"{base_checkpoint}: not the base of {path}; that was {adapter['base_path']}"
+            )
+        return model
+    nearby = sorted(path.resolve().parent.parent.glob("*/*_model.pt"))
+    for candidate in (Path(adapter["base_path"]), *nearby):
+        with contextlib.suppress(UserError):
+            content = read_checkpoint(candidate)
+            if content.adapter is None and hash_of(content.weights) == adapter["base_hash"]:
+                return load_checkpoint(candidate).model
+    raise UserError(
+        f"{path}: its base model {adapter['base_path']} is not there and none near it has the "
+        "same weights; say where it is with --base-checkpoint"
+    )
+
+
+def load_weights(model: ArithmeticModel, weights: dict[str, Tensor]) -> None:
+    """Copy weights into a model, or an adapter's into a model with that adapter.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    from arithmetic_llm.lora import adapter_weights
+
+    expected = adapter_weights(model) or model.state_dict()
+    _same_shapes(expected, weights)
+    model.load_state_dict(weights, strict=False)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -108,33 +208,48 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _model(config: ModelConfig, vocab_size: int, weights: dict) -> ArithmeticModel:
-    """Build without allocating, compare shapes, and only then adopt the tensors."""
+def build_model(
+    config: ModelConfig, vocab_size: int, weights: dict[str, Tensor]
+) -> ArithmeticModel:
+    """A model of these weights; nothing is allocated before the shapes are known to agree."""
     import torch
 
     from arithmetic_llm.model import ArithmeticModel
 
     with torch.device("meta"):
         model = ArithmeticModel(config, vocab_size)
-    expected = model.state_dict()
-    for name in expected.keys() | weights.keys():
+    _same_shapes(model.state_dict(), weights)
+    model.load_state_dict(weights, assign=True)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.requires_grad_(True)
+
+
+def _finite(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"weight {name} holds NaN or infinity")
+    return weights
+
+
+def _same_shapes(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    for name in sorted(expected.keys() | weights.keys()):
         if name not in weights or name not in expected:
             raise ValueError(f"weight {name} is {'missing' if name in expected else 'unknown'}")
         if weights[name].shape != expected[name].shape:
             shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
             raise ValueError(f"weight {name} has shape {shapes}")
-        if not weights[name].isfinite().all():
-            raise ValueError(f"weight {name} holds NaN or infinity")
-    model.load_state_dict(weights, assign=True)
-    if config.tie_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model
 
 
 def weights_hash(model: ArithmeticModel) -> str:
     """SHA-256 over names and values of all weights; what an adapter remembers of its base."""
+    return hash_of(model.state_dict())
+
+
+def hash_of(weights: dict[str, Tensor]) -> str:
+    """`weights_hash` of weights that are not in a model."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -149,6 +264,10 @@ def check_tokenizer(checkpoint: Checkpoint, path: str, checkpoint_path: str) -> 
             f"{path}: not the tokenizer that {checkpoint_path} was trained with; "
             "name that one, or leave --tokenizer-path out"
         )
+
+
+def _damaged(path: str | Path, error: BaseException) -> UserError:
+    return UserError(f"{path}: damaged checkpoint ({_reason(error)}); use another")
 
 
 def _reason(error: BaseException) -> str:

@@ -105,9 +105,7 @@ class LoRAConfig:
     lora_target_modules: str = opt(
         "attention", "comma-separated: attention, feedforward, or single names such as q_proj"
     )
-    lora_dropout: float = opt(
-        0.0, "dropout on the adapter's input", at_least=0.0, at_most=0.99
-    )
+    lora_dropout: float = opt(0.0, "dropout on the adapter's input", at_least=0.0, at_most=0.99)
     use_rslora: bool = opt(False, "scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023)")
 
     @property
@@ -176,3 +174,11 @@ class EvaluationConfig:
     batch_size: int = opt(64, "problems at a time: speed and memory, not results", at_least=1)
     output_dir: str = opt("evaluation_results", "folder for the three result files")
     device: str = opt("auto", "cpu, cuda, cuda:N or mps; auto = the CPU, where results repeat")
+
+
+@dataclass(frozen=True)
+class LoRAInstructionConfig(InstructionConfig, LoRAConfig):
+    """Instruction tuning with LoRA."""
+
+    save_merged_model: bool = opt(False, "also write merged_model.pt, a model like any other")
+    save_peft_adapter: bool = opt(False, "also write peft_adapter/, which PEFT loads as it is")

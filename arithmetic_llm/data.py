@@ -34,6 +34,16 @@ class Batch:
     targets: Tensor  # (B, T) long; targets[:, t] follows input_ids[:, t]
     weights: Tensor  # (B, T) fp32
 
+    @property
+    def tokens(self) -> int:
+        """Positions, padding included."""
+        return self.input_ids.numel()
+
+    @property
+    def count(self) -> float:
+        """Sum of the weights: what the summed loss is divided by."""
+        return float(self.weights.sum())
+
     def to(self, device: torch.device) -> Batch:
         return Batch(*(t.to(device) for t in (self.input_ids, self.targets, self.weights)))
 

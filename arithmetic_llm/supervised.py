@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arithmetic_llm.adapters import parameter_summary, save_adapter_files, with_adapter
 from arithmetic_llm.checkpoint import (
     FINISHED,
     Checkpoint,
@@ -19,7 +21,13 @@ from arithmetic_llm.checkpoint import (
     resolve_stamp,
 )
 from arithmetic_llm.cli import read_json
-from arithmetic_llm.config import FoundationalConfig, InstructionConfig, ModelConfig, TrainingConfig
+from arithmetic_llm.config import (
+    FoundationalConfig,
+    InstructionConfig,
+    LoRAInstructionConfig,
+    ModelConfig,
+    TrainingConfig,
+)
 from arithmetic_llm.corpus import Record, read_corpus, test_set
 from arithmetic_llm.coverage import Coverage, coverage, merge
 from arithmetic_llm.data import Batch, LossWeights, TokenisedSamples, plan_epoch
@@ -54,13 +62,14 @@ class SupervisedTask:
         tokens = [int(train.lengths[batch].sum()) for batch in self.plan]
         self._tokens_before = np.cumsum([0, *tokens])
 
-    def micro_batches(self, step: int) -> list[Batch]:
+    def updates(self, step: int) -> list[list[Batch]]:
         indices = self.plan[step]
         parts = min(self.config.gradient_accumulation_steps, len(indices))
-        return [self.train.batch(part) for part in np.array_split(indices, parts)]
+        return [[self.train.batch(part) for part in np.array_split(indices, parts)]]
 
-    def tokens_left(self, step: int) -> int:
-        return int(self._tokens_before[-1] - self._tokens_before[step])
+    def work(self, step: int) -> int:
+        """Tokens of the samples before ``step``."""
+        return int(self._tokens_before[step])
 
     def loss(self, model: ArithmeticModel, batch: Batch) -> Tensor:
         """Sum over tokens of weight x negative log-likelihood, in nats."""
@@ -83,6 +92,18 @@ class SupervisedTask:
             loss, tokens = loss + losses.sum().item(), tokens + weights.sum().item()
             exact += int((~wrong.any(dim=1)).sum())
         return {"eval_loss": loss / tokens, "eval_exact": exact / len(self.held_out)}
+
+    def badness(self, figures: dict[str, float]) -> float:
+        return figures["eval_loss"]
+
+    def figures(self) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, float]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """The plan follows from the seed: there is nothing to take up."""
 
 
 def counted_logits(model: ArithmeticModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,6 +133,14 @@ def train_instruction(config: InstructionConfig) -> Path:
     return _train("instruction", config, config.instruction_corpus_path, start, None, loss)
 
 
+def train_instruction_lora(config: LoRAInstructionConfig) -> Path:
+    """Fine-tune a low-rank adapter on a frozen model; returns the run folder."""
+    start = resolve_stamp(config.init_from or config.foundational_checkpoint)
+    loss = LossWeights(0.0, config.result_loss_weight)
+    corpus_path = config.instruction_corpus_path
+    return _train("instruction_lora", config, corpus_path, start, None, loss, config)
+
+
 def _train(
     stage: str,
     config: TrainingConfig,
@@ -119,6 +148,7 @@ def _train(
     start: str,
     shape: ModelConfig | None,
     loss: LossWeights,
+    lora: LoRAInstructionConfig | None = None,
 ) -> Path:
     """Load and check everything first; only then make the run folder, and train."""
     keep_freed_memory()
@@ -128,6 +158,8 @@ def _train(
     tokenizer = ArithmeticTokenizer.load(resolve_stamp(config.tokenizer_path))
     covered = coverage(corpus_path)
     checkpoint = _starting_point(stage, config, start, shape, tokenizer, covered)
+    if lora:
+        checkpoint = with_adapter(checkpoint, lora, start)
     task = _task(config, corpus_path, covered, checkpoint, loss)
     sha256 = sha256_file(corpus_path)
     if config.resume:
@@ -136,8 +168,8 @@ def _train(
         folder = new_run_folder(config.output_dir, stage)
         run = start_run(folder, config, checkpoint, corpus=corpus_path, corpus_sha256=sha256)
     _describe(run, task)
-    summary = fit(run, task)
-    print(f"done: best eval loss {summary['best_eval_loss']:.4g}; models in {run.folder}")
+    summary = fit(run, task, partial(save_adapter_files, config=lora) if lora else None)
+    print(f"done: best eval loss {summary['best']['eval_loss']:.4g}; models in {run.folder}")
     return run.folder
 
 
@@ -226,8 +258,8 @@ def _depth_name(expression: str) -> str:
 def _describe(run: Run, task: SupervisedTask) -> None:
     config, model = run.config, run.model
     print(
-        f"{run.checkpoint.stage}: {model.parameter_count():,} parameters on {model.device} "
+        f"{run.checkpoint.stage}: {parameter_summary(model)} on {model.device} "
         f"in {str(run.precision).removeprefix('torch.')}, {len(task.train):,} samples, "
-        f"{task.tokens_left(0):,} tokens in {task.total_steps:,} steps, seed {config.seed}\n"
-        f"run folder {run.folder}"
+        f"{task.work(task.total_steps):,} tokens in {task.total_steps:,} steps, "
+        f"seed {config.seed}\nrun folder {run.folder}"
     )

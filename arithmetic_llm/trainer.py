@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,13 +25,14 @@ from torch import Tensor
 from arithmetic_llm.checkpoint import (
     FINISHED,
     Checkpoint,
-    load_checkpoint,
+    Content,
+    load_weights,
+    read_checkpoint,
     save_checkpoint,
     step_checkpoints,
 )
 from arithmetic_llm.cli import to_json
 from arithmetic_llm.config import TrainingConfig
-from arithmetic_llm.data import Batch
 from arithmetic_llm.model import ArithmeticModel
 from arithmetic_llm.optim import MuonAdamW, build_optimizer, learning_rate_factor
 from arithmetic_llm.runtime import (
@@ -44,23 +45,45 @@ from arithmetic_llm.runtime import (
 )
 
 
+class MicroBatch(Protocol):
+    """Some sequences that a gradient is computed for at one time."""
+
+    tokens: int  # positions that the model reads, padding included
+    count: float  # what the loss is divided by, once, over all micro-batches of an update
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device."""
+
+
 class Task(Protocol):
-    """What is learned: where batches come from, what the loss is, how it is judged."""
+    """What is learned: where batches come from, what the loss is, how the model is judged."""
 
     total_steps: int
     steps_per_epoch: int
 
-    def micro_batches(self, step: int) -> list[Batch]:
-        """The batch of a step, in the parts that are to be computed one at a time."""
+    def updates(self, step: int) -> Iterable[list[MicroBatch]]:
+        """The optimizer updates of a step (mostly one), each as its micro-batches."""
 
-    def loss(self, model: ArithmeticModel, batch: Batch) -> Tensor:
+    def loss(self, model: ArithmeticModel, batch: MicroBatch) -> Tensor:
         """The loss of a micro-batch, summed (not averaged) over what it counts."""
 
-    def tokens_left(self, step: int) -> int:
-        """Tokens that the steps from ``step`` on will read; what the time estimate rests on."""
+    def work(self, step: int) -> float:
+        """Work done before ``step``, in any unit; what the time estimate rests on."""
+
+    def figures(self) -> dict[str, float]:
+        """What the last step has to tell beside its loss; goes into the metrics stream."""
 
     def evaluate(self, model: ArithmeticModel) -> dict[str, float]:
-        """Figures on held-out data; ``eval_loss`` among them decides the best model."""
+        """Figures on held-out data."""
+
+    def badness(self, figures: dict[str, float]) -> float:
+        """What of those figures decides the best model; lower is better."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the task has learned itself, for a checkpoint; mostly nothing."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state again."""
 
 
 @dataclass
@@ -72,7 +95,8 @@ class Run:
     checkpoint: Checkpoint  # the model, with what every file saved from it must say
     optimizer: MuonAdamW
     step: int = 0
-    best: float = math.inf  # lowest eval_loss so far
+    best: float = math.inf  # lowest badness so far
+    task_state: dict[str, Any] = field(default_factory=dict)
     precision: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
@@ -106,17 +130,19 @@ class Run:
         return {
             "optimizer": self.optimizer.state_dict(),
             "best": self.best,
+            "task": self.task_state,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "threads": torch.get_num_threads(),
             "precision": str(self.precision),
         }
 
-    def restore(self, saved: Checkpoint) -> None:
+    def restore(self, saved: Content) -> None:
         """Continue from a resumable checkpoint: weights, optimizer, random state, best so far."""
         state = saved.training
-        self.model.load_state_dict(saved.model.state_dict())
+        load_weights(self.model, saved.weights)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.task_state = state["task"]
         self.step, self.best = saved.step, state["best"]
         torch.set_rng_state(state["rng"])
         if torch.cuda.is_available() and state["cuda_rng"]:
@@ -167,7 +193,7 @@ def continue_run(folder: Path, config: TrainingConfig, checkpoint: Checkpoint) -
     run = Run(folder, config, checkpoint, build_optimizer(checkpoint.model, config))
     for path in reversed(step_checkpoints(folder)):
         try:
-            run.restore(load_checkpoint(path, run.model.device))
+            run.restore(read_checkpoint(path))
         except UserError as error:
             print(f"warning: {error}; trying the one before", file=sys.stderr)
             continue
@@ -203,8 +229,11 @@ class MetricsLog:
 # ------------------------------------------------------------------------------------ the loop
 
 
-def fit(run: Run, task: Task) -> dict[str, Any]:
+def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -> dict[str, Any]:
     """Train from ``run.step`` to the end and write every file of the run.
+
+    Args:
+        more_files: writes what a stage has beyond the common files, when all else is done.
 
     Returns:
         The training summary.
@@ -214,17 +243,17 @@ def fit(run: Run, task: Task) -> dict[str, Any]:
         UserError: the loss is not finite.
     """
     config, log = run.config, MetricsLog(run.folder)
-    meter = Meter(run, task)
-    run.model.train()
+    task.load_state_dict(run.task_state)
+    meter, witness = Meter(run, task), FirstUpdate(run.model)
     bar = Progress(task.total_steps, run.checkpoint.stage, "step", run.step)
+    run.model.train()
     with bar, on_ctrl_c() as stop:
         while run.step < task.total_steps:
-            loss, tokens = train_step(run, task)
-            run.step += 1
-            meter.add(loss, tokens, bar)
-            if run.step % config.log_every == 0:
-                log.append(**meter.line())
+            meter.add(*train_step(run, task), bar)
+            witness.check(run.model)
             last = run.step == task.total_steps
+            if run.step % config.log_every == 0:
+                log.append(**meter.line(), **task.figures())
             if run.step % config.eval_every == 0 or last:
                 evaluate(run, task, log, bar)
             if run.step % config.save_every == 0 and not last:
@@ -233,30 +262,63 @@ def fit(run: Run, task: Task) -> dict[str, Any]:
                 run.save_step()
                 print(f"saved; go on with --resume {run.folder}", file=sys.stderr)
                 raise KeyboardInterrupt
-    return finish(run, task, log, meter)
+    return finish(run, task, log, meter, more_files)
 
 
 def train_step(run: Run, task: Task) -> tuple[float, int]:
-    """One optimizer step. Returns the loss (nats per counted token) and the tokens read.
+    """One step. Returns its mean loss (nats per counted token) and the tokens it read."""
+    scale = learning_rate_factor(run.config, run.step, task.total_steps)
+    losses, tokens = [], 0
+    for micro_batches in task.updates(run.step):
+        losses.append(update(run, task, micro_batches, scale))
+        tokens += sum(batch.tokens for batch in micro_batches)
+    run.step += 1
+    run.task_state = task.state_dict()
+    return sum(losses) / max(1, len(losses)), tokens
 
-    The gradients of all micro-batches add up and are divided once by the weight of them all, so
-    that how a batch is cut cannot change the step.
+
+def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) -> float:
+    """One optimizer update; returns the loss.
+
+    The gradients of all micro-batches add up and are divided once by the count of them all, so
+    that how a batch is cut cannot change the update.
     """
-    batches = [batch.to(run.model.device) for batch in task.micro_batches(run.step)]
-    total_weight = sum(float(batch.weights.sum()) for batch in batches)
+    total = sum(batch.count for batch in micro_batches)
     run.optimizer.zero_grad(set_to_none=True)
     loss_sum = 0.0
-    for batch in batches:
+    for batch in micro_batches:
         with autocast(run):
-            loss = task.loss(run.model, batch) / total_weight
+            loss = task.loss(run.model, batch.to(run.model.device)) / total
         loss.backward()
         loss_sum += loss.item()
     if not math.isfinite(loss_sum):
         raise UserError(f"the loss is {loss_sum} at step {run.step}; lower --learning-rate")
     if run.config.gradient_clip:
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.gradient_clip)
-    run.optimizer.step(learning_rate_factor(run.config, run.step, task.total_steps))
-    return loss_sum, sum(batch.input_ids.numel() for batch in batches)
+    run.optimizer.step(scale)
+    return loss_sum
+
+
+class FirstUpdate:
+    """Watches the first update of a run: what should train has moved, what is frozen has not."""
+
+    def __init__(self, model: ArithmeticModel):
+        self.before: dict[str, Tensor] | None = {
+            name: parameter.detach().clone() for name, parameter in model.named_parameters()
+        }
+
+    def check(self, model: ArithmeticModel) -> None:
+        """Compare once, as soon as there is a gradient to have caused anything."""
+        parameters = dict(model.named_parameters())
+        if self.before is None or all(p.grad is None for p in parameters.values()):
+            return
+        before, self.before = self.before, None
+        moved = {name for name, p in parameters.items() if not torch.equal(p, before[name])}
+        frozen = {name for name, p in parameters.items() if not p.requires_grad}
+        if moved & frozen:
+            raise RuntimeError(f"frozen weights have moved: {sorted(moved & frozen)[:3]}")
+        if not moved:
+            raise UserError("the first update moved no weight; raise --learning-rate")
 
 
 def autocast(run: Run) -> contextlib.AbstractContextManager:
@@ -274,24 +336,32 @@ def evaluate(run: Run, task: Task, log: MetricsLog, bar: Progress) -> None:
     log.append(step=run.step, **figures)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
     bar.note(f"step {run.step}: {shown}")
-    if figures["eval_loss"] < run.best:
-        run.best = figures["eval_loss"]
+    if task.badness(figures) < run.best:
+        run.best = task.badness(figures)
         run.save("best_model.pt")
 
 
-def finish(run: Run, task: Task, log: MetricsLog, meter: Meter) -> dict[str, Any]:
+def finish(
+    run: Run,
+    task: Task,
+    log: MetricsLog,
+    meter: Meter,
+    more_files: Callable[[Run], None] | None,
+) -> dict[str, Any]:
     """Write the files that mark a run as finished, the summary last."""
-    if not (run.folder / "best_model.pt").exists():  # every eval_loss was infinite
+    if not (run.folder / "best_model.pt").exists():  # no figure was finite
         run.save("best_model.pt")
     run.save("final_model.pt")
+    if more_files:
+        more_files(run)
     lines = log.read()
     run.write_json("training_log.json", epoch_log(lines, task.steps_per_epoch))
-    evaluations = [line for line in lines if "eval_loss" in line]
+    evaluations = [line for line in lines if "loss" not in line]
     summary = {
         "stage": run.checkpoint.stage,
         "steps": run.step,
-        "best_eval_loss": run.best,
-        "final": evaluations[-1] if evaluations else {},
+        "best": best_line(evaluations, task),
+        "final": evaluations[-1],
         "seconds": round(meter.seconds, 1),  # of this process; a resumed run counts its last part
         "tokens_per_second": round(meter.tokens_per_second),
         "parameters": run.model.parameter_count(),
@@ -299,6 +369,11 @@ def finish(run: Run, task: Task, log: MetricsLog, meter: Meter) -> dict[str, Any
     }
     run.write_json(FINISHED, summary)
     return summary
+
+
+def best_line(evaluations: list[dict[str, Any]], task: Task) -> dict[str, Any]:
+    """The evaluation that ``best_model.pt`` comes from: the first of the least bad ones."""
+    return min(evaluations, key=task.badness)
 
 
 def epoch_log(lines: list[dict[str, Any]], steps_per_epoch: int) -> list[dict[str, Any]]:
@@ -310,7 +385,7 @@ def epoch_log(lines: list[dict[str, Any]], steps_per_epoch: int) -> list[dict[st
     for epoch, members in epochs.items():
         losses = [line["loss"] for line in members if "loss" in line]
         mean = sum(losses) / len(losses) if losses else None
-        held_out = [line for line in members if "eval_loss" in line]
+        held_out = [line for line in members if "loss" not in line]
         log.append({"epoch": epoch, "train_loss": mean, **(held_out[-1] if held_out else {})})
     return log
 
@@ -325,7 +400,7 @@ class Meter:
         self.started = self.window_start = time.monotonic()
         self.tokens = self.window_tokens = 0
         self.losses: list[float] = []
-        self.steps = 0
+        self.steps, self.first_step = 0, run.step
 
     @property
     def seconds(self) -> float:
@@ -340,12 +415,18 @@ class Meter:
         self.losses.append(loss)
         self.tokens += tokens
         self.window_tokens += tokens
-        left = self.task.tokens_left(self.run.step) / self.tokens_per_second
         self.steps += 1
         if self.steps == min(self.ESTIMATE_AFTER_STEPS, self.task.total_steps):
             speed = f"{self.tokens_per_second:,.0f} tokens/s"
-            bar.note(f"expected time for this run: about {readable_seconds(left)} more at {speed}")
+            left = readable_seconds(self.seconds_left())
+            bar.note(f"expected time for this run: about {left} more at {speed}")
         bar.update(1, loss=f"{loss:.3f}", tokens_per_s=f"{self.tokens_per_second:,.0f}")
+
+    def seconds_left(self) -> float:
+        """By the work that this process has done and what remains, at the same speed."""
+        done = self.task.work(self.run.step) - self.task.work(self.first_step)
+        left = self.task.work(self.task.total_steps) - self.task.work(self.run.step)
+        return self.seconds * left / max(done, 1e-9)
 
     def line(self) -> dict[str, Any]:
         """One line of the metrics stream; starts the next window."""

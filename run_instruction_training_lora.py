@@ -1,0 +1,21 @@
+"""Fine-tune low-rank adapters on a frozen foundational model.
+
+    python run_instruction_training_lora.py --instruction-corpus-path data/instruction_corpus.txt \\
+        --tokenizer-path data/tokenizer \\
+        --foundational-checkpoint models/foundational_YYYYMMDD_HHMMSS/best_model.pt \\
+        --lora-rank 8 --lora-alpha 16 --lora-target-modules attention --save-merged-model
+"""
+
+from arithmetic_llm.cli import parse_run, run_main
+from arithmetic_llm.config import LoRAInstructionConfig
+
+
+def main(argv=None):
+    (config,) = parse_run({"config": LoRAInstructionConfig}, argv, __doc__)
+    from arithmetic_llm.supervised import train_instruction_lora
+
+    train_instruction_lora(config)
+
+
+if __name__ == "__main__":
+    run_main(main)
