@@ -135,7 +135,7 @@ class KVCache:
         self.in_use = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``k``, ``v`` (B, H, T, D) at slots ``positions`` (B, T); return the slots in use."""
+        """Store ``k``, ``v`` (B, H, T, D) at ``positions`` (B, T); return all slots in use."""
         rows = torch.arange(len(k), device=k.device)[:, None]
         self.keys[layer][rows, :, positions] = k.transpose(1, 2)
         self.values[layer][rows, :, positions] = v.transpose(1, 2)
