@@ -109,7 +109,8 @@ def sequence_text(record: Record) -> str:
 def token_weights(ids: np.ndarray, tokenizer: ArithmeticTokenizer, loss: LossWeights) -> np.ndarray:
     """The loss weight of each token of a flat array of samples, fp32.
 
-    A prompt runs from ``<bos>`` to ``<think>``. A result is the run of digits and signs after "=".
+    A prompt runs from ``<bos>`` to ``<think>``. A result is the run of digits and signs after "=",
+    which may be a token of its own or end one, with or without the space that follows.
     """
     place = np.arange(len(ids))
 
@@ -117,11 +118,11 @@ def token_weights(ids: np.ndarray, tokenizer: ArithmeticTokenizer, loss: LossWei
         return np.maximum.accumulate(np.where(mark, place, 0)) if len(ids) else place
 
     in_prompt = (latest(ids == BOS) >= latest(ids == THINK)) | (ids == THINK)
-    kinds = np.array([tokenizer.kind(i) for i in range(tokenizer.vocab_size)])
-    signs = np.array([tokenizer.token(i) == "-" for i in range(tokenizer.vocab_size)])
-    equals = np.array([tokenizer.token(i).endswith("= ") for i in range(tokenizer.vocab_size)])
-    number = ((kinds == "digit") | signs)[ids]
-    in_result = number & equals[ids[latest(~number)]]
+    texts = [tokenizer.token(i) for i in range(tokenizer.vocab_size)]
+    numeric = np.array([text.isdigit() or text == "-" for text in texts])
+    blank = np.array([text == " " for text in texts])
+    equals = np.array([text.rstrip().endswith("=") for text in texts])
+    in_result = numeric[ids] & equals[ids[latest(~(numeric | blank)[ids])]]
     weights = np.where(in_prompt, loss.prompt, np.where(in_result, loss.result, 1.0))
     weights[ids == BOS] = 0.0  # nothing precedes it, so nothing can predict it
     return weights.astype(np.float32)
