@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ class SupervisedTask:
     def __init__(self, train: TokenisedSamples, held_out: TokenisedSamples, config: TrainingConfig):
         self.train, self.held_out, self.config = train, held_out, config
         self.plan: list[np.ndarray] = []
-        for epoch in range(config.num_epochs):
+        for epoch in itertools.count() if config.max_steps else range(config.num_epochs):
             rng = np.random.default_rng((config.seed, epoch))
             self.plan += plan_epoch(train.lengths, config.batch_size, config.batch_tokens, rng)
             self.steps_per_epoch = len(self.plan) // (epoch + 1)
