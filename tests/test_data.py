@@ -1,0 +1,268 @@
+"""From records to batches: loss weights by hand, tight batches, gradients whatever the cut."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_tokenizer, random_model, records
+
+from arithmetic_llm.config import FoundationalConfig
+from arithmetic_llm.corpus import Record
+from arithmetic_llm.data import LossWeights, TokenisedSamples, plan_epoch
+from arithmetic_llm.runtime import UserError
+from arithmetic_llm.solution import problem_text, solve
+from arithmetic_llm.supervised import SupervisedTask
+from arithmetic_llm.tokenizer import PAD, SMALLEST_VOCAB
+from arithmetic_llm.trainer import update
+
+TOKENIZER = make_tokenizer()
+PLAIN = LossWeights(prompt=1.0, result=1.0)
+RECORDS = records(600, seed=3)
+
+
+def record(expression):
+    solution = solve(expression)
+    return Record(expression, problem_text(expression), solution.text, solution.answer)
+
+
+def tokenised(given=RECORDS, tokenizer=TOKENIZER, max_seq_length=1000, loss=PLAIN):
+    return TokenisedSamples(given, tokenizer, max_seq_length, loss)
+
+
+# ----------------------------------------------------------------------------- loss weights
+
+
+def test_token_weights_by_hand():
+    samples = tokenised([record("2 - (1 - 15)")], loss=LossWeights(prompt=0.5, result=3.0))
+    texts = [TOKENIZER.token(i) for i in samples.ids]
+    assert [*zip(texts, samples.weights.tolist(), strict=True)] == [
+        ("<bos>", 0.0),  # nothing can predict it
+        ("Evaluate: ", 0.5),
+        ("2", 0.5),
+        (" - ", 0.5),
+        ("(", 0.5),
+        ("1", 0.5),
+        (" - ", 0.5),
+        ("1", 0.5),
+        ("5", 0.5),
+        (")", 0.5),
+        (" ", 0.5),
+        ("<think>", 0.5),
+        (" Step ", 1.0),
+        ("1", 1.0),
+        (": ", 1.0),
+        ("1", 1.0),
+        (" - ", 1.0),
+        ("1", 1.0),
+        ("5", 1.0),
+        (" = ", 1.0),
+        ("-", 3.0),  # a result is its sign and its digits
+        ("1", 3.0),
+        ("4", 3.0),
+        (" Expression now: ", 1.0),
+        ("2", 1.0),
+        (" - ", 1.0),
+        ("-", 1.0),
+        ("1", 1.0),
+        ("4", 1.0),
+        (" Step ", 1.0),
+        ("2", 1.0),
+        (": ", 1.0),
+        ("2", 1.0),
+        (" - ", 1.0),
+        ("-", 1.0),
+        ("1", 1.0),
+        ("4", 1.0),
+        (" = ", 1.0),
+        ("1", 3.0),
+        ("6", 3.0),
+        (" Expression now: ", 1.0),
+        ("1", 1.0),
+        ("6", 1.0),
+        (" ", 1.0),
+        ("</think>", 1.0),
+        (" Final Result: ", 1.0),
+        ("1", 1.0),
+        ("6", 1.0),
+        ("<eos>", 1.0),
+    ]
+
+
+def test_weights_start_anew_with_each_sample():
+    loss = LossWeights(prompt=0.5, result=3.0)
+    first, second = (tokenised([record(e)], loss=loss).weights for e in ("1 + 2", "3 - 5"))
+    both = tokenised([record("1 + 2"), record("3 - 5")], loss=loss).weights
+    assert both.tolist() == [*first, *second]
+
+
+@pytest.mark.parametrize("vocab_size", [SMALLEST_VOCAB, 115, 130])
+def test_results_are_found_whatever_the_merges(vocab_size):
+    """With few merges, "=" and the space after it are tokens of their own."""
+    small = make_tokenizer(vocab_size)
+    samples = tokenised([record("7 - 12")], small, loss=LossWeights(prompt=0.0, result=3.0))
+    marked = [small.token(i) for i, w in zip(samples.ids, samples.weights, strict=True) if w == 3]
+    assert marked == ["-", "5"]
+
+
+# ----------------------------------------------------------------------------------- samples
+
+
+def test_a_batch_predicts_each_token_from_those_before_it():
+    samples = tokenised([record("1 + 2"), record("(1 + 2) - 30")])
+    batch = samples.batch([0, 1])
+    for row in range(2):
+        ids = samples.ids[samples.starts[row] : samples.starts[row + 1]].tolist()
+        length = len(ids) - 1
+        assert batch.input_ids[row, :length].tolist() == ids[:-1]
+        assert batch.targets[row, :length].tolist() == ids[1:]
+        assert batch.weights[row, :length].tolist() == [1.0] * length
+        assert (batch.targets[row, length:] == PAD).all()
+        assert (batch.weights[row, length:] == 0).all()
+
+
+def test_the_number_of_predicted_tokens_survives_batching():
+    samples = tokenised()
+    batches = [samples.batch(part) for part in np.array_split(np.arange(len(samples)), 7)]
+    assert sum(batch.weights.sum() for batch in batches) == samples.weights.sum()
+
+
+def test_long_samples_are_dropped_whole_and_remembered():
+    lengths = tokenised().lengths
+    context = int(np.median(lengths))
+    samples = tokenised(max_seq_length=context)
+    assert samples.lengths.max() <= context
+    assert samples.lengths.tolist() == [n for n in lengths if n <= context]
+    assert samples.dropped == [
+        r.expression for r, n in zip(RECORDS, lengths, strict=True) if n > context
+    ]
+
+
+def test_a_character_that_the_tokenizer_lacks_is_an_error():
+    with pytest.raises(UserError, match="no token for a character"):
+        tokenised([record("5 \u00d7 3")])
+
+
+# ------------------------------------------------------------------------------------- plans
+
+
+def plan(samples, batch_size=16, batch_tokens=0, seed=0):
+    return plan_epoch(samples.lengths, batch_size, batch_tokens, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("batch_tokens", [0, 900])
+def test_an_epoch_has_every_sample_exactly_once(batch_tokens):
+    samples = tokenised()
+    batches = plan(samples, batch_tokens=batch_tokens)
+    assert sorted(np.concatenate(batches)) == [*range(len(samples))]
+
+
+def test_batches_have_the_asked_size_but_for_the_rest_of_each_pool():
+    sizes = [len(batch) for batch in plan(tokenised())]
+    assert max(sizes) == 16
+    assert sum(size < 16 for size in sizes) <= 1
+
+
+def test_batch_tokens_bounds_a_batch_padding_included():
+    samples = tokenised()
+    widths = [samples.lengths[batch].max() * len(batch) for batch in plan(samples, 0, 900)]
+    assert max(widths) <= 900
+    assert np.mean(widths) > 600  # and they are well filled
+
+
+def test_a_sample_beyond_batch_tokens_is_a_batch_of_its_own():
+    batches = plan_epoch(np.array([10, 500, 12]), 0, 100, np.random.default_rng(0))
+    assert [1] in [batch.tolist() for batch in batches]
+
+
+def test_little_is_padding():
+    samples = tokenised()
+    batches = [samples.batch(indices) for indices in plan(samples)]
+    padded = sum(batch.input_ids.numel() for batch in batches)
+    assert samples.lengths.sum() / padded > 0.85
+    in_order = [samples.batch(part) for part in np.array_split(np.arange(600), 38)]
+    assert samples.lengths.sum() / sum(b.input_ids.numel() for b in in_order) < 0.6
+
+
+def test_the_plan_follows_from_the_seed():
+    samples = tokenised()
+    one, same, other = (plan(samples, seed=seed) for seed in (1, 1, 2))
+    assert all(map(np.array_equal, one, same))
+    assert not all(map(np.array_equal, one, other))
+
+
+def test_short_and_long_batches_come_in_random_order():
+    samples = tokenised()
+    means = [samples.lengths[batch].mean() for batch in plan(samples)]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5
+
+
+# -------------------------------------------------------------------------------- gradients
+
+
+def task(**settings):
+    config = FoundationalConfig(tokenizer_path="t", corpus_path="c", **settings)
+    return SupervisedTask(tokenised(), tokenised(RECORDS[:50]), config)
+
+
+def gradient(pieces):
+    """The gradient of one update on step 3's batch, computed in so many pieces."""
+    model = random_model(TOKENIZER.vocab_size)
+    job = task(batch_size=24, gradient_accumulation_steps=pieces)
+    (micro_batches,) = job.updates(3)
+    assert len(micro_batches) == pieces
+    config = SimpleNamespace(gradient_clip=0.0)
+    optimizer = SimpleNamespace(zero_grad=model.zero_grad, step=lambda scale: None)
+    run = SimpleNamespace(
+        model=model, config=config, optimizer=optimizer, precision=torch.float32, step=3
+    )
+    loss = update(run, job, micro_batches, 1.0)
+    return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("pieces", [2, 5, 24])
+def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(pieces):
+    loss, whole = gradient(1)
+    loss_in_pieces, in_pieces = gradient(pieces)
+    assert loss_in_pieces == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(in_pieces, whole, atol=1e-5 * whole.abs().max().item(), rtol=1e-4)
+
+
+def test_the_loss_is_the_mean_over_weighted_tokens():
+    model, job = random_model(TOKENIZER.vocab_size), task(batch_size=6)
+    batch = job.train.batch([0, 1, 2])
+    logprobs = model(batch.input_ids).log_softmax(-1)
+    chosen = logprobs.gather(-1, batch.targets[..., None])[..., 0]
+    expected = -(chosen * batch.weights).sum()
+    torch.testing.assert_close(job.loss(model, batch), expected)
+
+
+# ------------------------------------------------------------------------------------ budgets
+
+
+def test_epochs_and_steps_are_the_two_budgets():
+    per_epoch = task(batch_size=16, num_epochs=1).total_steps
+    assert per_epoch == 38  # 600 samples
+    assert task(batch_size=16, num_epochs=3).total_steps == 3 * per_epoch
+    assert task(batch_size=16, num_epochs=3, max_steps=50).total_steps == 50
+    assert task(batch_size=16, num_epochs=1, max_steps=100).total_steps == 100
+
+
+def test_every_epoch_has_another_order():
+    job = task(batch_size=16, num_epochs=2)
+    assert not np.array_equal(job.plan[0], job.plan[job.steps_per_epoch])
+
+
+# ------------------------------------------------------------------------------ held-out figures
+
+
+def test_held_out_figures_are_those_of_plain_sums():
+    model, job = random_model(TOKENIZER.vocab_size), task()
+    figures = job.evaluate(model)
+    total = count = 0.0
+    for index in range(50):
+        batch = job.held_out.batch([index])
+        total += job.loss(model, batch).item()
+        count += batch.weights.sum().item()
+    assert figures["eval_loss"] == pytest.approx(total / count, rel=1e-4)
+    assert figures["eval_exact"] == 0.0
