@@ -41,20 +41,12 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """Training, common to every supervised stage."""
+class RunConfig:
+    """Training, common to every stage."""
 
-    tokenizer_path: str = opt("", "tokenizer directory (or its tokenizer.json)", required=True)
     output_dir: str = opt("models", "the run folder is made in here")
-    num_epochs: int = opt(10, "passes over the corpus", at_least=1)
-    max_steps: int = opt(0, "stop after this many steps instead; 0 = use num_epochs", at_least=0)
-    batch_size: int = opt(32, "sequences per optimizer step", at_least=1)
-    batch_tokens: int = opt(
-        0, "tokens per optimizer step instead of batch_size sequences; 0 = off", at_least=0
-    )
-    gradient_accumulation_steps: int = opt(
-        1, "micro-batches that a step's batch is computed in; same result, less memory", at_least=1
-    )
+    num_epochs: int = opt(10, "passes over the data", at_least=1)
+    max_steps: int = opt(0, "stop after this many steps; 0 = when the epochs are over", at_least=0)
     learning_rate: float = opt(1e-4, "peak learning rate", above=0.0)
     warmup_steps: int = opt(
         1000, "linear warm-up; at most a tenth of the run's steps is used", at_least=0
@@ -73,12 +65,6 @@ class TrainingConfig:
     muon_learning_rate: float = opt(0.02, "peak rate of the matrices under muon", above=0.0)
     weight_decay: float = opt(0.01, "decoupled weight decay of the matrices", at_least=0.0)
     gradient_clip: float = opt(1.0, "clip the gradient norm to this; 0 = off", at_least=0.0)
-    prompt_loss_weight: float = opt(
-        1.0, "loss weight of a prompt token (foundational stage only)", at_least=0.0
-    )
-    result_loss_weight: float = opt(
-        1.0, "loss weight of the tokens of a step's result (after '=')", above=0.0
-    )
     eval_every: int = opt(500, "steps between held-out evaluations", at_least=1)
     eval_samples: int = opt(500, "held-out samples (validation split)", at_least=1)
     save_every: int = opt(1000, "steps between checkpoints", at_least=1)
@@ -91,9 +77,29 @@ class TrainingConfig:
         choices=("auto", "fp32", "bf16"),
     )
     threads: int = opt(0, "CPU threads; 0 = torch's choice", at_least=0)
-    seed: int = opt(42, "seed of weights, batch order and dropout", at_least=0)
-    init_from: str = opt("", "start a new run from this checkpoint's weights")
+    seed: int = opt(42, "seed of weights, batch order, dropout and sampling", at_least=0)
     resume: str = opt("", "continue the run in this folder from its last checkpoint")
+
+
+@dataclass(frozen=True)
+class TrainingConfig(RunConfig):
+    """Training, common to every supervised stage."""
+
+    tokenizer_path: str = opt("", "tokenizer directory (or its tokenizer.json)", required=True)
+    batch_size: int = opt(32, "sequences per optimizer step", at_least=1)
+    batch_tokens: int = opt(
+        0, "tokens per optimizer step instead of batch_size sequences; 0 = off", at_least=0
+    )
+    gradient_accumulation_steps: int = opt(
+        1, "micro-batches that a step's batch is computed in; same result, less memory", at_least=1
+    )
+    prompt_loss_weight: float = opt(
+        1.0, "loss weight of a prompt token (foundational stage only)", at_least=0.0
+    )
+    result_loss_weight: float = opt(
+        1.0, "loss weight of the tokens of a step's result (after '=')", above=0.0
+    )
+    init_from: str = opt("", "start a new run from this checkpoint's weights")
 
 
 @dataclass(frozen=True)
@@ -182,3 +188,95 @@ class LoRAInstructionConfig(InstructionConfig, LoRAConfig):
 
     save_merged_model: bool = opt(False, "also write merged_model.pt, a model like any other")
     save_peft_adapter: bool = opt(False, "also write peft_adapter/, which PEFT loads as it is")
+
+
+@dataclass(frozen=True)
+class GRPOConfig(RunConfig, LoRAConfig):
+    """Group relative policy optimization."""
+
+    tokenizer: str = opt("", "tokenizer directory (or its tokenizer.json)", required=True)
+    sft_checkpoint: str = opt("", "the model to start from; an adapter will do", required=True)
+    base_checkpoint: str = opt("", "where the base is, if sft_checkpoint is an adapter")
+    output_dir: str = opt("models/grpo", "the run folder is made in here")
+    # prompts
+    data_mode: str = opt(
+        "instruction",
+        "prompts from an instruction corpus, or generated as they are needed",
+        choices=("instruction", "generated"),
+    )
+    instruction_corpus: str = opt("", "instruction corpus (required in instruction mode)")
+    num_samples: int = opt(
+        1024, "prompts an epoch; in instruction mode at most the corpus", at_least=1
+    )
+    num_epochs: int = opt(3, "passes over the prompts", at_least=1)
+    batch_size: int = opt(8, "prompts sampled at a time", at_least=1)
+    gradient_accumulation_steps: int = opt(
+        1, "batches of prompts whose gradients make one optimizer update", at_least=1
+    )
+    min_depth: int = opt(1, "least depth of generated prompts", at_least=1)
+    max_depth: int = opt(4, "greatest depth of generated prompts", at_least=1, at_most=20)
+    num_range: tuple[int, int] = opt((1, 20), "numbers in generated prompts")
+    adaptive_difficulty: bool = opt(
+        False, "draw depths in proportion to p (1 - p), p = the pass rate so far at that depth"
+    )
+    # rollouts
+    num_candidates: int = opt(4, "completions of each prompt: one group", at_least=2)
+    temperature: float = opt(0.8, "of the rollouts and of the loss alike", above=0.0)
+    top_k: int = opt(0, "sample from the k likeliest tokens only; 0 = off", at_least=0)
+    top_p: float = opt(1.0, "sample from the nucleus of this mass; 1 = off", above=0.0, at_most=1.0)
+    max_gen_length: int = opt(512, "most new tokens of a completion", at_least=1)
+    rollout_batch_size: int = opt(256, "completions decoded at a time", at_least=1)
+    cutoff: str = opt(
+        "keep",
+        "completions that hit the length limit: keep them as they are, mask them out of the loss, "
+        "or penalise them with reward -1",
+        choices=("keep", "mask", "penalise"),
+    )
+    refill_rounds: int = opt(
+        0, "replace groups whose rewards are all alike by new prompts, so many times", at_least=0
+    )
+    # reward and loss
+    rewards: str = opt("correct=1", "weighted sum of: correct, step_validity, format, length")
+    scale_rewards: str = opt(
+        "none",
+        "divide the advantages by the standard deviation of the group or the batch; the learning "
+        "rate must follow",
+        choices=("none", "group", "batch"),
+    )
+    loss_type: str = opt(
+        "dapo",
+        "how token losses are averaged: dapo = over all tokens, grpo = over each completion and "
+        "then over completions, dr_grpo = over completions x length limit",
+        choices=("dapo", "grpo", "dr_grpo"),
+    )
+    epsilon_low: float = opt(0.2, "clip range of the ratio below 1", above=0.0, at_most=1.0)
+    epsilon_high: float = opt(0.28, "clip range of the ratio above 1", above=0.0)
+    kl_penalty_coef: float = opt(0.05, "weight of the KL divergence to the start", at_least=0.0)
+    kl_estimator: str = opt(
+        "k3",
+        "k3 = from the sampled token, times the importance ratio; k3_plain = without the ratio; "
+        "exact = summed over the vocabulary",
+        choices=("k3", "k3_plain", "exact"),
+    )
+    num_iterations: int = opt(1, "updates on each batch of rollouts", at_least=1)
+    micro_batch_size: int = opt(32, "completions in one forward pass of the loss", at_least=1)
+    sft_replay_coef: float = opt(
+        0.0, "weight of a supervised loss on right solutions of as many new prompts", at_least=0.0
+    )
+    # the run
+    learning_rate: float = opt(1e-4, "peak learning rate", above=0.0)
+    warmup_steps: int = opt(10, "linear warm-up; at most a tenth of the run's steps", at_least=0)
+    schedule: str = opt(
+        "constant", "learning rate after the warm-up", choices=("cosine", "linear", "constant")
+    )
+    weight_decay: float = opt(0.0, "decoupled weight decay of the matrices", at_least=0.0)
+    eval_every: int = opt(20, "steps between validations", at_least=1)
+    eval_samples: int = opt(200, "validation prompts; 0 = no validation", at_least=0)
+    save_every: int = opt(50, "steps between checkpoints", at_least=1)
+    log_every: int = opt(1, "steps between lines of metrics.jsonl", at_least=1)
+    precision: str = opt(
+        "fp32",
+        "fp32 keeps the log-probs of rollout and loss equal; bf16 is faster and less exact",
+        choices=("auto", "fp32", "bf16"),
+    )
+    lora_rank: int = opt(0, "train a fresh adapter of this rank; 0 = all weights", at_least=0)

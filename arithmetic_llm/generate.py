@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +28,14 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def truncated(self) -> bool:
+        """Some tokens may be cut from the distribution."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1.0)
+
 
 GREEDY = Sampling()
+COMPACT_AT = 1 / 8  # share of finished rows from which copying the cache without them pays
 
 
 @dataclass
@@ -40,13 +46,16 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)  # nats, of the distribution sampled from
     finish_reason: Literal["eos", "length"] = "length"
     margin: float = float("inf")  # smallest gap between the two best logits: a near-tie if ~1e-5
+    support: list[Tensor] = field(default_factory=list)  # (vocabulary,) bool a token, if truncated
 
-    def add(self, token: int, logprob: float, margin: float) -> None:
-        """Append what one decoding step has given."""
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        self.margin = min(self.margin, margin)
-        if token == EOS:
+    def add(self, emission: Emission, place: int) -> None:
+        """Append what one decoding step has given for this row."""
+        self.tokens.append(emission.tokens[place])
+        self.logprobs.append(emission.logprobs[place])
+        self.margin = min(self.margin, emission.margins[place])
+        if emission.support is not None:
+            self.support.append(emission.support[place])
+        if self.tokens[-1] == EOS:
             self.finish_reason = "eos"
 
 
@@ -58,6 +67,7 @@ class Emission:
     tokens: list[int]
     logprobs: list[float]
     margins: list[float]
+    support: Tensor | None = None  # (rows, vocabulary) bool: what truncation has left
 
 
 def generate(
@@ -85,10 +95,8 @@ def generate(
         rows = order[start : start + batch_size]
         batch = [prompts[row] for row in rows]
         for emission in decode(model, batch, max_new_tokens, sampling, rows):
-            for row, *what in zip(
-                emission.rows, emission.tokens, emission.logprobs, emission.margins, strict=True
-            ):
-                completions[row].add(*what)
+            for place, row in enumerate(emission.rows):
+                completions[row].add(emission, place)
                 if completions[row].finish_reason == "eos":
                     on_done(row, completions[row])
         for row in rows:
@@ -106,7 +114,7 @@ def decode(
 ) -> Iterator[Emission]:
     """Write all prompts at once, yielding each step's tokens as they come.
 
-    A row stops after ``<eos>`` and leaves the batch; the iterator ends when all rows have stopped
+    A row stops after ``<eos>``; the iterator ends when all rows have stopped
     or ``max_new_tokens`` are written. ``row_ids`` name the rows in what is yielded and in the
     random streams (default 0, 1, 2, ...).
     """
@@ -115,22 +123,34 @@ def decode(
     cache = model.new_cache(len(prompts))
     with evaluating(model):
         logits = _prefill(model, prompts, cache)
-        alive = torch.arange(len(prompts))  # batch rows that are still being written
+        index = torch.arange(len(prompts))  # which prompt each row of the cache belongs to
+        done = torch.zeros(len(prompts), dtype=torch.bool)
         for step in range(max_new_tokens):
-            tokens, logprobs, margins = _choose(logits, sampling, draws[alive, step])
-            yield Emission(
-                [row_ids[i] for i in alive.tolist()],
-                tokens.tolist(),
-                logprobs.tolist(),
-                margins.tolist(),
-            )
-            going = (tokens != EOS).nonzero().flatten()
-            if len(going) == 0 or step == max_new_tokens - 1:
+            choice = _choose(logits, sampling, draws[index, step])
+            yield _emission(choice, [row_ids[i] for i in index.tolist()], ~done)
+            tokens = choice.tokens
+            done |= tokens.cpu() == EOS
+            if done.all() or step == max_new_tokens - 1:
                 return
-            if len(going) < len(tokens):
+            if done.float().mean() > COMPACT_AT:
+                going = (~done).nonzero().flatten()
+                index, done = index[going], done[going]
+                going = going.to(tokens.device)
+                tokens = tokens[going]
                 cache.keep(going)
-                alive, tokens = alive[going.cpu()], tokens[going]
             logits = _forward(model, tokens[:, None], cache, None)
+
+
+def _emission(choice: Choice, names: list[int], live: Tensor) -> Emission:
+    """What the rows that are still being written have got."""
+    live = live.to(choice.tokens.device)
+    return Emission(
+        [name for name, alive in zip(names, live.tolist(), strict=True) if alive],
+        choice.tokens[live].tolist(),
+        choice.logprobs[live].tolist(),
+        choice.margins[live].tolist(),
+        None if choice.support is None else choice.support[live].cpu(),
+    )
 
 
 @contextlib.contextmanager
@@ -169,8 +189,16 @@ def _uniforms(sampling: Sampling, rows: Sequence[int], steps: int) -> Tensor:
     return torch.from_numpy(np.stack(draws))
 
 
-def _choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Next tokens (B,), their log-probabilities, and the gap between the two best logits."""
+class Choice(NamedTuple):
+    """The next token of each row (B,), its log-probability, and how close the runner-up was."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    margins: Tensor
+    support: Tensor | None  # (B, vocabulary)
+
+
+def _choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Choice:
     best = logits.topk(2, dim=-1).values
     logprobs = truncated_logprobs(logits, sampling)
     if sampling.greedy:
@@ -181,7 +209,8 @@ def _choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor
         threshold = uniform.to(logits.device)[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
     chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
-    return tokens, chosen, best[:, 0] - best[:, 1]
+    support = logprobs > -torch.inf if sampling.truncated else None
+    return Choice(tokens, chosen, best[:, 0] - best[:, 1], support)
 
 
 def truncated_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
