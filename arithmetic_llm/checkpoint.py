@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import io
 import re
 import zipfile
 from collections.abc import Iterator
@@ -83,8 +84,10 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "training": checkpoint.training,
         "adapter": checkpoint.adapter,
     }
+    memory = io.BytesIO()  # straight to a full disk, torch would fail with an error of its own
+    torch.save(content, memory)
     with atomic_write(path) as file:
-        torch.save(content, file)
+        file.write(memory.getbuffer())
 
 
 def read_checkpoint(path: str | Path) -> Content:

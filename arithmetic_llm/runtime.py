@@ -31,18 +31,24 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     The bytes go to a temporary file in the same folder (``os.replace`` is atomic only within one
     file system), reach the disk, and then take the name. On any error, an interrupt included, the
     temporary file is removed and what stood at ``path`` before is untouched.
+
+    Raises:
+        UserError: the file system refuses (full disk, no permission, a directory in the way).
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):
+            temporary.unlink(missing_ok=True)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
