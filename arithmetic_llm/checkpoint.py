@@ -229,10 +229,11 @@ def build_model(
 
 
 def _finite(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in fp32, in whatever they are stored."""
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise ValueError(f"weight {name} holds NaN or infinity")
-    return weights
+    return {name: tensor.float() for name, tensor in weights.items()}
 
 
 def _same_shapes(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> None:

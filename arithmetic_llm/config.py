@@ -12,10 +12,12 @@ from arithmetic_llm.runtime import UserError
 class ModelConfig:
     """Model architecture."""
 
-    d_model: int = opt(256, "embedding dimension", at_least=2)
+    d_model: int = opt(256, "embedding dimension", at_least=2, at_most=65_536)
     nhead: int = opt(8, "number of attention heads; must divide d_model", at_least=1)
-    num_layers: int = opt(6, "number of transformer layers", at_least=1)
-    dim_feedforward: int = opt(1024, "width of the SwiGLU feed-forward layer", at_least=1)
+    num_layers: int = opt(6, "number of transformer layers", at_least=1, at_most=1000)
+    dim_feedforward: int = opt(
+        1024, "width of the SwiGLU feed-forward layer", at_least=1, at_most=1_000_000
+    )
     dropout: float = opt(0.1, "dropout on each residual branch", at_least=0.0, at_most=0.99)
     max_seq_length: int = opt(
         1024,
