@@ -199,6 +199,9 @@ def _read(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: not a checkpoint, or a truncated one; use another checkpoint")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if part := archive.testzip():  # torch does not compare the check sums
+                raise ValueError(f"the bytes of {part} have changed")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds for damaged archives
         if "Weights only load failed" in str(error):
