@@ -1,8 +1,9 @@
 """The step-by-step solution of an expression, as a model is to write it.
 
 The operations are carried out in post-order: left operand, right operand, then the node. In
-canonical text the next of them is always the leftmost number that opens a group, with the operator
-and the number that follow it; so a step is one search and one replacement in the text.
+canonical text the next of them is always the leftmost operator with a number on either side, since
+an operator that still waits for a group on its left has one inside that group. So a step is one
+search and one replacement in the text.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Answer = int | Literal["ERROR"]
 
 _FINAL_RESULT = "Final Result:"
 _ANSWER = re.compile(rf"-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})|{ERROR}")
-_READY = re.compile(r"(?<![^(])(-?[0-9]+) ([+-]) (-?[0-9]+)")
+_READY = re.compile(r"(-?[0-9]+) ([+-]) (-?[0-9]+)")
 
 
 class Step(NamedTuple):

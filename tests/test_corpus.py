@@ -169,11 +169,15 @@ def test_a_small_depth_is_exhausted_and_the_others_share_the_rest():
     assert max(rest.values()) - min(rest.values()) <= 1
 
 
-def test_no_more_than_there_is():
-    spec = SampleSpec(max_depth=1, invalid_rate=0.0, typed_rate=0.5)
-    samples = corpus.test_set(spec, 1000, seed=1)
-    assert len(samples) == sum(split_of(text) == "test" for text in ALL_DEPTH_1)
-    assert len({tree_of(sample) for sample in samples}) == len(samples)
+@pytest.mark.parametrize("largest", [20, 80])
+def test_all_there_is_and_no_more(largest):
+    numbers = range(-largest, largest + 1)
+    spec = SampleSpec(num_range=(-largest, largest), max_depth=1, invalid_rate=0.0, typed_rate=0.5)
+    samples = corpus.test_set(spec, 5000, seed=1)
+    everything = [f"{a} {op} {b}" for a, b in itertools.product(numbers, repeat=2) for op in "+-"]
+    in_split = {text for text in everything if split_of(text) == "test"}
+    assert len(samples) == len(in_split)
+    assert {sample.record.expression for sample in samples} == in_split
 
 
 def test_flat_sums_are_even_over_their_lengths():
@@ -263,6 +267,12 @@ def test_fewer_problems_than_asked_for_are_announced(tmp_path, capsys):
 GOOD_JSON = json_line(next(generate(MIXED, 1, seed=1)).record).strip()
 GOOD_PLAIN = plain_lines(next(generate(MIXED, 1, seed=1)).record).strip()
 FIELDS = json.loads(GOOD_JSON)
+ONE = {
+    "expression": "2 - 1",
+    "problem": "Evaluate: 2 - 1",
+    "solution": solve("2 - 1").text,
+    "answer": 1,
+}
 
 
 @pytest.mark.parametrize(
@@ -275,7 +285,8 @@ FIELDS = json.loads(GOOD_JSON)
         ("[1]", 1, "neither"),
         (json.dumps({**FIELDS, "answer": 10**6}), 1, "is not the final result"),
         (json.dumps({**FIELDS, "answer": str(FIELDS["answer"])}), 1, "is not the final result"),
-        (json.dumps({**FIELDS, "answer": True}), 1, "is not the final result"),
+        (json.dumps({**ONE, "answer": True}), 1, "is not the final result"),
+        (json.dumps({**ONE, "answer": 1.0}), 1, "is not the final result"),
         (json.dumps({**FIELDS, "problem": "Evaluate: 1"}), 1, "the problem is not"),
         (json.dumps({**FIELDS, "expression": 5}), 1, "'expression' is not a string"),
         (json.dumps({**FIELDS, "solution": "Final Result: 1"}), 1, "no <think>"),
