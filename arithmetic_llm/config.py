@@ -239,6 +239,12 @@ class GRPOConfig(RunConfig, LoRAConfig):
     )
     # reward and loss
     rewards: str = opt("correct=1", "weighted sum of: correct, step_validity, format, length")
+    baseline: str = opt(
+        "group",
+        "what advantages are measured from: the group's mean reward, or none, which for rewards of "
+        "0 and 1 is rejection-sampling fine-tuning",
+        choices=("group", "none"),
+    )
     scale_rewards: str = opt(
         "none",
         "divide the advantages by the standard deviation of the group or the batch; the learning "
@@ -273,7 +279,7 @@ class GRPOConfig(RunConfig, LoRAConfig):
     )
     weight_decay: float = opt(0.0, "decoupled weight decay of the matrices", at_least=0.0)
     eval_every: int = opt(20, "steps between validations", at_least=1)
-    eval_samples: int = opt(200, "validation prompts; 0 = no validation", at_least=0)
+    eval_samples: int = opt(200, "validation prompts, spread over the depths", at_least=1)
     save_every: int = opt(50, "steps between checkpoints", at_least=1)
     log_every: int = opt(1, "steps between lines of metrics.jsonl", at_least=1)
     precision: str = opt(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,14 +15,11 @@ from torch import Tensor
 
 from arithmetic_llm.adapters import parameter_summary, save_adapter_files, with_adapter
 from arithmetic_llm.checkpoint import (
-    FINISHED,
     Checkpoint,
     check_tokenizer,
     load_checkpoint,
-    new_run_folder,
     resolve_stamp,
 )
-from arithmetic_llm.cli import read_json
 from arithmetic_llm.config import (
     FoundationalConfig,
     InstructionConfig,
@@ -42,7 +40,7 @@ from arithmetic_llm.runtime import (
     sha256_file,
 )
 from arithmetic_llm.tokenizer import ArithmeticTokenizer
-from arithmetic_llm.trainer import Run, continue_run, fit, start_run
+from arithmetic_llm.trainer import Run, fit, open_run
 
 
 class SupervisedTask:
@@ -73,9 +71,7 @@ class SupervisedTask:
         return int(self._tokens_before[step])
 
     def loss(self, model: ArithmeticModel, batch: Batch) -> Tensor:
-        """Sum over tokens of weight x negative log-likelihood, in nats."""
-        logits, targets, weights = counted_logits(model, batch)
-        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+        return summed_cross_entropy(*counted_logits(model, batch))
 
     def evaluate(self, model: ArithmeticModel) -> dict[str, float]:
         """Figures on the held-out samples.
@@ -112,6 +108,11 @@ def counted_logits(model: ArithmeticModel, batch: Batch) -> tuple[Tensor, Tensor
     counted = batch.weights > 0
     hidden = model.hidden_states(batch.input_ids)[counted]
     return model.lm_head(hidden).float(), batch.targets[counted], batch.weights[counted]
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Sum over tokens of weight x negative log-likelihood, in nats."""
+    return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
 
 
 def _parts(samples: TokenisedSamples, tokens: int = 16_384) -> int:
@@ -162,12 +163,7 @@ def _train(
     if lora:
         checkpoint = with_adapter(checkpoint, lora, start)
     task = _task(config, corpus_path, covered, checkpoint, loss)
-    sha256 = sha256_file(corpus_path)
-    if config.resume:
-        run = _resumed(Path(config.resume), config, checkpoint, sha256)
-    else:
-        folder = new_run_folder(config.output_dir, stage)
-        run = start_run(folder, config, checkpoint, corpus=corpus_path, corpus_sha256=sha256)
+    run = open_run(config, checkpoint, corpus_sha256=sha256_file(corpus_path))
     _describe(run, task)
     summary = fit(run, task, partial(save_adapter_files, config=lora) if lora else None)
     print(f"done: best eval loss {summary['best']['eval_loss']:.4g}; models in {run.folder}")
@@ -188,6 +184,8 @@ def _starting_point(
         base = load_checkpoint(resolve_stamp(start))
         check_tokenizer(base, config.tokenizer_path, start)
         model, seen = base.model, merge(base.trained_on, seen)
+        if context := getattr(config, "max_seq_length", 0):
+            model.config = replace(model.config, max_seq_length=context)
     else:
         model = initialise(ArithmeticModel(shape, tokenizer.vocab_size))
     model.to(resolve_device(config.device))
@@ -210,17 +208,6 @@ def _task(
     if len(held_out) == 0:
         raise UserError(f"no held-out sample fits into {context} tokens; raise --max-seq-length")
     return SupervisedTask(train, held_out, config)
-
-
-def _resumed(folder: Path, config: TrainingConfig, checkpoint: Checkpoint, sha256: str) -> Run:
-    if (folder / FINISHED).exists():
-        raise UserError(f"{folder}: is finished; start a new run with --init-from")
-    before = read_json(folder / "run.json")
-    if before.get("corpus_sha256") != sha256:
-        raise UserError(f"{folder}: its corpus has changed since; restore it or start a new run")
-    if before.get("tokenizer_hash") != checkpoint.tokenizer.hash:
-        raise UserError(f"{folder}: its tokenizer has changed since; restore it")
-    return continue_run(folder, config, checkpoint)
 
 
 def _held_out_records(covered: Coverage, config: TrainingConfig) -> list[Record]:

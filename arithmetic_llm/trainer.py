@@ -27,12 +27,13 @@ from arithmetic_llm.checkpoint import (
     Checkpoint,
     Content,
     load_weights,
+    new_run_folder,
     read_checkpoint,
     save_checkpoint,
     step_checkpoints,
 )
-from arithmetic_llm.cli import to_json
-from arithmetic_llm.config import TrainingConfig
+from arithmetic_llm.cli import read_json, to_json
+from arithmetic_llm.config import RunConfig
 from arithmetic_llm.model import ArithmeticModel
 from arithmetic_llm.optim import MuonAdamW, build_optimizer, learning_rate_factor
 from arithmetic_llm.runtime import (
@@ -43,6 +44,9 @@ from arithmetic_llm.runtime import (
     readable_seconds,
     versions,
 )
+
+METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
+SHOWN = ("reward", "accuracy")  # of a task's figures, on the bar
 
 
 class MicroBatch(Protocol):
@@ -91,7 +95,7 @@ class Run:
     """One training run: its folder, what it trains, and how far it is."""
 
     folder: Path
-    config: TrainingConfig
+    config: RunConfig
     checkpoint: Checkpoint  # the model, with what every file saved from it must say
     optimizer: MuonAdamW
     step: int = 0
@@ -165,7 +169,32 @@ def resolve_precision(name: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def start_run(folder: Path, config: TrainingConfig, checkpoint: Checkpoint, **facts: Any) -> Run:
+def open_run(config: RunConfig, checkpoint: Checkpoint, **sources: str) -> Run:
+    """A new run, or the one that ``config.resume`` names.
+
+    Args:
+        sources: hashes and the like of what the run learns from; must be the same on resuming.
+
+    Raises:
+        UserError: the run to resume is finished, or learned from something else.
+    """
+    if not config.resume:
+        return start_run(
+            new_run_folder(config.output_dir, checkpoint.stage), config, checkpoint, sources
+        )
+    folder = Path(config.resume)
+    if (folder / FINISHED).exists():
+        raise UserError(f"{folder}: is finished; start a new run with --init-from")
+    before = read_json(folder / "run.json")
+    for name, value in {**sources, "tokenizer_hash": checkpoint.tokenizer.hash}.items():
+        if before.get(name) != value:
+            raise UserError(f"{folder}: its {name} has changed since; restore that, or start anew")
+    return continue_run(folder, config, checkpoint)
+
+
+def start_run(
+    folder: Path, config: RunConfig, checkpoint: Checkpoint, sources: dict[str, str]
+) -> Run:
     """A run at step 0, with ``run.json`` and the configs written."""
     run = Run(folder, config, checkpoint, build_optimizer(checkpoint.model, config))
     atomic_write_text(folder / "training_config.json", to_json(replace(config, resume="")))
@@ -182,13 +211,13 @@ def start_run(folder: Path, config: TrainingConfig, checkpoint: Checkpoint, **fa
             "parameters": run.model.parameter_count(),
             "tokenizer_hash": checkpoint.tokenizer.hash,
             "versions": versions(),
-            **facts,
+            **sources,
         },
     )
     return run
 
 
-def continue_run(folder: Path, config: TrainingConfig, checkpoint: Checkpoint) -> Run:
+def continue_run(folder: Path, config: RunConfig, checkpoint: Checkpoint) -> Run:
     """The run in ``folder``, at its newest readable checkpoint; at step 0 if there is none."""
     run = Run(folder, config, checkpoint, build_optimizer(checkpoint.model, config))
     for path in reversed(step_checkpoints(folder)):
@@ -201,15 +230,16 @@ def continue_run(folder: Path, config: TrainingConfig, checkpoint: Checkpoint) -
         break
     else:
         print(f"resuming {folder}: it has no checkpoint yet, so it starts over")
-    MetricsLog(folder).truncate(run.step)
+    for name in (METRICS, ROLLOUTS):
+        MetricsLog(folder, name).truncate(run.step)
     return run
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one JSON object a line, flushed as it is written, readable at any time."""
+    """One JSON object a line, flushed as it is written, readable at any time."""
 
-    def __init__(self, folder: Path):
-        self.path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, name: str = METRICS):
+        self.path = folder / name
 
     def append(self, **values: Any) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
@@ -222,6 +252,8 @@ class MetricsLog:
 
     def truncate(self, step: int) -> None:
         """Forget what came after ``step``; a resumed run will write it again."""
+        if not self.path.exists():
+            return
         kept = [line for line in self.read() if line["step"] <= step]
         atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -420,7 +452,10 @@ class Meter:
             speed = f"{self.tokens_per_second:,.0f} tokens/s"
             left = readable_seconds(self.seconds_left())
             bar.note(f"expected time for this run: about {left} more at {speed}")
-        bar.update(1, loss=f"{loss:.3f}", tokens_per_s=f"{self.tokens_per_second:,.0f}")
+        figures = self.task.figures()
+        shown = {name: f"{figures[name]:.3f}" for name in SHOWN if name in figures}
+        speed = f"{self.tokens_per_second:,.0f}"
+        bar.update(1, loss=f"{loss:.3f}", **shown, tokens_per_s=speed)
 
     def seconds_left(self) -> float:
         """By the work that this process has done and what remains, at the same speed."""

@@ -1,0 +1,20 @@
+"""Group relative policy optimization: the model learns from its own attempts.
+
+    python run_grpo_training.py --tokenizer data/tokenizer \\
+        --sft-checkpoint models/instruction_YYYYMMDD_HHMMSS/best_model.pt \\
+        --data-mode generated --num-samples 1024 --num-candidates 8 --batch-size 16
+"""
+
+from arithmetic_llm.cli import parse_run, run_main
+from arithmetic_llm.config import GRPOConfig
+
+
+def main(argv=None):
+    (config,) = parse_run({"config": GRPOConfig}, argv, __doc__)
+    from arithmetic_llm.reinforce import train_grpo
+
+    train_grpo(config)
+
+
+if __name__ == "__main__":
+    run_main(main)
