@@ -1,0 +1,382 @@
+"""Checkpoints: whole or not there, never executed, and refused by name if anything is wrong."""
+
+import datetime
+import errno
+import io
+import pickle
+
+import pytest
+import torch
+from helpers import checkpoint_of, make_tokenizer, random_model
+
+from arithmetic_llm import checkpoint as checkpoint_module
+from arithmetic_llm import runtime
+from arithmetic_llm.checkpoint import (
+    FINISHED,
+    check_tokenizer,
+    load_checkpoint,
+    new_run_folder,
+    resolve_stamp,
+    save_checkpoint,
+    step_checkpoints,
+    weights_hash,
+)
+from arithmetic_llm.runtime import UserError, atomic_write, atomic_write_text
+
+
+@pytest.fixture
+def saved(tiny_model, tokenizer, tmp_path):
+    """The path of a fresh checkpoint that a test may damage."""
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, checkpoint_of(tiny_model, tokenizer))
+    return path
+
+
+def edit(path, change):
+    """Save the file again after ``change`` has had its way with the content."""
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+def refusal(path):
+    """The one line that a load is refused with; it names the file."""
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(path)
+    text = str(caught.value)
+    assert str(path) in text
+    assert "\n" not in text
+    return text
+
+
+# -------------------------------------------------------------------------------- round trip
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_everything_comes_back(tokenizer, tmp_path, tied):
+    model = random_model(tokenizer.vocab_size, tie_embeddings=tied, dropout=0.25)
+    checkpoint = checkpoint_of(model, tokenizer)
+    checkpoint.step = 17
+    checkpoint.training = {"best": 0.5, "rng": torch.get_rng_state()}
+    save_checkpoint(tmp_path / "m.pt", checkpoint)
+    loaded = load_checkpoint(tmp_path / "m.pt")
+    assert weights_hash(loaded.model) == weights_hash(model)
+    assert loaded.model.config == model.config
+    assert (loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight) == tied
+    assert loaded.tokenizer.hash == tokenizer.hash
+    assert (loaded.stage, loaded.step) == ("foundational", 17)
+    assert loaded.trained_on == checkpoint.trained_on
+    assert torch.equal(loaded.training["rng"], checkpoint.training["rng"])
+    assert all(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_it_needs_no_file_beside_it(saved, tiny_model):
+    elsewhere = saved.rename(saved.parent / "other.pt")
+    ids = torch.tensor([[2, 50, 60]])
+    assert torch.equal(load_checkpoint(elsewhere).model.eval()(ids), tiny_model(ids))
+
+
+def test_the_hash_of_the_weights_sees_every_change(tiny_model, tokenizer):
+    changed = random_model(tokenizer.vocab_size)
+    assert weights_hash(changed) == weights_hash(tiny_model)
+    with torch.no_grad():
+        changed.model.norm.weight[0] += 1e-6
+    assert weights_hash(changed) != weights_hash(tiny_model)
+
+
+# ------------------------------------------------------------------------------------ damage
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.99999])
+def test_a_truncated_file_is_refused(saved, share):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(len(content) * share)])
+    refusal(saved)
+
+
+def test_a_flipped_bit_in_a_weight_is_noticed(saved, tiny_model):
+    content = bytearray(saved.read_bytes())
+    at = content.index(tiny_model.lm_head.weight.detach().numpy().tobytes())
+    content[at + 1000] ^= 1
+    saved.write_bytes(content)
+    assert "have changed" in refusal(saved)
+
+
+class Hostile:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_executed(saved, tmp_path):
+    trace = tmp_path / "executed"
+    edit(saved, lambda content: content.update(stage=Hostile(trace)))
+    assert "was not executed" in refusal(saved)
+    assert not trace.exists()
+    torch.load(saved, weights_only=False)
+    assert trace.exists()  # so the file was hostile indeed
+
+
+def test_a_bare_pickle_is_refused_and_not_executed(tmp_path):
+    path, trace = tmp_path / "model.pt", tmp_path / "executed"
+    path.write_bytes(pickle.dumps(Hostile(trace)))
+    refusal(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(saved, value):
+    edit(saved, lambda content: content["weights"]["lm_head.weight"][3, 2].fill_(value))
+    assert "lm_head.weight holds NaN or infinity" in refusal(saved)
+
+
+def _set(*path_and_value):
+    """A change that sets ``content[a][b]... = value``."""
+    *path, last, value = path_and_value
+
+    def change(content):
+        for key in path:
+            content = content[key]
+        content[last] = value
+
+    return change
+
+
+def _drop(*path):
+    *path, last = path
+
+    def change(content):
+        for key in path:
+            content = content[key]
+        del content[last]
+
+    return change
+
+
+HEAD = "lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_set("weights", HEAD, torch.zeros(3, 5)), "shape (3, 5), not"),
+        (_drop("weights", HEAD), f"{HEAD} is missing"),
+        (_set("weights", "surplus", torch.zeros(1)), "surplus is unknown"),
+        (_set("weights", HEAD, "not a tensor"), ""),
+        (_set("weights", 7, torch.zeros(1)), ""),
+        (_set("weights", None), ""),
+        (_drop("weights"), "weights is missing"),
+        (_drop("model_config"), "model_config is missing"),
+        (_set("model_config", "d_model", 64), "shape"),
+        (_set("model_config", "d_model", 0), "d-model"),
+        (_set("model_config", "d_model", "big"), "d_model"),
+        (_set("model_config", "d_model", 10**15), ""),
+        (_set("model_config", "num_layers", 10**12), "num-layers"),
+        (_set("model_config", "nhead", 3), "nhead"),
+        (_set("model_config", "rope_theta", float("nan")), "rope-theta"),
+        (_set("model_config", "d_modle", 32), "did you mean d_model"),
+        (_set("tokenizer", "{}"), "tokenizer"),
+        (_set("tokenizer", make_tokenizer(120).serialized), "shape"),
+        (_set("tokenizer", None), ""),
+        (_set("trained_on", 5), ""),
+        (_set("step", "many"), ""),
+        (_set("format", "another program's"), "not a checkpoint of this toolkit"),
+    ],
+)
+def test_content_that_does_not_fit_is_refused(saved, change, named):
+    edit(saved, change)
+    assert named in refusal(saved)
+
+
+def test_weights_of_another_kind_of_number_still_give_an_fp32_model(saved, tiny_model):
+    """Exporters write bf16 or fp64; what does not fit must not crash in the first product."""
+
+    def halve(content):
+        content["weights"] = {name: w.double() for name, w in content["weights"].items()}
+
+    edit(saved, halve)
+    assert weights_hash(load_checkpoint(saved).model) == weights_hash(tiny_model)
+    ids = torch.tensor([[2, 50, 60]])
+    assert torch.equal(load_checkpoint(saved).model.eval()(ids), tiny_model(ids))
+
+
+def test_other_files_are_refused(tmp_path, tokenizer):
+    path = tmp_path / "model.pt"
+    refusal(path)  # nothing there
+    path.write_bytes(b"")
+    assert "empty" in refusal(path)
+    path.write_text("not a checkpoint")
+    refusal(path)
+    torch.save([1, 2, 3], path)
+    refusal(path)
+    (tmp_path / "folder.pt").mkdir()
+    assert "is a directory" in refusal(tmp_path / "folder.pt")
+
+
+def test_another_tokenizer_is_refused(tmp_path, tiny_model, tokenizer):
+    checkpoint = checkpoint_of(tiny_model, tokenizer)
+    make_tokenizer(150).save(tmp_path)
+    with pytest.raises(UserError, match="not the tokenizer that here was trained with"):
+        check_tokenizer(checkpoint, str(tmp_path), "here")
+    tokenizer.save(tmp_path)
+    check_tokenizer(checkpoint, str(tmp_path), "here")
+    check_tokenizer(checkpoint, "", "here")
+
+
+# ------------------------------------------------------------------------------- safe writes
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk that has room for some bytes more."""
+
+    room = 5000
+
+    def write(self, data):
+        if self.tell() + len(data) > self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+def full_when_writing(monkeypatch):
+    monkeypatch.setattr(runtime, "open", FullDisk, raising=False)
+
+
+def full_when_flushing(monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runtime.os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("full", [full_when_writing, full_when_flushing])
+@pytest.mark.parametrize("exists", [True, False], ids=["over an old file", "new file"])
+def test_a_full_disk_leaves_the_old_file_and_no_other(
+    tmp_path, tiny_model, tokenizer, monkeypatch, full, exists
+):
+    path = tmp_path / "model.pt"
+    if exists:
+        path.write_text("old")
+    full(monkeypatch)
+    with pytest.raises(UserError, match=r"model\.pt: cannot be written: No space left") as caught:
+        save_checkpoint(path, checkpoint_of(tiny_model, tokenizer))
+    assert "\n" not in str(caught.value)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("model.pt", "old")] * exists
+
+
+def test_an_interrupt_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write_and_be_interrupted():
+        with atomic_write(path) as file:
+            file.write(b"half of the n")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_and_be_interrupted()
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "old")]
+
+
+def test_a_new_file_replaces_the_old_one_and_folders_are_made(tmp_path):
+    path = tmp_path / "a" / "b" / "file"
+    atomic_write_text(path, "one")
+    atomic_write_text(path, "two\n")
+    assert path.read_bytes() == b"two\n"
+    assert [*path.parent.iterdir()] == [path]
+
+
+def test_a_directory_in_the_way_is_named(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UserError, match=r"taken: cannot be written"):
+        atomic_write_text(tmp_path / "taken", "text")
+    assert [*tmp_path.iterdir()] == [tmp_path / "taken"]
+
+
+def test_a_file_where_a_folder_should_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        atomic_write_text(tmp_path / "file" / "inside", "text")
+
+
+# ------------------------------------------------------------------------------- run folders
+
+
+def finished_run(parent, name):
+    (parent / name).mkdir(parents=True)
+    (parent / name / FINISHED).write_text("{}")
+
+
+def test_two_runs_in_one_second_have_two_folders(tmp_path, monkeypatch):
+    class Clock(datetime.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 31, 23, 59, 59)
+
+    monkeypatch.setattr(checkpoint_module.datetime, "datetime", Clock)
+    names = [new_run_folder(tmp_path / "new", "foundational").name for _ in range(3)]
+    assert names == [
+        "foundational_20260131_235959",
+        "foundational_20260201_000000",
+        "foundational_20260201_000001",
+    ]
+
+
+def test_a_file_in_place_of_the_output_folder_is_an_error(tmp_path):
+    (tmp_path / "models").write_text("")
+    with pytest.raises((UserError, OSError)):
+        new_run_folder(tmp_path / "models", "foundational")
+
+
+def test_the_literal_stamp_is_the_newest_finished_run_of_exactly_that_kind(tmp_path, capsys):
+    for name in (
+        "foundational_20250101_000000",
+        "foundational_20250301_000000",
+        "foundational_20250201_235959",
+        "instruction_20260101_000000",
+        "instruction_lora_20270101_000000",
+        "foundational_2025_0401",
+        "my_foundational_20280101_000000",
+    ):
+        finished_run(tmp_path, name)
+    (tmp_path / "foundational_20290101_000000").mkdir()  # still running, or killed
+    for kind, newest in (
+        ("foundational", "20250301_000000"),
+        ("instruction", "20260101_000000"),
+        ("instruction_lora", "20270101_000000"),
+    ):
+        path = f"{tmp_path}/{kind}_YYYYMMDD_HHMMSS/best_model.pt"
+        chosen = f"{tmp_path}/{kind}_{newest}/best_model.pt"
+        assert resolve_stamp(path) == chosen
+        assert chosen in capsys.readouterr().out  # and it says which
+
+
+def test_other_paths_come_back_as_they_are(capsys):
+    assert resolve_stamp("models/foundational_20250101_000000/x.pt") == (
+        "models/foundational_20250101_000000/x.pt"
+    )
+    assert resolve_stamp("") == ""
+    assert capsys.readouterr().out == ""
+
+
+def test_no_finished_run_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no finished run"):
+        resolve_stamp(f"{tmp_path}/nowhere/foundational_YYYYMMDD_HHMMSS/best_model.pt")
+
+
+def test_a_stamped_file_counts_without_a_summary(tmp_path):
+    (tmp_path / "metrics_20250101_000000.json").write_text("{}")
+    assert resolve_stamp(f"{tmp_path}/metrics_YYYYMMDD_HHMMSS.json").endswith("0101_000000.json")
+
+
+def test_step_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for name in ("step_9", "step_10", "step_2", "step_x", "best"):
+        (tmp_path / f"checkpoint_{name}.pt").write_text("")
+    assert [path.stem for path in step_checkpoints(tmp_path)] == [
+        "checkpoint_step_2",
+        "checkpoint_step_9",
+        "checkpoint_step_10",
+    ]
