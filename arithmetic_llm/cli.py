@@ -10,6 +10,8 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
+import os
 import sys
 import types
 import typing
@@ -249,11 +251,11 @@ def run_main(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoRet
     """Run a script's ``main`` and turn what a user can cause into one line and an exit code."""
     try:
         code = main(None) or 0
+        sys.stdout.flush()  # a full disk shows here, and not at exit where it would be a mess
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:  # `print_token_table.py | head`
-        sys.stderr.close()
         code = 0
     except (UserError, OSError, MemoryError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -266,7 +268,16 @@ def run_main(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoRet
             file=sys.stderr,
         )
         code = 2
+    _let_go_of_output()
     sys.exit(code)
+
+
+def _let_go_of_output() -> None:
+    """What standard output does not take now, Python would try again at exit, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(error: BaseException) -> str:
