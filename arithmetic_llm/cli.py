@@ -73,6 +73,10 @@ def parse_run(
     folder = given.pop("resume", "")
     if not folder:
         return parse_many(sections, argv, description)
+    for name in sections:
+        if name in given:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag}: {folder} has its own settings; leave it out with --resume")
     files = {"config": "training_config.json", "model_config": "model_config.json"}
     configs = []
     for name, cls in sections.items():
@@ -208,8 +212,8 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         return
     if "choices" in metadata and value not in metadata["choices"]:
         raise UserError(f"{field.name}: {value!r} is none of {', '.join(metadata['choices'])}")
-    if isinstance(value, float) and value != value:
-        raise UserError(f"{flag}: must be a number, not nan")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{flag}: must be a finite number, not {value}")
     if "at_least" in metadata and value < metadata["at_least"]:
         raise UserError(f"{flag}: must be at least {metadata['at_least']}, not {value}")
     if "above" in metadata and value <= metadata["above"]:
