@@ -72,7 +72,10 @@ def parse_run(
     given = read_flags(sections, argv, description)
     folder = given.pop("resume", "")
     if not folder:
-        return parse_many(sections, argv, description)
+        configs = parse_many(sections, argv, description)
+        if configs[0].resume:
+            raise UserError("resume: belongs on the command line, --resume RUN, not into a file")
+        return configs
     for name in sections:
         if name in given:
             flag = "--" + name.replace("_", "-")

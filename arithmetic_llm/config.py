@@ -79,7 +79,9 @@ class RunConfig:
         choices=("auto", "fp32", "bf16"),
     )
     threads: int = opt(0, "CPU threads; 0 = torch's choice", at_least=0)
-    seed: int = opt(42, "seed of weights, batch order, dropout and sampling", at_least=0)
+    seed: int = opt(
+        42, "seed of weights, batch order, dropout and sampling", at_least=0, at_most=2**63 - 1
+    )
     resume: str = opt("", "continue the run in this folder from its last checkpoint")
 
 
