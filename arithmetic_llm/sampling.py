@@ -22,6 +22,7 @@ TREE_STYLES = ("nested", "typed", "padded")
 STYLES = (*TREE_STYLES, "flat", "drill", "invalid")
 MAX_DEPTH = 20  # a tree of depth 20 already has some 3,000 numbers
 LARGEST_NUMBER = 10**100
+MANY = 10**15
 
 
 def _rate(default: float, help: str) -> float:
@@ -163,11 +164,14 @@ def _operator(rng: Random) -> str:
 
 
 def count_trees(depth: int, num_range: tuple[int, int]) -> int:
-    """How many trees are exactly that deep."""
-    up_to = [num_range[1] - num_range[0] + 1]  # trees of depth 0, of depth 0 or 1, ...
+    """How many trees are exactly that deep; `MANY` if there are more."""
+    numbers = num_range[1] - num_range[0] + 1
+    shallower, up_to = 0, numbers  # trees of less than the depth, and of at most the depth
     for _ in range(depth):
-        up_to.append(up_to[0] + 2 * up_to[-1] ** 2)
-    return up_to[depth] - (up_to[depth - 1] if depth else 0)
+        shallower, up_to = up_to, numbers + 2 * up_to**2
+        if up_to > MANY:  # squared at every level: a number too long to work with before long
+            return MANY
+    return up_to - shallower
 
 
 def count_flat_sums(terms: int, num_range: tuple[int, int]) -> int:

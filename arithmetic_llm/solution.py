@@ -18,7 +18,8 @@ from arithmetic_llm.expression import MAX_DIGITS, ExpressionError, apply, parse
 ERROR: Literal["ERROR"] = "ERROR"  # the answer to an invalid expression
 Answer = int | Literal["ERROR"]
 
-_FINAL_RESULT = "Final Result:"
+NEW_EXPRESSION = "Expression now:"
+FINAL_RESULT = "Final Result:"
 _ANSWER = re.compile(rf"-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})|{ERROR}")
 _READY = re.compile(r"(-?[0-9]+) ([+-]) (-?[0-9]+)")
 
@@ -39,7 +40,8 @@ class Step(NamedTuple):
 
     def text(self, number: int) -> str:
         """The two lines of a solution that state this step, as its ``number``-th from 1."""
-        return f"Step {number}: {self.operation} = {self.result}\nExpression now: {self.expression}"
+        equation = f"Step {number}: {self.operation} = {self.result}"
+        return f"{equation}\n{NEW_EXPRESSION} {self.expression}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Solution:
         lines += [step.text(number) for number, step in enumerate(self.steps, 1)]
         if self.error:
             lines.append(f"Error: {self.error}")
-        lines += ["</think>", f"{_FINAL_RESULT} {self.answer}"]
+        lines += ["</think>", f"{FINAL_RESULT} {self.answer}"]
         return "\n".join(lines)
 
 
@@ -102,9 +104,9 @@ def _put(expression: str, span: tuple[int, int], number: int) -> str:
 
 def read_answer(text: str) -> Answer | None:
     """The final result that a text states; None unless it states exactly one, legibly."""
-    if text.count(_FINAL_RESULT) != 1:
+    if text.count(FINAL_RESULT) != 1:
         return None
-    stated = text.partition(_FINAL_RESULT)[2].split(maxsplit=1)
+    stated = text.partition(FINAL_RESULT)[2].split(maxsplit=1)
     if not stated or not _ANSWER.fullmatch(stated[0]):
         return None
     return ERROR if stated[0] == ERROR else int(stated[0])

@@ -25,15 +25,23 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from arithmetic_llm.expression import ExpressionError, canonicalise, parse
-from arithmetic_llm.solution import ERROR, Answer, Step, next_step, one_line, read_answer
+from arithmetic_llm.solution import (
+    ERROR,
+    FINAL_RESULT,
+    NEW_EXPRESSION,
+    Answer,
+    Step,
+    next_step,
+    one_line,
+    read_answer,
+)
 
 ErrorKind = Literal["arithmetic", "wrong_reduction", "wrong_copy", "unparseable", "cut_off"]
 
 _PROMPT = re.compile(r"\s*(?:Evaluate:.*?)?<think>", re.DOTALL)
 _NEXT_STEP = re.compile(r"(?=Step [0-9]+:)")
 _EQUATION = re.compile(r"Step ([0-9]+): (-?[0-9]+ [+-] -?[0-9]+) = (-?[0-9]+)")
-_NEW_EXPRESSION = "Expression now:"
-_RESULT = re.compile(r"Final Result: \S+")
+_RESULT = re.compile(rf"{FINAL_RESULT} \S+")
 _HALF_A_MARK = re.compile(r"(?:^| )(?:St?e?p?|Step [0-9]+|</?t?h?i?n?k?)$")  # cut within "Step 2:"
 
 
@@ -134,7 +142,7 @@ def verify(expression: str, generated: str, cut_off: bool = False) -> Verdict:
     verdicts = _judge_steps(problem, preamble, steps)
     if cut_off and not closed:
         verdicts = _excuse_last(problem, verdicts)
-    refused = preamble.strip() == problem.refusal != ""
+    refused = problem.expression is None and preamble.strip() == problem.refusal
     conclusion = ERROR if refused else _before(problem, verdicts)
     end_error = _ending_error(conclusion, closed, ending, cut_off)
     predicted = read_answer(generated)
@@ -154,9 +162,9 @@ def check_step(
     """
     step_line, expression_line = _one_spaced(step_line), _one_spaced(expression_line)
     expected = next_step(previous) if previous is not None else None
-    written = _canonical_or_none(expression_line.removeprefix(_NEW_EXPRESSION))
+    written = _canonical_or_none(expression_line.removeprefix(NEW_EXPRESSION))
     error = _equation_error(expected, step_line, number)
-    if error is None and not expression_line.startswith(_NEW_EXPRESSION):
+    if error is None and not expression_line.startswith(NEW_EXPRESSION):
         error = "unparseable"
     if error is None and written != expected.expression:
         error = "wrong_copy"
@@ -197,7 +205,7 @@ def _judge_steps(problem: _Problem, preamble: str, steps: list[str]) -> list[Ste
         error = "wrong_reduction" if preamble.startswith("Error:") else "unparseable"
         verdicts.append(StepVerdict(preamble, error, problem.expression))
     for number, text in enumerate(steps, 1):
-        step_line, mark, expression = text.partition(_NEW_EXPRESSION)
+        step_line, mark, expression = text.partition(NEW_EXPRESSION)
         previous = _before(problem, verdicts)
         verdicts.append(check_step(previous, step_line, mark + expression, number))
     return verdicts
@@ -226,7 +234,7 @@ def _ending_error(
         return "cut_off" if cut_off else "unparseable"
     if conclusion is None or " " in conclusion:  # an operation is left
         return "wrong_reduction"
-    right = f"Final Result: {conclusion}"
+    right = f"{FINAL_RESULT} {conclusion}"
     if ending == right:
         return None
     if cut_off and right.startswith(ending):

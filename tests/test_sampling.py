@@ -9,6 +9,7 @@ from arithmetic_llm import corruption
 from arithmetic_llm.expression import REASONS, ExpressionError, parse, spell, tree_depth
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.sampling import (
+    MANY,
     TREE_STYLES,
     SampleSpec,
     all_flat_sums,
@@ -71,6 +72,7 @@ def test_listing_all_trees(depth):
 
 def test_depth_1_has_800_problems():
     assert count_trees(1, (1, 20)) == 800
+    assert count_trees(20, (1, 10**100)) == MANY
 
 
 def test_listing_all_flat_sums():
