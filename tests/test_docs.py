@@ -1,0 +1,54 @@
+"""The documents say what the scripts do."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = (ROOT / "docs" / "FLAGS.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands():
+    """(script, flags) of each `python script.py ...` in the README's shell blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    for script, rest in re.findall(r"^\S*python (\w+)\.py(.*)$", text, re.MULTILINE):
+        yield script, re.findall(r"--[\w-]+", rest)
+
+
+def documented(script):
+    """The flags that docs/FLAGS.md lists for a script."""
+    (section,) = re.findall(rf"^## {script}\.py$(.*?)(?=^## |\Z)", FLAGS, re.DOTALL | re.MULTILINE)
+    return set(re.findall(r"^\| `(--[\w-]+)`", section, re.MULTILINE))
+
+
+def test_flag_reference_is_what_the_configs_say():
+    reference = runpy.run_path(str(ROOT / "docs" / "flags.py"))["reference"]
+    assert FLAGS == reference(), "run: python docs/flags.py"
+
+
+def test_every_root_script_is_in_the_reference_and_in_the_readme():
+    for script in ROOT.glob("*.py"):
+        assert f"## {script.name}\n" in FLAGS
+        assert f"`{script.name}`" in README
+
+
+@pytest.mark.parametrize(("script", "flags"), list(commands()))
+def test_readme_commands_use_flags_that_exist(script, flags):
+    assert set(flags) <= documented(script)
+
+
+def test_readme_shows_every_numbered_stage():
+    assert {script for script, _ in commands()} >= {
+        "generate_foundational_plaintext",
+        "train_tokenizer",
+        "run_foundational_training",
+        "run_instruction_training",
+        "run_instruction_training_lora",
+        "run_grpo_training",
+        "run_evaluation",
+        "run_interactive",
+    }
