@@ -22,12 +22,11 @@ class Config:
 
 def main(argv=None):
     config = parse(Config, argv, __doc__)
-    from arithmetic_llm.adapters import merge_files
-    from arithmetic_llm.checkpoint import resolve_stamp, save_checkpoint
+    from arithmetic_llm.checkpoint import load_checkpoint, resolve_stamp, save_checkpoint
 
+    base, adapter = resolve_stamp(config.base_checkpoint), resolve_stamp(config.adapter_path)
     output = resolve_stamp(config.output_path)
-    merged = merge_files(resolve_stamp(config.base_checkpoint), resolve_stamp(config.adapter_path))
-    save_checkpoint(output, merged)
+    save_checkpoint(output, load_checkpoint(adapter, base_checkpoint=base))
     print(f"merged model in {output}")
 
 

@@ -12,7 +12,8 @@ from arithmetic_llm.cli import opt, parse, run_main
 class Config:
     """Interactive solver."""
 
-    model_path: str = opt("", "checkpoint of any stage", required=True)
+    model_path: str = opt("", "checkpoint of any stage, adapters included", required=True)
+    base_checkpoint: str = opt("", "where the base is, if model_path is an adapter")
     tokenizer_path: str = opt(
         "", "tokenizer directory; not needed, but if given it must be the checkpoint's own"
     )
@@ -31,6 +32,7 @@ def main(argv=None):
         config.model_path,
         config.device,
         config.tokenizer_path,
+        config.base_checkpoint,
         max_new_tokens=config.max_gen_length,
     )
     interactive.run(solver)

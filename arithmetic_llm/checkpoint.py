@@ -122,12 +122,22 @@ def load_checkpoint(
     """A model ready for use. An adapter is merged into its base, which is found by its hash.
 
     Args:
+        path: a checkpoint of any stage, or a PEFT folder.
         base_checkpoint: where an adapter's base is, if it has moved.
 
     Raises:
-        UserError: as `read_checkpoint`; weights that do not fit the model config; no base.
+        UserError: as `read_checkpoint`; weights that do not fit the model config; no base, or one
+            for a model that needs none.
     """
+    if Path(path).is_dir() and (Path(path) / "adapter_config.json").exists():
+        from arithmetic_llm.adapters import load_peft_checkpoint
+
+        checkpoint = load_peft_checkpoint(Path(path), base_checkpoint)
+        checkpoint.model.to(device)
+        return checkpoint
     content = read_checkpoint(path)
+    if base_checkpoint and not content.adapter:
+        raise UserError(f"{path}: is a whole model, not an adapter; leave --base-checkpoint out")
     try:
         if content.adapter:
             model = _merged(content, path, base_checkpoint)
@@ -148,32 +158,39 @@ def load_checkpoint(
 def _merged(content: Content, path: str | Path, base_checkpoint: str | Path) -> ArithmeticModel:
     from arithmetic_llm.lora import add_lora, merge_adapter
 
-    config = build(LoRAConfig, content.adapter["config"], {})
     base = find_base(content.adapter, Path(path), base_checkpoint)
-    model = add_lora(base, config)
-    load_weights(model, content.weights)
+    # The shape as it was in training: the base's own context may have been another.
+    model = build_model(content.config, content.tokenizer.vocab_size, base.model.state_dict())
+    load_weights(add_lora(model, _adapter_config(content.adapter)), content.weights)
     return merge_adapter(model)
 
 
-def find_base(adapter: dict[str, Any], path: Path, base_checkpoint: str | Path) -> ArithmeticModel:
+def _adapter_config(adapter: dict[str, Any]) -> LoRAConfig:
+    try:
+        return build(LoRAConfig, adapter["config"], {})
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+def find_base(adapter: dict[str, Any], path: Path, base_checkpoint: str | Path) -> Checkpoint:
     """The model that an adapter was trained on: where it was then, or in a run folder nearby.
 
     Raises:
         UserError: it is nowhere, or ``base_checkpoint`` is another model.
     """
     if base_checkpoint:
-        model = load_checkpoint(base_checkpoint).model
-        if weights_hash(model) != adapter["base_hash"]:
+        base = load_checkpoint(base_checkpoint)
+        if weights_hash(base.model) != adapter["base_hash"]:
             raise UserError(
                 f"{base_checkpoint}: not the base of {path}; that was {adapter['base_path']}"
             )
-        return model
+        return base
     nearby = sorted(path.resolve().parent.parent.glob("*/*_model.pt"))
     for candidate in (Path(adapter["base_path"]), *nearby):
         with contextlib.suppress(UserError):
             content = read_checkpoint(candidate)
             if content.adapter is None and hash_of(content.weights) == adapter["base_hash"]:
-                return load_checkpoint(candidate).model
+                return load_checkpoint(candidate)
     raise UserError(
         f"{path}: its base model {adapter['base_path']} is not there and none near it has the "
         "same weights; say where it is with --base-checkpoint"

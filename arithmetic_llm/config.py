@@ -125,6 +125,14 @@ class LoRAConfig:
 
 
 @dataclass(frozen=True)
+class AdapterFilesConfig:
+    """Adapter files."""
+
+    save_merged_model: bool = opt(False, "also write merged_model.pt, a model like any other")
+    save_peft_adapter: bool = opt(False, "also write peft_adapter/, which PEFT loads as it is")
+
+
+@dataclass(frozen=True)
 class FoundationalConfig(TrainingConfig):
     """Foundational training."""
 
@@ -152,7 +160,8 @@ class InstructionConfig(TrainingConfig):
 class EvaluationConfig:
     """Evaluation."""
 
-    model_path: str = opt("", "checkpoint of any stage", required=True)
+    model_path: str = opt("", "checkpoint of any stage, adapters included", required=True)
+    base_checkpoint: str = opt("", "where the base is, if model_path is an adapter")
     tokenizer_path: str = opt(
         "", "tokenizer directory; not needed, but if given it must be the checkpoint's own"
     )
@@ -187,15 +196,12 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class LoRAInstructionConfig(InstructionConfig, LoRAConfig):
+class LoRAInstructionConfig(InstructionConfig, LoRAConfig, AdapterFilesConfig):
     """Instruction tuning with LoRA."""
-
-    save_merged_model: bool = opt(False, "also write merged_model.pt, a model like any other")
-    save_peft_adapter: bool = opt(False, "also write peft_adapter/, which PEFT loads as it is")
 
 
 @dataclass(frozen=True)
-class GRPOConfig(RunConfig, LoRAConfig):
+class GRPOConfig(RunConfig, LoRAConfig, AdapterFilesConfig):
     """Group relative policy optimization."""
 
     tokenizer: str = opt("", "tokenizer directory (or its tokenizer.json)", required=True)

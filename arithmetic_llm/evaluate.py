@@ -58,7 +58,7 @@ def evaluate_checkpoint(config: EvaluationConfig) -> EvaluationResult:
     path = resolve_stamp(config.model_path)
     # What "auto" means elsewhere would make results depend on the machine and the batch size.
     device = resolve_device("cpu" if config.device == "auto" else config.device)
-    checkpoint = load_checkpoint(path, device)
+    checkpoint = load_checkpoint(path, device, resolve_stamp(config.base_checkpoint))
     check_tokenizer(checkpoint, config.tokenizer_path, path)
     problems, source = problems_for(config)
     _warn_if_too_short(config.max_gen_length, problems, checkpoint.tokenizer)

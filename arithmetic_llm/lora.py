@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -131,8 +131,19 @@ def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def merge_adapter(model: ArithmeticModel) -> ArithmeticModel:
     """A plain copy of the model with every adapter merged; the model itself is untouched."""
-    merged = copy.deepcopy(model)
-    for path, layer in lora_layers(merged):
+    return _plain_copy(model, LoRALinear.merged)
+
+
+def without_adapter(model: ArithmeticModel) -> ArithmeticModel:
+    """A plain copy of the model as it was before it had an adapter, bit for bit."""
+    return _plain_copy(model, lambda layer: layer.base_layer)
+
+
+def _plain_copy(
+    model: ArithmeticModel, plain: Callable[[LoRALinear], nn.Linear]
+) -> ArithmeticModel:
+    copied = copy.deepcopy(model)
+    for path, layer in lora_layers(copied):
         parent, _, name = path.rpartition(".")
-        setattr(merged.get_submodule(parent), name, layer.merged())
-    return merged.requires_grad_(True)
+        setattr(copied.get_submodule(parent), name, plain(layer))
+    return copied.requires_grad_(True)

@@ -45,19 +45,26 @@ class ArithmeticSolver:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, device: str = "auto", tokenizer_path: str = "", **options: Any
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        tokenizer_path: str = "",
+        base_checkpoint: str = "",
+        **options: Any,
     ) -> ArithmeticSolver:
-        """Load a checkpoint of any stage.
+        """Load a checkpoint of any stage, an adapter included.
 
         Args:
             tokenizer_path: if given, must be the tokenizer that the checkpoint was trained with.
+            base_checkpoint: where an adapter's base is, if it has moved.
             options: ``max_new_tokens``, ``sampling``.
 
         Raises:
             UserError: no checkpoint there, a damaged one, another tokenizer, no such device.
         """
         path = resolve_stamp(str(path))
-        checkpoint = load_checkpoint(path, resolve_device(device))
+        base = resolve_stamp(base_checkpoint)
+        checkpoint = load_checkpoint(path, resolve_device(device), base)
         check_tokenizer(checkpoint, tokenizer_path, path)
         return cls(checkpoint.model, checkpoint.tokenizer, checkpoint.trained_on, **options)
 
@@ -102,7 +109,7 @@ class ArithmeticSolver:
         prompt, limit = self.prompt(problem.expression), self._limit(problem)
         written = Completion()
         for emission in decode(self.model, [prompt], limit, self.sampling):
-            written.add(emission.tokens[0], emission.logprobs[0], emission.margins[0])
+            written.add(emission, 0)
             yield self.tokenizer.decode(emission.tokens, skip_special=True)
         return self._judge(problem, prompt, written, limit)
 

@@ -13,12 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arithmetic_llm.adapters import parameter_summary, save_adapter_files, with_adapter
+from arithmetic_llm.adapters import (
+    keep_base,
+    parameter_summary,
+    save_adapter_files,
+    with_adapter,
+)
 from arithmetic_llm.checkpoint import (
     Checkpoint,
     check_tokenizer,
     load_checkpoint,
     resolve_stamp,
+    weights_hash,
 )
 from arithmetic_llm.config import (
     FoundationalConfig,
@@ -130,6 +136,7 @@ def train_foundational(config: FoundationalConfig, shape: ModelConfig) -> Path:
 
 def train_instruction(config: InstructionConfig) -> Path:
     """Fine-tune a foundational model on the tokens after ``<think>``; returns the run folder."""
+    config = _start_resolved(config)
     start = config.init_from or config.foundational_checkpoint
     loss = LossWeights(0.0, config.result_loss_weight)
     return _train("instruction", config, config.instruction_corpus_path, start, None, loss)
@@ -137,10 +144,17 @@ def train_instruction(config: InstructionConfig) -> Path:
 
 def train_instruction_lora(config: LoRAInstructionConfig) -> Path:
     """Fine-tune a low-rank adapter on a frozen model; returns the run folder."""
-    start = resolve_stamp(config.init_from or config.foundational_checkpoint)
+    config = _start_resolved(config)
+    start = config.init_from or config.foundational_checkpoint
     loss = LossWeights(0.0, config.result_loss_weight)
     corpus_path = config.instruction_corpus_path
     return _train("instruction_lora", config, corpus_path, start, None, loss, config)
+
+
+def _start_resolved(config: InstructionConfig) -> InstructionConfig:
+    """The config with the very run to start from, so that resuming does not find a newer one."""
+    name = "init_from" if config.init_from else "foundational_checkpoint"
+    return replace(config, **{name: resolve_stamp(getattr(config, name))})
 
 
 def _train(
@@ -160,10 +174,15 @@ def _train(
     tokenizer = ArithmeticTokenizer.load(resolve_stamp(config.tokenizer_path))
     covered = coverage(corpus_path)
     checkpoint = _starting_point(stage, config, start, shape, tokenizer, covered)
+    sources = {"corpus_sha256": sha256_file(corpus_path)}
+    if start:
+        sources["start_hash"] = weights_hash(checkpoint.model)
     if lora:
         checkpoint = with_adapter(checkpoint, lora, start)
     task = _task(config, corpus_path, covered, checkpoint, loss)
-    run = open_run(config, checkpoint, corpus_sha256=sha256_file(corpus_path))
+    run = open_run(config, checkpoint, **sources)
+    if lora:
+        keep_base(run)
     _describe(run, task)
     summary = fit(run, task, partial(save_adapter_files, config=lora) if lora else None)
     print(f"done: best eval loss {summary['best']['eval_loss']:.4g}; models in {run.folder}")
