@@ -284,7 +284,8 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
             meter.add(*train_step(run, task), bar)
             witness.check(run.model)
             last = run.step == task.total_steps
-            if run.step % config.log_every == 0:
+            epoch_ends = run.step % task.steps_per_epoch == 0 or last
+            if run.step % config.log_every == 0 or epoch_ends:
                 log.append(**meter.line(), **task.figures())
             if run.step % config.eval_every == 0 or last:
                 evaluate(run, task, log, bar)
@@ -466,7 +467,8 @@ class Meter:
     def line(self) -> dict[str, Any]:
         """One line of the metrics stream; starts the next window."""
         now = time.monotonic()
-        factor = learning_rate_factor(self.run.config, self.run.step, self.task.total_steps)
+        last_step = self.run.step - 1
+        factor = learning_rate_factor(self.run.config, last_step, self.task.total_steps)
         line = {
             "step": self.run.step,
             "epoch": round(self.run.step / self.task.steps_per_epoch, 4),
