@@ -220,6 +220,8 @@ def start_run(
 def continue_run(folder: Path, config: RunConfig, checkpoint: Checkpoint) -> Run:
     """The run in ``folder``, at its newest readable checkpoint; at step 0 if there is none."""
     run = Run(folder, config, checkpoint, build_optimizer(checkpoint.model, config))
+    for half_written in folder.glob(".*.tmp"):  # what a kill interrupted
+        half_written.unlink()
     for path in reversed(step_checkpoints(folder)):
         try:
             run.restore(read_checkpoint(path))
