@@ -367,6 +367,8 @@ def evaluate(run: Run, task: Task, log: MetricsLog, bar: Progress) -> None:
     run.model.eval()
     with torch.no_grad():
         figures = task.evaluate(run.model)
+    if math.isnan(task.badness(figures)):
+        raise UserError(f"the held-out loss is nan at step {run.step}; lower --learning-rate")
     run.model.train()
     log.append(step=run.step, **figures)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
