@@ -197,7 +197,6 @@ def start_run(
 ) -> Run:
     """A run at step 0, with ``run.json`` and the configs written."""
     run = Run(folder, config, checkpoint, build_optimizer(checkpoint.model, config))
-    atomic_write_text(folder / "training_config.json", to_json(replace(config, resume="")))
     atomic_write_text(folder / "model_config.json", to_json(checkpoint.model.config))
     run.write_json(
         "run.json",
@@ -214,6 +213,8 @@ def start_run(
             **sources,
         },
     )
+    # Last: a folder that --resume can read its settings from has all the rest, too.
+    atomic_write_text(folder / "training_config.json", to_json(replace(config, resume="")))
     return run
 
 
