@@ -337,6 +337,16 @@ def resolve_stamp(path: str) -> str:
     return str(chosen)
 
 
+def resolve_paths(config: Any) -> Any:
+    """A config with every literal time stamp in it resolved; see `resolve_stamp`.
+
+    A run keeps this one, so that resuming it does not find a newer base.
+    """
+    values = dataclasses.asdict(config)
+    stamped = {k: v for k, v in values.items() if isinstance(v, str) and STAMP in v}
+    return dataclasses.replace(config, **{k: resolve_stamp(v) for k, v in stamped.items()})
+
+
 def _entries(folder: Path) -> Iterator[Path]:
     return folder.iterdir() if folder.is_dir() else iter(())
 

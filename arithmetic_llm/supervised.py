@@ -23,7 +23,7 @@ from arithmetic_llm.checkpoint import (
     Checkpoint,
     check_tokenizer,
     load_checkpoint,
-    resolve_stamp,
+    resolve_paths,
     weights_hash,
 )
 from arithmetic_llm.config import (
@@ -130,13 +130,14 @@ def _parts(samples: TokenisedSamples, tokens: int = 16_384) -> int:
 
 def train_foundational(config: FoundationalConfig, shape: ModelConfig) -> Path:
     """Train a model from random weights, or from ``init_from``'s; returns the run folder."""
+    config = resolve_paths(config)
     loss = LossWeights(config.prompt_loss_weight, config.result_loss_weight)
     return _train("foundational", config, config.corpus_path, config.init_from, shape, loss)
 
 
 def train_instruction(config: InstructionConfig) -> Path:
     """Fine-tune a foundational model on the tokens after ``<think>``; returns the run folder."""
-    config = _start_resolved(config)
+    config = resolve_paths(config)
     start = config.init_from or config.foundational_checkpoint
     loss = LossWeights(0.0, config.result_loss_weight)
     return _train("instruction", config, config.instruction_corpus_path, start, None, loss)
@@ -144,17 +145,11 @@ def train_instruction(config: InstructionConfig) -> Path:
 
 def train_instruction_lora(config: LoRAInstructionConfig) -> Path:
     """Fine-tune a low-rank adapter on a frozen model; returns the run folder."""
-    config = _start_resolved(config)
+    config = resolve_paths(config)
     start = config.init_from or config.foundational_checkpoint
     loss = LossWeights(0.0, config.result_loss_weight)
     corpus_path = config.instruction_corpus_path
     return _train("instruction_lora", config, corpus_path, start, None, loss, config)
-
-
-def _start_resolved(config: InstructionConfig) -> InstructionConfig:
-    """The config with the very run to start from, so that resuming does not find a newer one."""
-    name = "init_from" if config.init_from else "foundational_checkpoint"
-    return replace(config, **{name: resolve_stamp(getattr(config, name))})
 
 
 def _train(
@@ -171,7 +166,7 @@ def _train(
     if config.threads:
         torch.set_num_threads(config.threads)
     seed_everything(config.seed)
-    tokenizer = ArithmeticTokenizer.load(resolve_stamp(config.tokenizer_path))
+    tokenizer = ArithmeticTokenizer.load(config.tokenizer_path)
     covered = coverage(corpus_path)
     checkpoint = _starting_point(stage, config, start, shape, tokenizer, covered)
     sources = {"corpus_sha256": sha256_file(corpus_path)}
@@ -200,7 +195,7 @@ def _starting_point(
     """The untrained model, or the one to go on from with what it has seen."""
     seen = covered.as_dict()
     if start:
-        base = load_checkpoint(resolve_stamp(start))
+        base = load_checkpoint(start)
         check_tokenizer(base, config.tokenizer_path, start)
         model, seen = base.model, merge(base.trained_on, seen)
         if context := getattr(config, "max_seq_length", 0):
