@@ -14,7 +14,7 @@ from random import Random
 
 from arithmetic_llm.cli import opt
 from arithmetic_llm.corruption import corrupt
-from arithmetic_llm.expression import Postfix, spell
+from arithmetic_llm.expression import Postfix, apply, spell
 from arithmetic_llm.runtime import UserError
 
 LEAF_PROBABILITY = 0.3  # that the free side of an operation stops growing, at every level
@@ -50,16 +50,9 @@ class SampleSpec:
         "fraction of flat sums without parentheses, 2 to --flat-terms numbers: 7 - 2 + 9 - 1",
     )
     drill_rate: float = _rate(
-        0.0, "fraction of one-step drills with operands up to --drill-bound: -57 - 112"
+        0.0, "fraction of one-step drills: single steps of trees of --max-depth, as 31 - -12"
     )
     flat_terms: int = opt(20, "most numbers in a flat sum", at_least=2, at_most=1000)
-    drill_bound: int | None = opt(
-        None,
-        "largest operand of a drill, of either sign; unless given, the largest that a tree of "
-        "--max-depth can reach: largest number x 2^(max_depth - 1)",
-        at_least=1,
-        at_most=LARGEST_NUMBER,
-    )
 
     def __post_init__(self) -> None:
         low, high = self.num_range
@@ -77,17 +70,6 @@ class SampleSpec:
     def rate(self, style: str) -> float:
         """The fraction of samples of a style other than nested."""
         return getattr(self, f"{style}_rate")
-
-    @property
-    def largest_drill(self) -> int:
-        """The bound on the operands of drills, derived from the trees unless it is set.
-
-        A side of a tree of depth d is at most d - 1 deep, and each level can double the largest
-        number: 20 x 2^3 = 160 for numbers up to 20 at depth 4.
-        """
-        if self.drill_bound is not None:
-            return self.drill_bound
-        return max(1, *map(abs, self.num_range)) * 2 ** (self.max_depth - 1)
 
     def style_counts(self, num_samples: int) -> dict[str, int]:
         """Exact counts that add up to ``num_samples``, each rate rounded to the nearest."""
@@ -141,18 +123,20 @@ def flat_sum(terms: int, num_range: tuple[int, int], rng: Random) -> Postfix:
 
 
 def drill(spec: SampleSpec, rng: Random) -> Postfix:
-    """One operation on two numbers of either sign, such as a trace meets on its way.
+    """One operation on two numbers, picked among the steps that solve a tree of ``max_depth``.
 
-    Intermediate results crowd around zero, so each operand is uniform within the bound halved a
-    random number of times, once for each level of the tree at which it could have arisen.
+    So drills have just the numbers, large and negative ones included, that traces meet, as often.
     """
-    operands = [_drill_operand(spec, rng) for _ in range(2)]
-    return (*operands, _operator(rng))
-
-
-def _drill_operand(spec: SampleSpec, rng: Random) -> int:
-    bound = max(1, spec.largest_drill >> rng.randrange(spec.max_depth))
-    return _number((-bound, bound), rng)
+    results: list[int] = []
+    steps: list[Postfix] = []
+    for symbol in exact_tree(spec.max_depth, spec.num_range, rng):
+        if isinstance(symbol, int):
+            results.append(symbol)
+            continue
+        right, left = results.pop(), results.pop()
+        steps.append((left, right, symbol))
+        results.append(apply(left, symbol, right))
+    return rng.choice(steps)
 
 
 def _number(num_range: tuple[int, int], rng: Random) -> int:

@@ -33,7 +33,7 @@ MIXED = SampleSpec(
     drill_rate=0.2,
 )
 ALL_DEPTH_1 = [f"{a} {op} {b}" for a, b in itertools.product(range(1, 21), repeat=2) for op in "+-"]
-GOLDEN_SHA256 = "b8a7efe6ba0781bc93e039f7bbd89c77954783613d7bf5de3f55f00c2694ac1b"
+GOLDEN_SHA256 = "d2fb38269e11804359e3b823c6efb5d26df18fbe2b0ee3c4c37b8e51249e0abc"
 
 
 def tree_of(sample):

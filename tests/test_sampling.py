@@ -21,6 +21,7 @@ from arithmetic_llm.sampling import (
     flat_sum,
     write,
 )
+from arithmetic_llm.solution import solve
 
 
 @pytest.fixture
@@ -113,24 +114,25 @@ def test_flat_sums_have_2_to_n_numbers(rng):
 # -------------------------------------------------------------------------------- drills
 
 
-def test_drills_reach_what_trees_reach(rng):
+def test_drills_are_single_steps_with_the_numbers_that_traces_meet(rng):
     spec = SampleSpec(max_depth=4)
-    assert spec.largest_drill == 160  # a depth-3 side: 8 numbers of at most 20
     drills = [draw(spec, "drill", rng) for _ in range(20_000)]
     assert {tree_depth(tree) for tree in drills} == {1}
+    steps = [
+        (step.left, step.right)
+        for _ in range(2000)
+        for step in solve(spell(exact_tree(4, spec.num_range, rng))).steps
+    ]
     operands = [number for tree in drills for number in numbers_of(tree)]
-    assert max(operands) == 160
-    assert min(operands) == -160
-    assert set(range(-20, 21)) <= set(operands)
-    near_zero = sum(abs(number) <= 40 for number in operands) / len(operands)
-    assert near_zero == pytest.approx((1 + 1 + 1 / 2 + 1 / 4) / 4, abs=0.02)
-
-
-def test_drill_bound_can_be_set(rng):
-    spec = SampleSpec(drill_bound=999, num_range=(1, 5))
-    operands = [n for _ in range(5000) for n in numbers_of(draw(spec, "drill", rng))]
-    assert 900 < max(operands) <= 999
-    assert -999 <= min(operands) < -900
+    in_traces = [number for step in steps for number in step]
+    assert min(operands) < -60
+    assert max(operands) > 80
+    for low, high in ((-200, -20), (-20, 0), (1, 21), (21, 200)):
+        drilled, met = (
+            sum(low <= number < high for number in numbers) / len(numbers)
+            for numbers in (operands, in_traces)
+        )
+        assert drilled == pytest.approx(met, rel=0.25)
 
 
 # ---------------------------------------------------------------------------- the spec
