@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -58,10 +59,11 @@ def coverage(corpus_path: str | Path) -> Coverage:
     """From the corpus's sidecar if that describes this very file, else by reading all of it."""
     sidecar = Path(f"{corpus_path}.meta.json")
     if sidecar.is_file():
-        meta = json.loads(sidecar.read_text(encoding="utf-8"))
-        if meta["sha256"] == sha256_file(corpus_path):
-            return _from_sidecar(meta)
-        print(f"{sidecar}: describes another file than {corpus_path}; reading the corpus instead")
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged
+            meta = json.loads(sidecar.read_text(encoding="utf-8"))
+            if meta["sha256"] == sha256_file(corpus_path):
+                return _from_sidecar(meta)
+        print(f"{sidecar}: does not describe {corpus_path}; reading the corpus instead")
     return survey(read_corpus(corpus_path))
 
 
