@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from arithmetic_llm import runtime
 from arithmetic_llm.checkpoint import Checkpoint
 from arithmetic_llm.cli import run_main
 from arithmetic_llm.config import ModelConfig
@@ -155,3 +158,48 @@ def checkpoint_of(model: ArithmeticModel, tokenizer: ArithmeticTokenizer) -> Che
         "splits": {"train": 100},
     }
     return Checkpoint(model, tokenizer, "foundational", seen)
+
+
+# ------------------------------------------------------------------------------- what goes wrong
+
+
+def edit(path: Path, change: Callable[[dict], None]) -> None:
+    """Save a checkpoint file again after ``change`` has had its way with its content."""
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+class Hostile:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk that has room for some bytes more."""
+
+    room = 400
+
+    def write(self, data):
+        if self.tell() + len(data) > self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+def full_when_writing(monkeypatch) -> None:
+    """From now on no file that is written safely gets beyond its first bytes."""
+    monkeypatch.setattr(runtime, "open", FullDisk, raising=False)
+
+
+def full_when_flushing(monkeypatch) -> None:
+    """From now on the disk turns out to be full when a file is flushed."""
+
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runtime.os, "fsync", fsync)

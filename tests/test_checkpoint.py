@@ -1,16 +1,21 @@
 """Checkpoints: whole or not there, never executed, and refused by name if anything is wrong."""
 
 import datetime
-import errno
-import io
 import pickle
 
 import pytest
 import torch
-from helpers import checkpoint_of, make_tokenizer, random_model
+from helpers import (
+    Hostile,
+    checkpoint_of,
+    edit,
+    full_when_flushing,
+    full_when_writing,
+    make_tokenizer,
+    random_model,
+)
 
 from arithmetic_llm import checkpoint as checkpoint_module
-from arithmetic_llm import runtime
 from arithmetic_llm.checkpoint import (
     FINISHED,
     check_tokenizer,
@@ -30,13 +35,6 @@ def saved(tiny_model, tokenizer, tmp_path):
     path = tmp_path / "model.pt"
     save_checkpoint(path, checkpoint_of(tiny_model, tokenizer))
     return path
-
-
-def edit(path, change):
-    """Save the file again after ``change`` has had its way with the content."""
-    content = torch.load(path, weights_only=True)
-    change(content)
-    torch.save(content, path)
 
 
 def refusal(path):
@@ -100,16 +98,6 @@ def test_a_flipped_bit_in_a_weight_is_noticed(saved, tiny_model):
     content[at + 1000] ^= 1
     saved.write_bytes(content)
     assert "have changed" in refusal(saved)
-
-
-class Hostile:
-    """Unpickled, it would write a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def test_code_in_a_checkpoint_is_refused_and_not_executed(saved, tmp_path):
@@ -228,28 +216,6 @@ def test_another_tokenizer_is_refused(tmp_path, tiny_model, tokenizer):
 
 
 # ------------------------------------------------------------------------------- safe writes
-
-
-class FullDisk(io.FileIO):
-    """A file on a disk that has room for some bytes more."""
-
-    room = 5000
-
-    def write(self, data):
-        if self.tell() + len(data) > self.room:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return super().write(data)
-
-
-def full_when_writing(monkeypatch):
-    monkeypatch.setattr(runtime, "open", FullDisk, raising=False)
-
-
-def full_when_flushing(monkeypatch):
-    def fsync(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(runtime.os, "fsync", fsync)
 
 
 @pytest.mark.parametrize("full", [full_when_writing, full_when_flushing])
