@@ -212,7 +212,8 @@ def _peft_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = require_file(folder / PEFT_WEIGHTS, "adapter")
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            names = file.keys()  # the file itself is no iterable
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: damaged ({error}); use another copy") from None
 

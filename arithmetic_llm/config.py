@@ -227,14 +227,20 @@ class GRPOConfig(RunConfig, LoRAConfig, AdapterFilesConfig):
     max_depth: int = opt(4, "greatest depth of generated prompts", at_least=1, at_most=20)
     num_range: tuple[int, int] = opt((1, 20), "numbers in generated prompts")
     adaptive_difficulty: bool = opt(
-        False, "draw depths in proportion to p (1 - p), p = the pass rate so far at that depth"
+        False,
+        "draw the depths of generated prompts in proportion to p (1 - p), p = the pass rate so far",
     )
     # rollouts
     num_candidates: int = opt(4, "completions of each prompt: one group", at_least=2)
     temperature: float = opt(0.8, "of the rollouts and of the loss alike", above=0.0)
     top_k: int = opt(0, "sample from the k likeliest tokens only; 0 = off", at_least=0)
     top_p: float = opt(1.0, "sample from the nucleus of this mass; 1 = off", above=0.0, at_most=1.0)
-    max_gen_length: int = opt(512, "most new tokens of a completion", at_least=1)
+    max_gen_length: int = opt(
+        0,
+        "most new tokens of a completion; 0 = the longest right solution of some prompts and a "
+        "quarter more",
+        at_least=0,
+    )
     rollout_batch_size: int = opt(256, "completions decoded at a time", at_least=1)
     cutoff: str = opt(
         "keep",

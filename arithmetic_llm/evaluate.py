@@ -61,7 +61,7 @@ def evaluate_checkpoint(config: EvaluationConfig) -> EvaluationResult:
     checkpoint = load_checkpoint(path, device, resolve_stamp(config.base_checkpoint))
     check_tokenizer(checkpoint, config.tokenizer_path, path)
     problems, source = problems_for(config)
-    _warn_if_too_short(config.max_gen_length, problems, checkpoint.tokenizer)
+    warn_if_too_short(config.max_gen_length, problems, checkpoint.tokenizer)
     return evaluate(
         checkpoint.model,
         checkpoint.tokenizer,
@@ -84,7 +84,10 @@ def _identity(path: str, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _warn_if_too_short(limit: int, problems: Sequence[Problem], tokenizer: ArithmeticTokenizer):
+def warn_if_too_short(
+    limit: int, problems: Sequence[Problem], tokenizer: ArithmeticTokenizer
+) -> None:
+    """Say so if a length limit cuts off right answers; 0 = no limit was asked for."""
     lengths = answer_lengths(problems, tokenizer) if limit else []
     if longer := sum(length > limit for length in lengths):
         print(

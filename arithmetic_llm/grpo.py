@@ -159,7 +159,11 @@ def clipped_objective(
 
 
 def kl_divergence(
-    distribution: Tensor, reference: Tensor, tokens: Tensor, ratio: Tensor, estimator: str
+    distribution: Tensor,
+    reference: Tensor,
+    tokens: Tensor,
+    ratio: Tensor | None,
+    estimator: str,
 ) -> Tensor:
     """KL from the policy to the reference at each token, in nats (Schulman, 2020).
 
@@ -170,7 +174,8 @@ def kl_divergence(
     Args:
         distribution, reference: (M, V) log-probabilities.
         tokens: (M,) the sampled tokens.
-        ratio: (M,) policy / old policy at the sampled token, with its gradient.
+        ratio: (M,) policy / old policy at the sampled token, with its gradient; ``k3`` alone uses
+            it.
     """
     if estimator == "exact":
         inside = distribution > -torch.inf  # 0 * log 0 = 0 outside the support

@@ -11,26 +11,31 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from arithmetic_llm.adapters import parameter_summary, save_adapter_files, with_adapter
+from arithmetic_llm.adapters import (
+    keep_base,
+    parameter_summary,
+    save_adapter_files,
+    with_adapter,
+)
 from arithmetic_llm.checkpoint import (
     Checkpoint,
     check_tokenizer,
     load_checkpoint,
-    resolve_stamp,
+    resolve_paths,
     weights_hash,
 )
 from arithmetic_llm.config import GRPOConfig
-from arithmetic_llm.corpus import generate as generate_samples
 from arithmetic_llm.corpus import test_set
-from arithmetic_llm.coverage import merge
+from arithmetic_llm.coverage import Coverage, coverage, merge
 from arithmetic_llm.data import Batch, LossWeights, TokenisedSamples
+from arithmetic_llm.evaluate import room_to_answer, warn_if_too_short
 from arithmetic_llm.generate import GREEDY, Sampling, evaluating
 from arithmetic_llm.grpo import (
     Episode,
@@ -39,12 +44,21 @@ from arithmetic_llm.grpo import (
     collate,
     group_advantages,
     grpo_loss,
+    kl_divergence,
     policy_distribution,
 )
+from arithmetic_llm.judging import problem_from
 from arithmetic_llm.lora import disable_adapter, lora_layers
 from arithmetic_llm.model import ArithmeticModel
 from arithmetic_llm.rewards import parse_rewards
-from arithmetic_llm.rollout import PassRates, PromptSource, Rollout, roll_out
+from arithmetic_llm.rollout import (
+    PassRates,
+    PromptSource,
+    Rollout,
+    nested,
+    roll_out,
+    row_name,
+)
 from arithmetic_llm.runtime import (
     UserError,
     keep_freed_memory,
@@ -52,15 +66,21 @@ from arithmetic_llm.runtime import (
     seed_everything,
     sha256_file,
 )
-from arithmetic_llm.sampling import SampleSpec
-from arithmetic_llm.supervised import counted_logits, summed_cross_entropy
+from arithmetic_llm.supervised import (
+    counted_logits,
+    summed_cross_entropy,
+    warn_of_other_splits,
+)
 from arithmetic_llm.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.trainer import ROLLOUTS, MetricsLog, Run, fit, open_run
 
 DEAD_STEPS_TO_WARN = 10
+PROMPTS_TO_MEASURE = 500  # how many right solutions tell how much room a completion needs
 # Largest difference, in nats a token, between what the decoder sampled with and what the training
 # forward says of the same token. They add in another order; bf16 also rounds every product.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+LARGEST_START_KL = 1e-6  # nats a token: the policy is its reference, so what is there is rounding
+REPLAY = 2**20  # sets the seeds of replayed samples apart from those of rollouts
 
 
 @dataclass(frozen=True)
@@ -79,19 +99,26 @@ class Replay:
 
 
 class GRPOTask:
-    """Rollouts, rewards and their loss; see `trainer.Task`."""
+    """Rollouts, rewards and their loss; see `trainer.Task`.
+
+    Args:
+        validation: held-out expressions to judge the policy by.
+    """
 
     def __init__(
-        self, run_model: ArithmeticModel, tokenizer: ArithmeticTokenizer, config: GRPOConfig
+        self,
+        model: ArithmeticModel,
+        tokenizer: ArithmeticTokenizer,
+        config: GRPOConfig,
+        source: PromptSource,
+        validation: Sequence[str],
     ):
-        self.model, self.tokenizer, self.config = run_model, tokenizer, config
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.source, self.validation = source, validation
+        self.pass_rates = source.pass_rates
         self.weights = parse_rewards(config.rewards)
-        self.pass_rates = PassRates()
-        self.source = PromptSource(config, self.pass_rates)
-        self.reference = Reference(run_model, needed=config.kl_penalty_coef > 0)
-        self.validation = _validation_prompts(config)
-        self.prompts_per_step = config.batch_size * config.gradient_accumulation_steps
-        self.steps_per_epoch = -(-self.source.prompts_per_epoch // self.prompts_per_step)
+        self.reference = Reference(model, needed=config.kl_penalty_coef > 0)
+        self.steps_per_epoch = source.steps_per_epoch
         self.total_steps = config.max_steps or config.num_epochs * self.steps_per_epoch
         self.precision = torch.float32  # of the training forward; set when the run is open
         self.dead_steps = 0
@@ -109,36 +136,40 @@ class GRPOTask:
         self._note(groups, time.monotonic() - started)
         self._keep_sample(step, groups[0])
         started = time.monotonic()
-        batches = self._batches(self._episodes(groups))
+        if step == 0:
+            episodes = [as_episode(rollout, 0.0) for rollout in chain(*groups)]
+            print(self.check_start(self._batches(episodes)), file=sys.stderr)
+        batches = self._batches(self._signal(groups))
         if not batches:
             self._warn_of_dead_step()
             return
         self.dead_steps = 0
-        if step == 0:
-            print(self.check_start(batches), file=sys.stderr)
         if self.config.num_iterations > 1:
             batches = [replace(b, old_logprobs=self._old_logprobs(b)) for b in batches]
+        replay = self._replay(step, batches)
         for _ in range(self.config.num_iterations):
-            yield [*batches, *self._replay(step, batches)]
+            yield batches + replay
         self.noted["seconds_training"] = time.monotonic() - started
 
     def _rollouts(self, step: int) -> list[list[Rollout]]:
-        """A step's groups; dead ones are replaced by new prompts as often as the config allows."""
-        groups = self._roll_out_round(self.prompts_per_step, step, 0)
+        """A step's groups, and new ones in place of the dead as often as the config allows.
+
+        The dead ones stay in the list: figures and pass rates count all that was rolled out.
+        """
+        prompts = self.source.of_step(step)
+        groups = self._roll_out(prompts, self.config.num_candidates, self._sampling(step, 0))
         for round_ in range(1, self.config.refill_rounds + 1):
-            live = [group for group in groups if not is_dead(group)]
-            missing = self.prompts_per_step - len(live)
+            missing = len(prompts) - sum(not self._is_dead(group) for group in groups)
             if not missing:
                 break
-            groups = live + self._roll_out_round(missing, step, round_)
+            others = self.source.others(missing, step, round_)
+            sampling = self._sampling(step, round_)
+            groups += self._roll_out(others, self.config.num_candidates, sampling)
         return groups
 
-    def _roll_out_round(self, prompts: int, step: int, round_: int) -> list[list[Rollout]]:
-        config = self.config
-        seed = int(np.random.SeedSequence((config.seed, step, round_)).generate_state(1)[0])
-        sampling = Sampling(config.temperature, config.top_k, config.top_p, seed)
-        expressions = self.source.draw(prompts, step, round_)
-        return self._roll_out(expressions, config.num_candidates, sampling)
+    def _sampling(self, step: int, round_: int) -> Sampling:
+        config, seed = self.config, derived_seed(self.config.seed, step, round_)
+        return Sampling(config.temperature, config.top_k, config.top_p, seed)
 
     def _roll_out(
         self, expressions: Sequence[str], copies: int, sampling: Sampling
@@ -147,26 +178,25 @@ class GRPOTask:
             self.model, self.tokenizer, expressions, copies, sampling, self.config, self.weights
         )
 
-    def _episodes(self, groups: list[list[Rollout]]) -> list[Episode]:
-        """The rollouts that move the policy: those with an advantage, less masked cut-offs."""
+    def _signal(self, groups: list[list[Rollout]]) -> list[Episode]:
+        """The rollouts that move the policy, with their advantages."""
         config = self.config
         rewards = torch.tensor([[rollout.reward for rollout in group] for group in groups])
-        advantages = group_advantages(rewards, config.scale_rewards, config.baseline)
-        no_signal = [config.baseline == "group" and is_dead(group) for group in groups]
+        advantages = group_advantages(rewards, config.scale_rewards, config.baseline).tolist()
         return [
-            Episode(
-                rollout.prompt,
-                rollout.completion.tokens,
-                rollout.completion.logprobs,
-                float(advantage),
-                rollout.completion.support,
-            )
-            for group, row, dead in zip(groups, advantages, no_signal, strict=True)
+            as_episode(rollout, advantage)
+            for group, row in zip(groups, advantages, strict=True)
             for rollout, advantage in zip(group, row, strict=True)
-            if not dead
+            if not self._is_dead(group)
             and not (config.baseline == "none" and advantage == 0)
-            and not (rollout.cut_off and config.cutoff == "mask")
+            and not (config.cutoff == "mask" and rollout.cut_off)
         ]
+
+    def _is_dead(self, group: Sequence[Rollout]) -> bool:
+        """Nothing in it can move the policy."""
+        if self.config.baseline == "none":
+            return all(rollout.reward == 0 for rollout in group)
+        return is_dead(group)
 
     def _batches(self, episodes: list[Episode]) -> list[EpisodeBatch]:
         """Micro-batches of episodes of like length."""
@@ -212,10 +242,9 @@ class GRPOTask:
         config = self.config
         if not config.sft_replay_coef:
             return []
-        seed = int(np.random.SeedSequence((config.seed, step, 2**20)).generate_state(1)[0])
-        samples = generate_samples(_nested(config), self.prompts_per_step, seed, "train")
+        seed = derived_seed(config.seed, step, REPLAY)
+        records = self.source.solved(self.source.prompts_per_step, seed)
         context = self.model.config.max_seq_length
-        records = (sample.record for sample in samples)
         replay = TokenisedSamples(records, self.tokenizer, context, LossWeights(0.0, 1.0))
         if len(replay) == 0:
             return []
@@ -229,36 +258,39 @@ class GRPOTask:
         """At step 0 decoder and training forward agree, and the policy is its own reference.
 
         Raises:
-            RuntimeError: they do not; every later figure would be wrong.
+            UserError: they do not; every later figure would be wrong.
         """
         gap = max(
             float((self._logprobs(b).cpu() - b.rollout_logprobs[b.mask]).abs().max())
             for b in batches
         )
-        with torch.no_grad(), evaluating(self.model), self._autocast():
-            kl = max(self._start_kl(batch.to(self.model.device)) for batch in batches)
-        if gap > TOLERANCE[self.precision] or kl > 1e-6:
-            raise RuntimeError(
-                f"step 0: decoder and training log-probs differ by {gap:.2e} nats a token "
-                f"(tolerance {TOLERANCE[self.precision]}), KL to the reference is {kl:.2e} (not 0)"
-            )
-        return (
-            f"step 0: decoder and training log-probs agree to {gap:.1e} nats a token, KL {kl:.1g}"
+        kl = max(self._start_kl(batch) for batch in batches)
+        found = (
+            f"step 0: decoder and training log-probs differ by at most {gap:.1e} nats a token "
+            f"(tolerance {TOLERANCE[self.precision]}), KL to the reference {kl:.1g}"
         )
+        if not (gap <= TOLERANCE[self.precision] and kl <= LARGEST_START_KL):
+            raise UserError(f"{found}; this must not be: try --precision fp32 or --device cpu")
+        return found
 
+    @torch.no_grad()
     def _start_kl(self, batch: EpisodeBatch) -> float:
-        reference = self.reference.distribution(batch, self.config.temperature)
+        """Largest KL of any token, in nats; the reference is needed for it even if unused later."""
+        batch, temperature = batch.to(self.model.device), self.config.temperature
+        with evaluating(self.model), self._autocast():
+            distribution = policy_distribution(self.model, batch, temperature)
+            reference = self.reference.distribution(batch, temperature)
         if reference is None:
             return 0.0
-        distribution = policy_distribution(self.model, batch, self.config.temperature)
-        return float(torch.where(reference > -torch.inf, distribution - reference, 0).abs().max())
+        tokens = batch.targets[batch.mask]
+        return float(kl_divergence(distribution, reference, tokens, None, "exact").abs().max())
 
     def _note(self, groups: list[list[Rollout]], seconds: float) -> None:
         rollouts = [*chain(*groups)]
         lengths = [len(rollout.completion.tokens) for rollout in rollouts]
         self.noted = {
             "reward": fmean(r.reward for r in rollouts),
-            "reward_std": fmean(pstdev(r.reward for r in group) for group in groups),
+            "reward_std": fmean(stdev(r.reward for r in group) for group in groups),
             "accuracy": fmean(r.verdict.correct for r in rollouts),
             "frac_reward_zero_std": fmean(map(is_dead, groups)),
             "completions/mean_length": fmean(lengths),
@@ -277,9 +309,12 @@ class GRPOTask:
 
     def figures(self) -> dict[str, float]:
         """The log line of a step, under the names that users of TRL know."""
-        tokens = max(1, self.sums["tokens"])
-        means = {name: self.sums[name] / tokens for name in ("kl", "entropy")}
-        return {**self.noted, **means, "clip_ratio": self.sums["clipped"] / tokens}
+        names = {"entropy": "entropy", "clip_ratio": "clipped"}
+        if self.reference.needed:
+            names["kl"] = "kl"
+        tokens = self.sums["tokens"]  # none in a step without signal, which has no such figures
+        means = {name: self.sums[key] / tokens for name, key in names.items() if tokens}
+        return {**self.noted, **means}
 
     def _reset(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
@@ -289,26 +324,27 @@ class GRPOTask:
         self.dead_steps += 1
         if self.dead_steps % DEAD_STEPS_TO_WARN == 0:
             print(
-                f"WARNING: {self.dead_steps} steps in a row without any signal: in each group all "
-                f"rewards are alike (accuracy {self.noted['accuracy']:.3f}), so nothing is learned."
-                " Choose depths that succeed sometimes, a higher --temperature, more "
-                "--num-candidates, --adaptive-difficulty or --refill-rounds.",
+                f"WARNING: {self.dead_steps} steps in a row without any signal (in each group all "
+                "rewards are alike, or what differs is cut off and masked), so nothing is learned: "
+                f"accuracy {self.noted['accuracy']:.3f}, cut off "
+                f"{self.noted['completions/clipped_ratio']:.3f}. Choose depths that succeed "
+                "sometimes, a higher --temperature, more --num-candidates, --adaptive-difficulty "
+                "or --refill-rounds.",
                 file=sys.stderr,
             )
 
     def evaluate(self, model: ArithmeticModel) -> dict[str, float]:
         """Greedy on held-out prompts: reward, exact match, and exact match at each depth."""
         groups = self._roll_out(self.validation, 1, GREEDY)
-        by_depth = defaultdict(list)
+        rows = defaultdict(list)
         for (rollout,) in groups:
-            by_depth[rollout.depth].append(rollout)
+            rows[rollout.row].append(rollout.verdict.correct)
         figures = {
             "eval_reward": fmean(rollout.reward for (rollout,) in groups),
             "eval_exact": fmean(rollout.verdict.correct for (rollout,) in groups),
         }
-        for depth, rollouts in sorted(by_depth.items()):
-            figures[f"eval_exact_depth_{depth}"] = fmean(r.verdict.correct for r in rollouts)
-        return figures
+        by_row = {f"eval_exact_{row_name(row)}": fmean(rows[row]) for row in sorted(rows)}
+        return {**figures, **by_row}
 
     def badness(self, figures: dict[str, float]) -> float:
         return -figures["eval_reward"]
@@ -343,6 +379,17 @@ class Reference:
             return policy_distribution(self.model, batch, temperature)
 
 
+def as_episode(rollout: Rollout, advantage: float) -> Episode:
+    """What the loss needs of a rollout."""
+    written = rollout.completion
+    return Episode(rollout.prompt, written.tokens, written.logprobs, advantage, written.support)
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed of its own for every combination of the numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def is_dead(group: Sequence[Rollout]) -> bool:
     """All rewards alike: the group says nothing about what to do better."""
     return all(rollout.reward == group[0].reward for rollout in group)
@@ -357,19 +404,21 @@ def train_grpo(config: GRPOConfig) -> Path:
     if config.threads:
         torch.set_num_threads(config.threads)
     seed_everything(config.seed)
-    if config.data_mode == "instruction" and not config.instruction_corpus:
-        raise UserError("--instruction-corpus is required; or use --data-mode generated")
-    start = resolve_stamp(config.sft_checkpoint)
-    base = load_checkpoint(start, resolve_device(config.device), config.base_checkpoint)
-    check_tokenizer(base, resolve_stamp(config.tokenizer), start)
-    start_hash = weights_hash(base.model)
-    corpus = config.instruction_corpus
-    sources = {"corpus_sha256": sha256_file(corpus)} if corpus else {}
-    checkpoint = Checkpoint(base.model, base.tokenizer, "grpo", _seen(base, config))
+    _check(config)
+    config = resolve_paths(config)
+    base = _start(config)
+    covered = _covered(config)
+    checkpoint = Checkpoint(base.model, base.tokenizer, "grpo", _seen(base, covered, config))
+    sources = {"start_hash": weights_hash(base.model), **_corpus_hash(config)}
     if config.lora_rank:
-        checkpoint = with_adapter(checkpoint, config, start)
-    task = GRPOTask(checkpoint.model, checkpoint.tokenizer, config)
-    run = open_run(config, checkpoint, start_hash=start_hash, **sources)
+        checkpoint = with_adapter(checkpoint, config, config.sft_checkpoint)
+    source = PromptSource(config, PassRates())
+    validation = _validation_prompts(config, covered)
+    config = _with_room(config, source, validation, checkpoint)
+    task = GRPOTask(checkpoint.model, checkpoint.tokenizer, config, source, validation)
+    run = open_run(config, checkpoint, **sources)
+    if config.lora_rank:
+        keep_base(run)
     task.precision, task.folder = run.precision, run.folder
     _describe(run, task)
     fit(run, task, _more_files)
@@ -377,16 +426,44 @@ def train_grpo(config: GRPOConfig) -> Path:
     return run.folder
 
 
-def _more_files(run: Run) -> None:
-    if run.checkpoint.adapter:
-        save_adapter_files(run, run.config)
-    run.write_json("grpo_training_log.json", MetricsLog(run.folder).read())
+def _check(config: GRPOConfig) -> None:
+    """Refuse settings that contradict each other."""
+    parse_rewards(config.rewards)
+    nested(config)
+    if config.data_mode == "generated":
+        return
+    if not config.instruction_corpus:
+        raise UserError("--instruction-corpus is required; or use --data-mode generated")
+    if config.adaptive_difficulty:
+        raise UserError("--adaptive-difficulty chooses depths; use it with --data-mode generated")
 
 
-def _seen(base: Checkpoint, config: GRPOConfig) -> dict[str, Any]:
+def _start(config: GRPOConfig) -> Checkpoint:
+    path = config.sft_checkpoint
+    base = load_checkpoint(path, resolve_device(config.device), config.base_checkpoint)
+    check_tokenizer(base, config.tokenizer, path)
+    return base
+
+
+def _covered(config: GRPOConfig) -> Coverage | None:
+    """What the corpus of prompts covers; None if prompts are generated."""
+    if config.data_mode == "generated":
+        return None
+    covered = coverage(config.instruction_corpus)
+    warn_of_other_splits(covered, config.instruction_corpus)
+    return covered
+
+
+def _corpus_hash(config: GRPOConfig) -> dict[str, str]:
+    if config.data_mode == "generated":
+        return {}
+    return {"corpus_sha256": sha256_file(config.instruction_corpus)}
+
+
+def _seen(base: Checkpoint, covered: Coverage | None, config: GRPOConfig) -> dict[str, Any]:
     """What the policy will have been trained on: prompts count as problems seen."""
-    if config.data_mode == "instruction":
-        return base.trained_on
+    if covered:
+        return merge(base.trained_on, covered.as_dict())
     generated = {
         "styles": {"nested": config.num_samples * config.num_epochs},
         "depths": list(range(config.min_depth, config.max_depth + 1)),
@@ -397,25 +474,40 @@ def _seen(base: Checkpoint, config: GRPOConfig) -> dict[str, Any]:
     return merge(base.trained_on, generated)
 
 
-def _nested(config: GRPOConfig) -> SampleSpec:
-    return SampleSpec(
-        num_range=config.num_range,
-        min_depth=config.min_depth,
-        max_depth=config.max_depth,
-        invalid_rate=0.0,
-        typed_rate=0.0,
-    )
-
-
-def _validation_prompts(config: GRPOConfig) -> list[str]:
-    samples = test_set(_nested(config), max(1, config.eval_samples), config.seed, "validation")
+def _validation_prompts(config: GRPOConfig, covered: Coverage | None) -> list[str]:
+    """Held-out problems like the prompts."""
+    spec = covered.held_out_spec() if covered else nested(config)
+    samples = test_set(spec, config.eval_samples, config.seed, "validation")
     return [sample.record.expression for sample in samples]
+
+
+def _with_room(
+    config: GRPOConfig, source: PromptSource, validation: Sequence[str], checkpoint: Checkpoint
+) -> GRPOConfig:
+    """The config with a length limit, measured on some prompts unless it has one.
+
+    A limit that cuts right solutions off leaves their depth without reward.
+    """
+    expressions = [*validation, *source.others(PROMPTS_TO_MEASURE, 0, 1)]
+    problems = [problem_from(expression) for expression in expressions]
+    if config.max_gen_length:
+        warn_if_too_short(config.max_gen_length, problems, checkpoint.tokenizer)
+        return config
+    context = checkpoint.model.config.max_seq_length
+    return replace(config, max_gen_length=room_to_answer(problems, checkpoint.tokenizer, context))
+
+
+def _more_files(run: Run) -> None:
+    if run.checkpoint.adapter:
+        save_adapter_files(run, run.config)
+    run.write_json("grpo_training_log.json", MetricsLog(run.folder).read())
 
 
 def _describe(run: Run, task: GRPOTask) -> None:
     config = run.config
     print(
-        f"grpo: {parameter_summary(run.model)} on {run.model.device}, {task.prompts_per_step} "
-        f"prompts x {config.num_candidates} completions a step, {task.total_steps:,} steps, "
+        f"grpo: {parameter_summary(run.model)} on {run.model.device}, "
+        f"{task.source.prompts_per_step} prompts x {config.num_candidates} completions of at most "
+        f"{config.max_gen_length} tokens a step, {task.total_steps:,} steps, "
         f"rewards {config.rewards}, seed {config.seed}\nrun folder {run.folder}"
     )

@@ -11,6 +11,7 @@ Then ``--rewards correct=1,short=0.1`` uses it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -77,20 +78,27 @@ def parse_rewards(spec: str) -> dict[str, float]:
     """``correct=1,format=0.1`` -> weights by name; a bare name weighs 1.
 
     Raises:
-        UserError: an unknown name, a weight that is no number, or no reward at all.
+        UserError: an unknown name, a weight that is no finite number, or no reward at all.
     """
     weights = {}
     for part in filter(None, (part.strip() for part in spec.split(","))):
         name, _, number = part.partition("=")
         if name not in REWARDS:
             raise UserError(f"--rewards: no reward {name!r}; there are {', '.join(REWARDS)}")
-        try:
-            weights[name] = float(number or 1)
-        except ValueError:
-            raise UserError(f"--rewards: {number!r} is no weight for {name}") from None
+        weights[name] = _weight(name, number)
     if not weights:
         raise UserError(f"--rewards is empty; choose from {', '.join(REWARDS)}")
     return weights
+
+
+def _weight(name: str, number: str) -> float:
+    try:
+        weight = float(number or 1)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise UserError(f"--rewards: {number!r} is no weight for {name}")
+    return weight
 
 
 def score(attempt: Attempt, weights: dict[str, float]) -> tuple[float, dict[str, float]]:

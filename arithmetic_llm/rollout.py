@@ -10,17 +10,17 @@ from statistics import fmean
 from typing import Any
 
 from arithmetic_llm.config import GRPOConfig
-from arithmetic_llm.corpus import read_corpus
+from arithmetic_llm.corpus import Record, read_corpus
+from arithmetic_llm.corpus import generate as generate_samples
 from arithmetic_llm.drawing import draw_any
-from arithmetic_llm.expression import ExpressionError, parse, spell
+from arithmetic_llm.expression import spell
 from arithmetic_llm.generate import Completion, Sampling, generate
+from arithmetic_llm.judging import Row, problem_from
 from arithmetic_llm.model import ArithmeticModel
 from arithmetic_llm.rewards import Attempt, score
 from arithmetic_llm.sampling import SampleSpec
 from arithmetic_llm.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.verifier import Verdict, verify
-
-INVALID = 0  # the "depth" under which invalid expressions are counted
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Rollout:
     """A completion and its worth."""
 
     expression: str
-    depth: int
+    row: Row  # where it is counted, as in every evaluation
     prompt: list[int]
     completion: Completion
     text: str
@@ -44,7 +44,7 @@ class Rollout:
         """What a person wants to read of it."""
         return {
             "expression": self.expression,
-            "depth": self.depth,
+            "depth": self.row.number if self.row.kind == "depth" else None,
             "text": self.text,
             "tokens": len(self.completion.tokens),
             "finish_reason": self.completion.finish_reason,
@@ -55,12 +55,20 @@ class Rollout:
         }
 
 
-def depth_of(expression: str) -> int:
-    """Exact depth; `INVALID` for an invalid expression."""
-    try:
-        return parse(expression).depth
-    except ExpressionError:
-        return INVALID
+def row_name(row: Row) -> str:
+    """``depth_3``, ``terms_7`` (a flat sum) or ``invalid``."""
+    return row.kind if row.kind == "invalid" else f"{row.kind}_{row.number}"
+
+
+def nested(config: GRPOConfig) -> SampleSpec:
+    """How prompts are generated: trees of the depths asked for, with just their parentheses."""
+    return SampleSpec(
+        num_range=config.num_range,
+        min_depth=config.min_depth,
+        max_depth=config.max_depth,
+        invalid_rate=0.0,
+        typed_rate=0.0,
+    )
 
 
 class PassRates:
@@ -74,7 +82,8 @@ class PassRates:
     def update(self, rollouts: Sequence[Rollout]) -> None:
         by_depth = defaultdict(list)
         for rollout in rollouts:
-            by_depth[rollout.depth].append(float(rollout.verdict.correct))
+            if rollout.row.kind == "depth":
+                by_depth[rollout.row.number].append(float(rollout.verdict.correct))
         for depth, passed in by_depth.items():
             before = self.rates.get(depth, fmean(passed))
             self.rates[depth] = self.MEMORY * before + (1.0 - self.MEMORY) * fmean(passed)
@@ -90,29 +99,40 @@ class PromptSource:
 
     def __init__(self, config: GRPOConfig, pass_rates: PassRates):
         self.config, self.pass_rates = config, pass_rates
-        self.corpus: list[str] = []
+        self.corpus: list[Record] = []
         if config.data_mode == "instruction":
-            self.corpus = [record.expression for record in read_corpus(config.instruction_corpus)]
+            self.corpus = [*read_corpus(config.instruction_corpus)]
+        available = len(self.corpus) or config.num_samples
+        self.prompts_per_epoch = min(config.num_samples, available)
+        self.prompts_per_step = config.batch_size * config.gradient_accumulation_steps
+        self.steps_per_epoch = -(-self.prompts_per_epoch // self.prompts_per_step)
 
-    @property
-    def prompts_per_epoch(self) -> int:
-        wanted = self.config.num_samples
-        return min(wanted, len(self.corpus)) if self.corpus else wanted
+    def of_step(self, step: int) -> list[str]:
+        """The prompts of a step; a corpus is gone through in a new order each epoch.
 
-    def draw(self, count: int, step: int, round_: int = 0) -> list[str]:
-        """Expressions of the train split; a corpus is gone through in a new order each epoch."""
+        The last step of an epoch has what is left of it.
+        """
+        epoch, place = divmod(step, self.steps_per_epoch)
+        start = place * self.prompts_per_step
+        end = min(start + self.prompts_per_step, self.prompts_per_epoch)
         if not self.corpus:
-            rng = random.Random(f"{self.config.seed}/{step}/{round_}")
-            return [self._generated(rng) for _ in range(count)]
-        if round_:  # a refill: any others
-            return random.Random(f"{self.config.seed}/{step}/{round_}").choices(
-                self.corpus, k=count
-            )
-        start = step * self.config.batch_size * self.config.gradient_accumulation_steps
-        epoch, place = divmod(start, self.prompts_per_epoch)
+            return self.others(end - start, step, 0)
         order = list(range(len(self.corpus)))
         random.Random(f"{self.config.seed}/{epoch}").shuffle(order)
-        return [self.corpus[i] for i in order[: self.prompts_per_epoch][place : place + count]]
+        return [self.corpus[i].expression for i in order[start:end]]
+
+    def others(self, count: int, step: int, round_: int) -> list[str]:
+        """Prompts at random, the same for the same step and round."""
+        rng = random.Random(f"{self.config.seed}/{step}/{round_}")
+        if self.corpus:
+            return [record.expression for record in rng.choices(self.corpus, k=count)]
+        return [self._generated(rng) for _ in range(count)]
+
+    def solved(self, count: int, seed: int) -> list[Record]:
+        """Problems with their right solutions, at random; of all depths alike if generated."""
+        if self.corpus:
+            return random.Random(seed).choices(self.corpus, k=count)
+        return [sample.record for sample in generate_samples(nested(self.config), count, seed)]
 
     def _generated(self, rng: random.Random) -> str:
         config = self.config
@@ -169,5 +189,12 @@ def judge(
     if cut_off and config.cutoff == "penalise":
         reward = -1.0
     return Rollout(
-        expression, depth_of(expression), prompt, completion, text, verdict, reward, parts
+        expression,
+        problem_from(expression).row,
+        prompt,
+        completion,
+        text,
+        verdict,
+        reward,
+        parts,
     )

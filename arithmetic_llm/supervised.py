@@ -230,13 +230,18 @@ def _held_out_records(covered: Coverage, config: TrainingConfig) -> list[Record]
     return [sample.record for sample in samples]
 
 
-def _report(samples: TokenisedSamples, covered: Coverage, corpus_path: str, context: int) -> None:
+def warn_of_other_splits(covered: Coverage, corpus_path: str) -> None:
+    """Say so if a corpus to train on holds problems that are kept for judging."""
     for split in ("validation", "test"):
         if count := covered.splits.get(split):
             print(
                 f"warning: {count} samples of {corpus_path} belong to the {split} split, so "
                 "held-out figures will flatter this model; make the corpus with --split train"
             )
+
+
+def _report(samples: TokenisedSamples, covered: Coverage, corpus_path: str, context: int) -> None:
+    warn_of_other_splits(covered, corpus_path)
     if len(samples) == 0:
         raise UserError(
             f"{corpus_path}: every sample is longer than {context} tokens; raise --max-seq-length"
