@@ -199,7 +199,7 @@ def test_every_script_is_in_the_list():
 # --------------------------------------------------------------------------------------- inputs
 
 
-@pytest.mark.parametrize(("script", "flag", "bad"), _bad_inputs())
+@pytest.mark.parametrize(("script", "flag", "bad"), [*_bad_inputs()])
 def test_a_bad_input_is_one_line_that_names_it(world, script, flag, bad):
     before = state_of(world)
     name = flag.removeprefix("--").replace("-", "_")

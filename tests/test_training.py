@@ -1,0 +1,460 @@
+"""Both supervised stages, run small and whole: their files, and what kills and mistakes do."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from helpers import call, command, one_thread, run
+
+from arithmetic_llm.checkpoint import FINISHED, load_checkpoint
+from arithmetic_llm.supervised import SupervisedTask
+from arithmetic_llm.trainer import epoch_log
+
+FOUNDATIONAL, INSTRUCTION = "run_foundational_training.py", "run_instruction_training.py"
+SMALL = ["--device", "cpu", "--threads", 1, "--eval-samples", 20, "--batch-size", 16]
+SHAPE = ["--d-model", 32, "--nhead", 2, "--num-layers", 2, "--dim-feedforward", 48]
+STEPS = 100
+
+
+def foundational(workshop, *argv):
+    """The arguments of a small foundational run, with dropout so that the random state matters."""
+    return [
+        *("--corpus-path", workshop / "corpus.txt"),
+        *("--tokenizer-path", workshop / "tokenizer"),
+        *("--learning-rate", 3e-3, "--dropout", 0.1, "--max-steps", STEPS),
+        *SMALL,
+        *SHAPE,
+        *argv,
+    ]
+
+
+def instruction(workshop, base, *argv):
+    return [
+        *("--instruction-corpus-path", workshop / "i.jsonl"),
+        *("--tokenizer-path", workshop / "tokenizer"),
+        *("--foundational-checkpoint", base / "best_model.pt"),
+        *("--learning-rate", 1e-3, "--max-steps", STEPS),
+        *SMALL,
+        *argv,
+    ]
+
+
+def the_run_in(folder):
+    (found,) = folder.iterdir()
+    return found
+
+
+def train(script, argv, output):
+    """Train in this process to the end; returns the run folder."""
+    ended = call(script, *argv, "--output-dir", output)
+    assert ended.code == 0, ended.err
+    return the_run_in(output)
+
+
+@pytest.fixture(scope="module")
+def finished(workshop, tmp_path_factory):
+    """A finished foundational run that was never disturbed."""
+    return train(FOUNDATIONAL, foundational(workshop, *OFTEN), tmp_path_factory.mktemp("done"))
+
+
+@pytest.fixture(scope="module")
+def arguments(workshop, finished):
+    """The arguments of a run of each stage."""
+    return {
+        FOUNDATIONAL: foundational(workshop, *OFTEN),
+        INSTRUCTION: instruction(workshop, finished, *OFTEN),
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished, arguments, tmp_path_factory):
+    """The finished run of each stage that the disturbed ones must equal."""
+    output = tmp_path_factory.mktemp("undisturbed")
+    return {FOUNDATIONAL: finished, INSTRUCTION: train(INSTRUCTION, arguments[INSTRUCTION], output)}
+
+
+OFTEN = ["--eval-every", 25, "--save-every", 20, "--log-every", 5]
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def metrics(folder):
+    """All lines of the metrics stream, each of which must be whole at any time."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def assert_same_models(one, other):
+    for name in ("final_model.pt", "best_model.pt"):
+        left, right = (load_checkpoint(folder / name) for folder in (one, other))
+        assert left.step == right.step
+        weights = right.model.state_dict()
+        for key, weight in left.model.state_dict().items():
+            assert torch.equal(weight, weights[key]), f"{name}: {key}"
+
+
+# ------------------------------------------------------------------------------------ the files
+
+
+def test_a_run_leaves_the_documented_files_and_no_other(undisturbed):
+    for folder in undisturbed.values():
+        assert {path.name for path in folder.iterdir()} == {
+            "best_model.pt",
+            "final_model.pt",
+            "checkpoint_step_60.pt",  # the newest two
+            "checkpoint_step_80.pt",
+            "training_config.json",
+            "model_config.json",
+            "training_log.json",
+            "training_summary.json",
+            "run.json",
+            "metrics.jsonl",
+        }
+
+
+def test_folders_are_named_by_stage_and_time(undisturbed):
+    stages = {FOUNDATIONAL: "foundational", INSTRUCTION: "instruction"}
+    for script, folder in undisturbed.items():
+        stage, _, stamp = folder.name.partition("_")
+        assert stage == stages[script]
+        time.strptime(stamp, "%Y%m%d_%H%M%S")
+
+
+def series(folder, name):
+    """All values of a figure in the metrics stream."""
+    return [line[name] for line in metrics(folder) if name in line]
+
+
+def test_the_loss_goes_down(undisturbed):
+    losses = series(undisturbed[FOUNDATIONAL], "loss")
+    assert losses[-1] < 0.5 * losses[0]
+    held_out = series(undisturbed[FOUNDATIONAL], "eval_loss")
+    assert held_out == sorted(held_out, reverse=True)
+    assert held_out[-1] < 0.8 * held_out[0]
+
+
+def test_instruction_tuning_starts_from_the_foundational_weights(undisturbed):
+    """Its held-out loss starts where that of the foundational stage ended, and sinks further."""
+    before, after = (series(folder, "eval_loss") for folder in undisturbed.values())
+    assert after[-1] < after[0] < before[-1] < before[0]
+
+
+def test_the_best_model_is_that_of_the_lowest_held_out_loss(workshop, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(SupervisedTask, "evaluate", lambda self, model: {"eval_loss": next(losses)})
+    argv = foundational(workshop, "--max-steps", 15, "--eval-every", 5)
+    folder = train(FOUNDATIONAL, argv, tmp_path)
+    assert load_checkpoint(folder / "best_model.pt").step == 10
+    assert load_checkpoint(folder / "final_model.pt").step == 15
+    assert read_json(folder / FINISHED)["best"] == {"step": 10, "eval_loss": 1.0}
+    assert read_json(folder / FINISHED)["final"] == {"step": 15, "eval_loss": 2.0}
+
+
+def test_a_run_shorter_than_every_interval_has_all_files_and_figures(workshop, tmp_path):
+    folder = train(FOUNDATIONAL, foundational(workshop, "--max-steps", 3), tmp_path)
+    assert load_checkpoint(folder / "best_model.pt").step == 3
+    (epoch,) = read_json(folder / "training_log.json")
+    assert epoch["train_loss"] > 0
+    assert epoch["eval_loss"] > 0
+
+
+def test_the_training_log_has_one_entry_an_epoch(undisturbed):
+    log = read_json(undisturbed[FOUNDATIONAL] / "training_log.json")
+    assert [entry["epoch"] for entry in log] == [1, 2, 3, 4, 5, 6]  # 19 steps each
+    assert all(entry["train_loss"] > 0 for entry in log)
+    assert log[-1]["train_loss"] < log[0]["train_loss"]
+
+
+def test_an_epochs_loss_is_the_mean_of_its_lines():
+    lines = [
+        {"step": 5, "loss": 4.0},
+        {"step": 10, "loss": 2.0},
+        {"step": 10, "eval_loss": 3.0},
+        {"step": 15, "loss": 1.0},
+    ]
+    assert epoch_log(lines, steps_per_epoch=10) == [
+        {"epoch": 1, "train_loss": 3.0, "step": 10, "eval_loss": 3.0},
+        {"epoch": 2, "train_loss": 1.0},
+    ]
+
+
+def test_the_metrics_tell_the_learning_rate_that_was_used(workshop, tmp_path):
+    argv = foundational(
+        workshop,
+        *("--max-steps", 20, "--warmup-steps", 2, "--log-every", 1),
+        "--schedule",
+        "linear",
+    )
+    lines = [line for line in metrics(train(FOUNDATIONAL, argv, tmp_path)) if "loss" in line]
+    rates = [line["learning_rate"] / 3e-3 for line in lines]
+    assert rates[:4] == pytest.approx([0.5, 1.0, 1.0, 17 / 18])
+    assert rates[-1] == pytest.approx(1 / 18)
+
+
+def test_run_json_tells_what_is_needed_to_repeat_the_run(undisturbed):
+    for folder in undisturbed.values():
+        facts = read_json(folder / "run.json")
+        assert (facts["seed"], facts["device"], facts["threads"]) == (42, "cpu", 1)
+        assert len(facts["corpus_sha256"]) == len(facts["tokenizer_hash"]) == 64
+        assert facts["versions"]["torch"] == torch.__version__
+        assert isinstance(facts["command"], list)
+
+
+def test_a_checkpoint_tells_what_it_was_trained_on(undisturbed):
+    for stage, folder in undisturbed.items():
+        seen = load_checkpoint(folder / "best_model.pt").trained_on
+        assert seen["depths"] == [1, 2], stage
+        assert seen["num_range"] == [1, 9]
+        assert seen["splits"].keys() == {"train"}
+
+
+def test_a_written_config_starts_an_equal_run(workshop, undisturbed, tmp_path):
+    folder = undisturbed[FOUNDATIONAL]
+    again = train(
+        FOUNDATIONAL,
+        [
+            "--config",
+            folder / "training_config.json",
+            "--model-config",
+            folder / "model_config.json",
+        ],
+        tmp_path,
+    )
+    assert_same_models(again, folder)
+
+
+def test_the_prompt_counts_for_nothing_in_instruction_tuning(workshop, finished, tmp_path):
+    runs = [
+        train(
+            INSTRUCTION,
+            instruction(workshop, finished, "--max-steps", 3, "--prompt-loss-weight", weight),
+            tmp_path / str(weight),
+        )
+        for weight in (0, 5)
+    ]
+    assert_same_models(*runs)
+
+
+def test_samples_beyond_the_context_are_reported_by_depth(workshop, tmp_path):
+    argv = foundational(workshop, "--max-steps", 2, "--max-seq-length", 50)
+    ended = call(FOUNDATIONAL, *argv, "--output-dir", tmp_path)
+    assert ended.code == 0
+    assert "samples are longer than 50 tokens and left out (" in ended.out
+    assert "of depth 2" in ended.out
+
+
+# ------------------------------------------------------------------------------------- disturbed
+
+
+def start(script, argv, output, cwd):
+    """Start a run as a process of its own and wait until it has made its folder."""
+    log = open(cwd / "log.txt", "a")  # noqa: SIM115
+    process = subprocess.Popen(
+        [*command(script), *map(str, argv), "--output-dir", str(output)],
+        env=one_thread(),
+        stdout=log,
+        stderr=log,
+    )
+    wait_until(process, lambda: output.exists() and any(output.glob("*/run.json")))
+    return process, the_run_in(output)
+
+
+def wait_until(process, condition):
+    for _ in range(60_000):
+        if condition():
+            return
+        assert process.poll() is None, "the run ended before it could be disturbed"
+        time.sleep(0.002)
+    raise TimeoutError
+
+
+def resume(script, folder):
+    """Resume in a process of its own."""
+    log = open(folder.parent.parent / "log.txt", "a")  # noqa: SIM115
+    return subprocess.Popen(
+        [*command(script), "--resume", str(folder)], env=one_thread(), stdout=log, stderr=log
+    )
+
+
+def last_step(folder):
+    return max((line["step"] for line in metrics(folder)), default=0)
+
+
+def kill(process, folder, after_step):
+    """SIGKILL at a random moment after the stream shows a step."""
+    wait_until(process, lambda: last_step(folder) >= after_step)
+    time.sleep(random.random() * 0.05)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / FINISHED).exists()
+
+
+@pytest.mark.parametrize("script", [FOUNDATIONAL, INSTRUCTION])
+def test_a_run_killed_again_and_again_ends_bit_identical(script, arguments, undisturbed, tmp_path):
+    process, folder = start(script, arguments[script], tmp_path / "models", tmp_path)
+    process.kill()  # before its first checkpoint
+    process.wait()
+    assert not [*folder.glob("checkpoint_step_*")]
+    kill(resume(script, folder), folder, after_step=random.randint(5, 35))
+    kill(resume(script, folder), folder, after_step=random.randint(40, 70))
+    ended = call(script, "--resume", folder)
+    assert ended.code == 0, ended.err
+    assert "it has no checkpoint yet, so it starts over" in (tmp_path / "log.txt").read_text()
+    assert_same_models(folder, undisturbed[script])
+    steps = [line["step"] for line in metrics(folder)]
+    assert steps == sorted(steps)
+    assert len(steps) == len(metrics(undisturbed[script]))
+    assert {p.name for p in folder.iterdir()} == {p.name for p in undisturbed[script].iterdir()}
+
+
+@pytest.mark.parametrize("script", [FOUNDATIONAL, INSTRUCTION])
+def test_ctrl_c_saves_and_the_run_goes_on(script, arguments, undisturbed, tmp_path):
+    process, folder = start(script, arguments[script], tmp_path / "models", tmp_path)
+    wait_until(process, lambda: last_step(folder) >= 33)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    last_lines = (tmp_path / "log.txt").read_text().splitlines()[-2:]
+    assert last_lines == [f"saved; go on with --resume {folder}", "interrupted"]
+    saved = max(folder.glob("checkpoint_step_*.pt"), key=lambda path: path.stat().st_mtime)
+    assert load_checkpoint(saved).step >= last_step(folder) - 5
+    ended = call(script, "--resume", folder)
+    assert ended.code == 0, ended.err
+    assert "at step" in ended.out
+    assert_same_models(folder, undisturbed[script])
+
+
+@pytest.fixture
+def unfinished(workshop, undisturbed, tmp_path):
+    """A copy of the foundational run as it was at step 80, and of what it learns from."""
+    folder = shutil.copytree(undisturbed[FOUNDATIONAL], tmp_path / "run")
+    for name in (FINISHED, "final_model.pt", "training_log.json"):
+        (folder / name).unlink()
+    shutil.copytree(workshop, tmp_path / "workshop")
+    config = read_json(folder / "training_config.json")
+    config["corpus_path"] = str(tmp_path / "workshop" / "corpus.txt")
+    config["tokenizer_path"] = str(tmp_path / "workshop" / "tokenizer")
+    (folder / "training_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def refused(folder, *argv):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    ended = call(FOUNDATIONAL, "--resume", folder, *argv)
+    assert ended.code == 2
+    assert ended.err.startswith("error: ")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    return ended.err
+
+
+def test_a_damaged_last_checkpoint_is_no_reason_to_start_over(unfinished, undisturbed):
+    last = unfinished / "checkpoint_step_80.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    ended = call(FOUNDATIONAL, "--resume", unfinished)
+    assert ended.code == 0
+    assert "trying the one before" in ended.err
+    assert "at step 60" in ended.out
+    assert_same_models(unfinished, undisturbed[FOUNDATIONAL])
+
+
+def test_a_changed_corpus_is_refused_on_resume(unfinished):
+    with open(unfinished.parent / "workshop" / "corpus.txt", "a") as file:
+        file.write("Evaluate: 1 + 2\n<think> </think> Final Result: 3\n")
+    assert "corpus" in refused(unfinished)
+
+
+def test_a_changed_tokenizer_is_refused_on_resume(unfinished):
+    workshop = unfinished.parent / "workshop"
+    made = call(
+        "train_tokenizer.py",
+        *("--corpus-path", workshop / "corpus.txt", "--output-dir", workshop / "tokenizer"),
+        *("--vocab-size", 120),
+    )
+    assert made.code == 0
+    assert "tokenizer" in refused(unfinished)
+
+
+def test_other_settings_are_refused_on_resume(unfinished):
+    assert "--learning-rate" in refused(unfinished, "--learning-rate", 1)
+    assert "--d-model" in refused(unfinished, "--d-model", 64)
+
+
+def test_a_finished_run_is_not_resumed(undisturbed):
+    assert "is finished" in refused(undisturbed[FOUNDATIONAL])
+
+
+# ------------------------------------------------------------------------------ other beginnings
+
+
+def test_init_from_starts_a_new_run_from_old_weights(workshop, undisturbed, tmp_path):
+    base = undisturbed[INSTRUCTION] / "final_model.pt"
+    argv = foundational(workshop, "--init-from", base, "--max-steps", 1, "--learning-rate", 1e-9)
+    folder = train(FOUNDATIONAL, argv, tmp_path)
+    left, right = (load_checkpoint(path).model for path in (base, folder / "final_model.pt"))
+    for one, other in zip(left.parameters(), right.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_a_stamped_base_is_remembered_by_its_real_name(
+    workshop, undisturbed, tmp_path, monkeypatch
+):
+    """A later foundational run must not become the base of a resumed instruction run."""
+    models = tmp_path / "models"
+    shutil.copytree(undisturbed[FOUNDATIONAL], models / "foundational_20250101_000000")
+    monkeypatch.chdir(tmp_path)
+    literal = [
+        "models/foundational_YYYYMMDD_HHMMSS/best_model.pt" if "best_model" in str(word) else word
+        for word in instruction(workshop, undisturbed[FOUNDATIONAL], "--max-steps", 2)
+    ]
+    folder = train(INSTRUCTION, literal, tmp_path / "out")
+    base = read_json(folder / "training_config.json")["foundational_checkpoint"]
+    assert base == "models/foundational_20250101_000000/best_model.pt"
+
+
+def test_the_context_of_a_base_can_be_changed(workshop, undisturbed, tmp_path):
+    argv = instruction(workshop, undisturbed[FOUNDATIONAL], "--max-steps", 2)
+    folder = train(INSTRUCTION, [*argv, "--max-seq-length", 300], tmp_path)
+    assert load_checkpoint(folder / "best_model.pt").model.config.max_seq_length == 300
+
+
+def test_another_tokenizer_than_the_bases_is_refused(workshop, undisturbed, tmp_path, tokenizer):
+    tokenizer.save(tmp_path)
+    argv = instruction(workshop, undisturbed[FOUNDATIONAL], "--tokenizer-path", tmp_path)
+    ended = call(INSTRUCTION, *argv, "--output-dir", tmp_path / "out")
+    assert ended.code == 2
+    assert "not the tokenizer" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------ bad endings
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(workshop, tmp_path):
+    argv = foundational(workshop, "--learning-rate", 1e30, "--warmup-steps", 0)
+    ended = call(FOUNDATIONAL, *argv, "--output-dir", tmp_path)
+    assert ended.code == 2
+    assert ended.error_lines == [ended.err.splitlines()[-1]]
+    assert "lower --learning-rate" in ended.error_lines[0]
+    assert not (the_run_in(tmp_path) / "final_model.pt").exists()
+
+
+def test_a_held_out_loss_of_nan_ends_the_run(workshop, tmp_path, monkeypatch):
+    """The last update is seen by no training loss."""
+    monkeypatch.setattr(SupervisedTask, "evaluate", lambda *_: {"eval_loss": float("nan")})
+    argv = foundational(workshop, "--max-steps", 2)
+    ended = call(FOUNDATIONAL, *argv, "--output-dir", tmp_path)
+    assert ended.code == 2
+    assert not (the_run_in(tmp_path) / FINISHED).exists()
+
+
+def test_the_expected_time_is_printed_at_the_start(workshop, tmp_path):
+    ended = run(FOUNDATIONAL, *foundational(workshop, "--max-steps", 30), "--output-dir", tmp_path)
+    assert ended.code == 0
+    assert "expected time for this run: about" in ended.err
+    assert "30 steps, seed 42" in ended.out
