@@ -1,0 +1,227 @@
+"""The documented commands, pasted one after the other, and the quickstart; both scaled down."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, one_thread, run
+
+# The manual's quick start, steps 1 to 4.1, word for word.
+MANUAL = r"""
+python generate_foundational_plaintext.py \
+  --num-samples 100000 \
+  --max-depth 4 \
+  --num-range 1 20 \
+  --invalid-rate 0.05 \
+  --output-txt data/foundational_corpus.txt
+
+python generate_instruction_corpus_mixed.py \
+  --num-samples 20000 \
+  --max-depth 4 \
+  --num-range 1 20 \
+  --invalid-rate 0 \
+  --output-mixed data/instruction_corpus.txt
+
+python generate_corpus.py \
+  --instruction-only \
+  --num-samples 1000 \
+  --max-depth 4 \
+  --output-instruction data/instruction_corpus_test.txt \
+  --num-range 1 20 \
+  --invalid-rate 0
+
+#check line counts
+python -c "import sys; [print(f'{sum(1 for _ in open(f))} {f}') for f in ['data/foundational_corpus.txt', 'data/instruction_corpus.txt', 'data/instruction_corpus_test.txt']]"
+
+# 2. Train tokenizer
+python train_tokenizer.py \
+  --corpus-path data/foundational_corpus.txt \
+  --output-dir data/tokenizer \
+  --vocab-size 1000
+
+# show tokenizer table
+python print_token_table.py --tokenizer_path data/tokenizer/tokenizer.pkl  > tokens.csv
+
+# Analyze your instruction corpus
+python check_sequence_lengths.py \
+  --corpus-path data/instruction_corpus.txt \
+  --tokenizer-path data/tokenizer
+
+# 3. Train foundational model
+python run_foundational_training.py \
+  --corpus-path data/foundational_corpus.txt \
+  --output-dir models/ \
+  --tokenizer-path data/tokenizer \
+  --num-epochs 10 \
+  --max-seq-length 512 \
+  --batch-size 16
+
+#3.1 Evaluate the foundational model, performance would be bad
+python run_evaluation.py \
+  --model-path models/foundational_YYYYMMDD_HHMMSS/best_model.pt \
+  --tokenizer-path data/tokenizer \
+  --max-gen-length 512 \
+  --num-samples 100 \
+  --batch-size 1
+
+
+# 4. Fine-tune instruction model
+python run_instruction_training.py \
+  --instruction-corpus-path data/instruction_corpus.txt \
+  --output-dir models/ \
+  --tokenizer-path data/tokenizer \
+  --foundational-checkpoint models/foundational_YYYYMMDD_HHMMSS/best_model.pt \
+  --num-epochs 10
+
+# 4.1 Evaluate the model
+python run_evaluation.py \
+  --model-path models/instruction_YYYYMMDD_HHMMSS/best_model.pt \
+  --tokenizer-path data/tokenizer \
+  --max-gen-length 512 \
+  --batch-size 1 \
+  --num-samples 1000
+"""  # noqa: E501
+
+# The scripts stand in the repository and not where the test runs; python -c is left alone.
+SHELL = """
+set -euo pipefail
+python() { local first=$1; shift; [ -f "$ROOT/$first" ] && first="$ROOT/$first"; \
+"$PYTHON" "$first" "$@"; }
+"""
+
+TINY_SHAPE = {"d_model": 32, "nhead": 2, "num_layers": 2, "dim_feedforward": 48}
+
+
+def scaled_down(commands):
+    """The same commands with small numbers in place of the documented ones."""
+    sizes = {"100000": 200, "20000": 100, "1000": 20, "100": 8}
+    commands = re.sub(
+        r"--num-samples (\d+)", lambda match: f"--num-samples {sizes[match[1]]}", commands
+    )
+    for documented, small in (
+        ("--num-epochs 10", "--num-epochs 1 --eval-samples 20 --threads 1"),
+        ("--max-gen-length 512", "--max-gen-length 30"),
+        (
+            "--max-seq-length 512",
+            "--max-seq-length 512 --d-model 32 --nhead 2 --num-layers 2 --dim-feedforward 48",
+        ),
+    ):
+        assert documented in commands
+        commands = commands.replace(documented, small)
+    return commands
+
+
+@pytest.fixture(scope="module")
+def pasted(tmp_path_factory):
+    """The folder that the manual's commands leave behind, and what they printed."""
+    folder = tmp_path_factory.mktemp("pasted")
+    done = subprocess.run(
+        ["bash", "-c", SHELL + scaled_down(MANUAL)],
+        cwd=folder,
+        env={**one_thread(), "ROOT": str(ROOT), "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="the manual speaks bash")
+
+
+@needs_bash
+def test_the_manuals_commands_run_as_they_stand(pasted):
+    folder, out = pasted
+    assert "400 data/foundational_corpus.txt\n100 data/instruction_corpus.txt\n20 data" in out
+    assert {path.name for path in folder.iterdir()} == {
+        "data",
+        "evaluation_results",
+        "models",
+        "tokens.csv",
+    }
+    assert {path.name for path in (folder / "data").iterdir()} == {
+        *("foundational_corpus.txt", "foundational_corpus.txt.meta.json"),
+        *("instruction_corpus.txt", "instruction_corpus.txt.meta.json"),
+        *("instruction_corpus_test.txt", "instruction_corpus_test.txt.meta.json"),
+        "tokenizer",
+    }
+    assert (folder / "tokens.csv").read_text().startswith("id,token,kind\n0,<pad>,special\n")
+    assert "recommended: --max-seq-length" in out
+
+
+@needs_bash
+def test_literal_time_stamps_become_the_newest_runs(pasted):
+    folder, out = pasted
+    assert re.findall(
+        r"^models/(\w+)_YYYYMMDD_HHMMSS/best_model.pt -> (.*)$", out, re.MULTILINE
+    ) == [
+        (stage, str(run_folder.relative_to(folder) / "best_model.pt"))
+        for stage in ("foundational", "foundational", "instruction")
+        for run_folder in folder.glob(f"models/{stage}_2*")
+    ]
+
+
+@needs_bash
+def test_each_evaluation_leaves_its_three_files(pasted):
+    folder, _ = pasted
+    results = folder / "evaluation_results"
+    stamps = [path.stem.removeprefix("evaluation_metrics_") for path in results.glob("*metrics*")]
+    assert len(stamps) == 2
+    assert {path.name for path in results.iterdir()} == {
+        name.format(stamp)
+        for stamp in stamps
+        for name in (
+            "evaluation_metrics_{}.json",
+            "sample_outputs_{}.json",
+            "evaluation_summary_{}.txt",
+        )
+    }
+    for stamp in stamps:
+        metrics = json.loads((results / f"evaluation_metrics_{stamp}.json").read_text())
+        samples = json.loads((results / f"sample_outputs_{stamp}.json").read_text())
+        assert metrics["total_samples"] == len(samples) > 0
+        assert metrics["exact_match_accuracy"] == 100 * metrics["correct_samples"] / len(samples)
+
+
+@needs_bash
+def test_the_solver_answers_what_is_typed(pasted):
+    folder, _ = pasted
+    ended = run(
+        "run_interactive.py",
+        "--model-path",
+        "models/instruction_YYYYMMDD_HHMMSS/best_model.pt",
+        "--tokenizer-path",
+        "data/tokenizer",
+        cwd=folder,
+        stdin="5 + (10 - 3)\n5 + + 3\nexit\n",
+    )
+    assert ended.code == 0, ended.err
+    assert ended.out.count("SOLUTION:") == 1
+    assert re.search(r"^ *\^", ended.out, re.MULTILINE)  # under what is wrong
+
+
+def recipe(folder):
+    """The configs of the shipped recipe, with small numbers."""
+    small = {"num_samples": 100, "max_depth": 2, "num_range": [1, 9]}
+    training = {"max_steps": 5, "eval_samples": 20, "threads": 1}
+    for path in (ROOT / "configs" / "cpu").glob("*.json"):
+        content = json.loads(path.read_text())
+        content |= small if path.stem.endswith("corpus") else {}
+        content |= training if path.stem in ("foundational", "instruction") else {}
+        content |= TINY_SHAPE if path.stem == "model" else {}
+        (folder / path.name).write_text(json.dumps(content))
+    return folder
+
+
+def test_the_quickstart_ends_with_a_table_of_results(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    ended = run("quickstart.py", "--recipe", recipe(tmp_path / "recipe"), cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    *_, table, hint = ended.out.split("\n\n")
+    for stage in ("1 foundational corpus", "2 tokenizer", "3.1 its evaluation", "4.1 its eval"):
+        assert stage in table
+    assert "run_interactive.py" in hint
+    assert [*tmp_path.glob("evaluation_results/quickstart_instruction/evaluation_summary_*.txt")]
