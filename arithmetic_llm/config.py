@@ -65,6 +65,7 @@ class RunConfig:
         choices=("adamw", "muon"),
     )
     muon_learning_rate: float = opt(0.02, "peak rate of the matrices under muon", above=0.0)
+    adam_beta2: float = opt(0.95, "memory of AdamW's squared gradients", above=0.0, at_most=0.99999)
     weight_decay: float = opt(0.01, "decoupled weight decay of the matrices", at_least=0.0)
     gradient_clip: float = opt(1.0, "clip the gradient norm to this; 0 = off", at_least=0.0)
     eval_every: int = opt(500, "steps between held-out evaluations", at_least=1)

@@ -46,6 +46,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
             "muon": by_muon,
             "lr": config.muon_learning_rate if by_muon else config.learning_rate,
             "weight_decay": decay,
+            "betas": (0.9, config.adam_beta2),
         }
         for (by_muon, decay), parameters in groups.items()
     )
