@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import of_transformers, random_model
 
+from arithmetic_llm.corpus import generate as draw_samples
 from arithmetic_llm.generate import (
     GREEDY,
     Completion,
@@ -14,6 +15,7 @@ from arithmetic_llm.generate import (
     generate,
     truncated_logprobs,
 )
+from arithmetic_llm.sampling import SampleSpec
 from arithmetic_llm.tokenizer import BOS, EOS
 
 VOCAB = 61
@@ -100,6 +102,23 @@ def test_the_batch_size_changes_no_token(sampling):
         for size in (1, 7, 64)
     )
     assert one == seven == many
+
+
+def test_the_batch_size_changes_no_token_of_a_trained_model(trained_model, tokenizer):
+    spec = SampleSpec(max_depth=2, num_range=(1, 9), invalid_rate=0.0, typed_rate=0.0)
+    problems = [sample.record for sample in draw_samples(spec, 100, seed=9)]
+    prompts = [tokenizer.prompt_ids(problem.expression) for problem in problems]
+    one, seven, many = (
+        [c.tokens for c in generate(trained_model, prompts, 80, batch_size=size)]
+        for size in (1, 7, 64)
+    )
+    assert one == seven == many
+    written = [tokenizer.decode(tokens, skip_special=True) for tokens in one]
+    right = [
+        text.endswith(f"Final Result: {problem.answer}")
+        for text, problem in zip(written, problems, strict=True)
+    ]
+    assert sum(right) > 30  # it is trained, indeed
 
 
 def test_a_row_writes_the_same_whoever_its_neighbours_are():
