@@ -1,0 +1,388 @@
+"""Adapters: the same numbers as PEFT's, in memory and as files; and a base that nothing moves."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import checkpoint_of, of_transformers, random_model
+
+from arithmetic_llm.adapters import load_peft, save_peft, with_adapter
+from arithmetic_llm.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from arithmetic_llm.config import LoRAConfig, TrainingConfig
+from arithmetic_llm.lora import (
+    adapter_weights,
+    add_lora,
+    disable_adapter,
+    lora_layers,
+    merge_adapter,
+    target_names,
+    without_adapter,
+)
+from arithmetic_llm.optim import build_optimizer
+from arithmetic_llm.runtime import UserError
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+FEEDFORWARD = ["gate_proj", "up_proj", "down_proj"]
+IDS = torch.randint(6, 90, (3, 17), generator=torch.Generator().manual_seed(1))
+KINDS = {
+    "attention": LoRAConfig(lora_rank=4),
+    "both groups": LoRAConfig(lora_rank=2, lora_target_modules="attention,feedforward"),
+    "single names": LoRAConfig(lora_rank=3, lora_alpha=5.0, lora_target_modules="q_proj,up_proj"),
+    "rslora": LoRAConfig(lora_rank=9, lora_alpha=4.0, use_rslora=True),
+}
+
+
+def trained(model, config=KINDS["attention"]):
+    """The model with an adapter that changes much; not a fresh one, whose B is zero."""
+    torch.manual_seed(0)
+    return move(add_lora(model, config))
+
+
+def move(model):
+    for _, layer in lora_layers(model):
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.3)
+    return model
+
+
+def fresh_model(**shape):
+    return random_model(90, seed=3, **shape)
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------- beside PEFT
+
+
+def of_peft(model, config):
+    """The same base and adapter in PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    theirs = get_peft_model(
+        of_transformers(without_adapter(model)),
+        LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=0.0,
+            target_modules=list(target_names(config.lora_target_modules)),
+            use_rslora=config.use_rslora,
+        ),
+    )
+    ours = {f"base_model.model.{name}": t for name, t in adapter_weights(model).items()}
+    parameters = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for name, weight in ours.items():
+            parameters[name.replace(".weight", ".default.weight")].copy_(weight)
+    assert sum(p.requires_grad for p in parameters.values()) == len(ours)
+    return theirs
+
+
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+def test_logits_and_gradients_are_those_of_peft(config):
+    model = trained(fresh_model(), config).train()
+    theirs = of_peft(model, config).train()
+    logits, their_logits = model(IDS), theirs(input_ids=IDS).logits
+    close(logits, their_logits)
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2)) / 50
+    (logits * direction).sum().backward()
+    (their_logits * direction).sum().backward()
+    their_gradients = {
+        name.removeprefix("base_model.model.").replace(".default", ""): parameter.grad
+        for name, parameter in theirs.named_parameters()
+        if parameter.requires_grad
+    }
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert gradients.keys() == their_gradients.keys()
+    assert min(g.abs().max() for g in gradients.values()) > 1e-3
+    for name, gradient in gradients.items():
+        close(gradient, their_gradients[name])
+
+
+@pytest.fixture
+def on_disk(tokenizer, tmp_path):
+    """A model with an adapter, whose base and adapter, also as a PEFT folder, are files."""
+    base = checkpoint_of(random_model(tokenizer.vocab_size), tokenizer)
+    save_checkpoint(tmp_path / "base" / "best_model.pt", base)
+    adapted = with_adapter(base, KINDS["rslora"], str(tmp_path / "base" / "best_model.pt"))
+    move(adapted.model)
+    save_checkpoint(tmp_path / "lora" / "lora_adapter.pt", adapted)
+    save_peft(tmp_path / "lora" / "peft", read_checkpoint(tmp_path / "lora" / "lora_adapter.pt"))
+    return adapted.model.eval()
+
+
+def test_our_adapter_loads_in_peft(on_disk, tmp_path):
+    from peft import PeftModel
+
+    base = load_checkpoint(tmp_path / "base" / "best_model.pt").model
+    theirs = PeftModel.from_pretrained(of_transformers(base), tmp_path / "lora" / "peft")
+    with torch.no_grad():
+        close(theirs(input_ids=IDS).logits, on_disk(IDS))
+        with theirs.disable_adapter(), disable_adapter(on_disk):
+            close(theirs(input_ids=IDS).logits, on_disk(IDS))
+
+
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+def test_an_adapter_that_peft_saved_loads_here(config, tmp_path):
+    model = trained(fresh_model(), config)
+    of_peft(model, config).save_pretrained(tmp_path)
+    loaded = load_peft(tmp_path, fresh_model())
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS), model(IDS))
+
+
+def test_a_folder_of_pefts_own_needs_to_be_told_its_base(on_disk, tokenizer, tmp_path):
+    of_peft(on_disk, KINDS["rslora"]).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UserError, match="--base-checkpoint"):
+        load_checkpoint(tmp_path / "theirs")
+    loaded = load_checkpoint(
+        tmp_path / "theirs", base_checkpoint=tmp_path / "base" / "best_model.pt"
+    )
+    with torch.no_grad():
+        close(loaded.model.eval()(IDS), on_disk(IDS))
+
+
+def test_a_folder_of_ours_finds_its_base_by_itself(on_disk, tmp_path):
+    loaded = load_checkpoint(tmp_path / "lora" / "peft")
+    with torch.no_grad():
+        close(loaded.model.eval()(IDS), on_disk(IDS))
+
+
+def change_settings(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"peft_type": "IA3"}, "not a plain LoRA adapter"),
+        ({"bias": "all"}, "without biases"),
+        ({"use_dora": True}, "use_dora"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"r": None}, "lora_rank"),
+        ({"r": 2}, "does not fit"),
+        ({"lora_alpha": "big"}, "lora_alpha"),
+        ({"target_modules": None}, "target-modules"),
+        ({"target_modules": ["c_attn"]}, "c_attn"),
+        ({"target_modules": ["q_proj"]}, "does not fit"),
+        ({"target_modules": 7}, "target-modules"),
+    ],
+)
+def test_a_peft_folder_that_would_compute_something_else_is_refused(
+    on_disk, tmp_path, changes, named
+):
+    folder = tmp_path / "lora" / "peft"
+    change_settings(folder, **changes)
+    with pytest.raises(UserError, match=named) as caught:
+        load_checkpoint(folder)
+    assert str(folder) in str(caught.value)
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    "damage", [_truncate, lambda path: path.write_bytes(b"")], ids=["truncated", "empty"]
+)
+def test_a_damaged_peft_folder_is_refused(on_disk, tmp_path, name, damage):
+    damage(tmp_path / "lora" / "peft" / name)
+    with pytest.raises(UserError, match=name):
+        load_checkpoint(tmp_path / "lora" / "peft")
+
+
+def test_a_peft_folder_without_weights_is_refused(on_disk, tmp_path):
+    (tmp_path / "lora" / "peft" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="no such adapter file"):
+        load_checkpoint(tmp_path / "lora" / "peft")
+
+
+# --------------------------------------------------------------------------- the adapter itself
+
+
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+def test_a_fresh_adapter_changes_nothing_at_all(config):
+    with torch.no_grad():
+        assert torch.equal(add_lora(fresh_model(), config)(IDS), fresh_model()(IDS))
+
+
+def test_a_starts_kaiming_uniform_and_b_at_zero():
+    model = add_lora(fresh_model(), LoRAConfig(lora_rank=16))
+    for _, layer in lora_layers(model):
+        bound = layer.base_layer.in_features**-0.5  # sqrt(6 / ((1 + 5) fan_in))
+        assert 0.95 * bound < layer.lora_A.weight.abs().max() <= bound
+        assert not layer.lora_B.weight.any()
+
+
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+def test_merged_computes_the_same(config):
+    model = trained(fresh_model(), config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merged = merge_adapter(model)
+    with torch.no_grad():
+        close(merged(IDS), model(IDS))
+        assert (merged(IDS) - fresh_model()(IDS)).abs().max() > 0.1
+    assert not lora_layers(merged)
+    assert merged.state_dict().keys() == fresh_model().state_dict().keys()
+    for name, tensor in model.state_dict().items():  # merging happens on a copy
+        assert torch.equal(tensor, before[name])
+
+
+def test_merging_what_is_not_finite_is_refused():
+    model = trained(fresh_model())
+    layer = lora_layers(model)[0][1]
+    layer.lora_A.weight.data.fill_(10.0)
+    layer.lora_B.weight.data.fill_(1e38)
+    with pytest.raises(UserError, match="not finite"):
+        merge_adapter(model)
+
+
+def test_without_its_adapter_a_model_is_its_base_bit_for_bit():
+    with torch.no_grad():
+        base = fresh_model()
+        base.model.layers[0].self_attn.q_proj.weight[0, :] = -0.0  # adding zero would lose the sign
+    signs = torch.signbit(base.model.layers[0].self_attn.q_proj.weight)
+    plain = without_adapter(add_lora(base, KINDS["attention"]))
+    assert torch.equal(torch.signbit(plain.model.layers[0].self_attn.q_proj.weight), signs)
+    assert plain.state_dict().keys() == fresh_model().state_dict().keys()
+
+
+def test_a_disabled_adapter_is_the_base_and_comes_back():
+    model, base = trained(fresh_model()), fresh_model()
+    with torch.no_grad():
+        with disable_adapter(model):
+            assert torch.equal(model(IDS), base(IDS))
+            with disable_adapter(model):
+                assert torch.equal(model(IDS), base(IDS))
+            assert torch.equal(model(IDS), base(IDS))
+        assert not torch.equal(model(IDS), base(IDS))
+        with pytest.raises(RuntimeError), disable_adapter(model):
+            raise RuntimeError
+        assert not torch.equal(model(IDS), base(IDS))
+
+
+def test_dropout_touches_the_adapters_input_alone():
+    model = trained(fresh_model(), LoRAConfig(lora_dropout=0.5)).train()
+    with torch.no_grad():
+        assert not torch.equal(model(IDS), model(IDS))
+        with disable_adapter(model):
+            assert torch.equal(model(IDS), fresh_model()(IDS))
+        model.eval()
+        assert torch.equal(model(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_only_the_adapter_trains_and_all_else_stays_bit_equal(optimizer, tied):
+    config = LoRAConfig(lora_target_modules="attention,feedforward")
+    model = add_lora(fresh_model(tie_embeddings=tied), config).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    steps = build_optimizer(model, TrainingConfig(optimizer=optimizer, weight_decay=0.1))
+    for _ in range(3):
+        model(IDS).square().mean().backward()
+        steps.step()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == ("lora_" not in name), name
+
+
+def test_embedding_and_head_are_never_targets():
+    everything = LoRAConfig(lora_target_modules="attention,feedforward")
+    model = add_lora(fresh_model(tie_embeddings=True), everything)
+    assert {path.rpartition(".")[2] for path, _ in lora_layers(model)} == {*ATTENTION, *FEEDFORWARD}
+    assert len(lora_layers(model)) == 7 * 2
+    for name in ("lm_head", "embed_tokens"):
+        with pytest.raises(UserError, match=f"no module matched '{name}'; there are attention"):
+            target_names(name)
+
+
+def test_targets_are_groups_and_single_names():
+    assert target_names("attention") == tuple(ATTENTION)
+    assert target_names(" feedforward , q_proj,up_proj") == (*FEEDFORWARD, "q_proj")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("qproj", "no module matched 'qproj'; did you mean q_proj?"),
+        ("attention,feed_forward", "did you mean feedforward?"),
+        ("xyz", "there are attention, feedforward, q_proj"),
+        (" , ", "is empty; choose from attention, feedforward"),
+    ],
+)
+def test_a_target_that_is_none_names_the_candidates(spec, message):
+    with pytest.raises(UserError) as caught:
+        target_names(spec)
+    assert message in str(caught.value)
+
+
+# --------------------------------------------------------------------------- beside its base
+
+
+def loads_as(path, model, **options):
+    with torch.no_grad():
+        close(load_checkpoint(path, **options).model.eval()(IDS), model(IDS))
+
+
+def test_an_adapter_file_holds_the_adapter_alone(on_disk, tmp_path):
+    content = read_checkpoint(tmp_path / "lora" / "lora_adapter.pt")
+    assert content.weights.keys() == adapter_weights(on_disk).keys()
+    assert len(content.adapter["base_hash"]) == 64
+
+
+def test_an_adapter_loads_merged_and_can_be_saved_as_any_model(on_disk, tokenizer, tmp_path):
+    checkpoint = load_checkpoint(tmp_path / "lora" / "lora_adapter.pt")
+    save_checkpoint(tmp_path / "merged.pt", checkpoint)
+    for folder in ("base", "lora"):
+        shutil.rmtree(tmp_path / folder)
+    loads_as(tmp_path / "merged.pt", on_disk)
+    assert load_checkpoint(tmp_path / "merged.pt").tokenizer.hash == tokenizer.hash
+
+
+def test_a_base_that_was_renamed_is_found_by_its_hash(on_disk, tokenizer, tmp_path):
+    (tmp_path / "base").rename(tmp_path / "archive")
+    (tmp_path / "archive" / "best_model.pt").rename(tmp_path / "archive" / "final_model.pt")
+    other = random_model(tokenizer.vocab_size, seed=8)
+    save_checkpoint(tmp_path / "base" / "best_model.pt", checkpoint_of(other, tokenizer))
+    loads_as(tmp_path / "lora" / "lora_adapter.pt", on_disk)
+
+
+def test_a_base_that_is_far_away_must_be_named(on_disk, tmp_path, tmp_path_factory):
+    far = tmp_path_factory.mktemp("far") / "model.pt"
+    shutil.move(tmp_path / "base" / "best_model.pt", far)
+    for path in (tmp_path / "lora" / "lora_adapter.pt", tmp_path / "lora" / "peft"):
+        with pytest.raises(UserError, match="say where it is with --base-checkpoint"):
+            load_checkpoint(path)
+        loads_as(path, on_disk, base_checkpoint=far)
+
+
+def test_another_base_is_refused(on_disk, tokenizer, tmp_path):
+    other = random_model(tokenizer.vocab_size, seed=8)
+    save_checkpoint(tmp_path / "other.pt", checkpoint_of(other, tokenizer))
+    for path in (tmp_path / "lora" / "lora_adapter.pt", tmp_path / "lora" / "peft"):
+        with pytest.raises(UserError, match=r"other\.pt: not the base of"):
+            load_checkpoint(path, base_checkpoint=tmp_path / "other.pt")
+
+
+def test_a_base_for_a_model_that_needs_none_is_refused(on_disk, tmp_path):
+    base = tmp_path / "base" / "best_model.pt"
+    with pytest.raises(UserError, match="leave --base-checkpoint out"):
+        load_checkpoint(base, base_checkpoint=base)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"config": {}}, {"config": {"lora_rank": "many"}}, {"config": {"rank": 2}}, {"config": None}],
+)
+def test_an_adapter_with_damaged_settings_is_refused(on_disk, tmp_path, change):
+    path = tmp_path / "lora" / "lora_adapter.pt"
+    content = torch.load(path, weights_only=True)
+    content["adapter"].update(change)
+    torch.save(content, path)
+    with pytest.raises(UserError) as caught:
+        load_checkpoint(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
