@@ -34,7 +34,7 @@ from arithmetic_llm.model import ArithmeticModel
 from arithmetic_llm.runtime import UserError, atomic_write, atomic_write_text, require_file
 
 if TYPE_CHECKING:
-    from arithmetic_llm.trainer import Run
+    from arithmetic_llm.runs import Run
 
 BASE_MODEL = "base_model.pt"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -59,6 +59,7 @@ from arithmetic_llm.rollout import (
     roll_out,
     row_name,
 )
+from arithmetic_llm.runs import ROLLOUTS, MetricsLog, Run, open_run
 from arithmetic_llm.runtime import (
     UserError,
     keep_freed_memory,
@@ -72,7 +73,7 @@ from arithmetic_llm.supervised import (
     warn_of_other_splits,
 )
 from arithmetic_llm.tokenizer import ArithmeticTokenizer
-from arithmetic_llm.trainer import ROLLOUTS, MetricsLog, Run, fit, open_run
+from arithmetic_llm.trainer import fit
 
 DEAD_STEPS_TO_WARN = 10
 PROMPTS_TO_MEASURE = 500  # how many right solutions tell how much room a completion needs

@@ -38,6 +38,7 @@ from arithmetic_llm.coverage import Coverage, coverage, merge
 from arithmetic_llm.data import Batch, LossWeights, TokenisedSamples, plan_epoch
 from arithmetic_llm.expression import ExpressionError, parse
 from arithmetic_llm.model import ArithmeticModel, initialise
+from arithmetic_llm.runs import Run, open_run
 from arithmetic_llm.runtime import (
     UserError,
     keep_freed_memory,
@@ -46,7 +47,7 @@ from arithmetic_llm.runtime import (
     sha256_file,
 )
 from arithmetic_llm.tokenizer import ArithmeticTokenizer
-from arithmetic_llm.trainer import Run, fit, open_run
+from arithmetic_llm.trainer import fit
 
 
 class SupervisedTask:
