@@ -125,7 +125,9 @@ class Progress:
         self.last_line = time.monotonic()
         rate = (self.count - self.initial) / max(self.last_line - self.started, 1e-9)
         of_total = f"/{self.total}" if self.total else ""
-        left = f", {readable_seconds((self.total - self.count) / rate)} left" if self.total else ""
+        left = ""
+        if self.total and rate:
+            left = f", {readable_seconds((self.total - self.count) / rate)} left"
         figures = "".join(f", {name} {value}" for name, value in self.figures.items())
         line = f"{self.description}: {self.count}{of_total} {self.unit}{figures}{left}"
         print(line, file=sys.stderr, flush=True)
