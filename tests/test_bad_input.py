@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import shutil
 import subprocess
 from dataclasses import dataclass, field
@@ -295,6 +294,7 @@ def test_an_output_under_a_file_is_one_line(world, script):
 
 def test_a_disk_that_fills_up_in_the_middle_of_a_run(world, tmp_path):
     """For real: the system refuses to let a file grow beyond 30 kB; the model has 130."""
+    resource = pytest.importorskip("resource", reason="only Unix limits the size of files")
     script = next(s for s in SCRIPTS if s.name == "run_foundational_training.py")
     done = subprocess.run(
         command(script.name, *script.argv(world, output_dir=tmp_path)),
