@@ -1,0 +1,78 @@
+"""A stand-in for a model that knows every answer, decoded like a real one.
+
+What it is to write is a function of the expression, so a test can have it be wrong in one place
+and right everywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from arithmetic_llm.config import ModelConfig
+from arithmetic_llm.solution import one_line, solve
+from arithmetic_llm.tokenizer import EOS, THINK, ArithmeticTokenizer
+
+
+def right_answer(expression: str) -> str:
+    """What a perfect model writes after ``<think>``."""
+    return one_line(solve(expression).text).removeprefix("<think>")
+
+
+def with_result(expression: str, result: object) -> str:
+    """The right steps, but another final result."""
+    steps, _, _ = right_answer(expression).rpartition("Final Result:")
+    return f"{steps}Final Result: {result}"
+
+
+class _Memory:
+    """In place of a KV cache: the tokens of each row so far."""
+
+    def __init__(self, rows: int):
+        self.rows: list[list[int]] = [[] for _ in range(rows)]
+
+    def keep(self, rows: Tensor) -> None:
+        self.rows = [self.rows[row] for row in rows.tolist()]
+
+
+class Oracle(nn.Module):
+    """Has all of `ArithmeticModel` that the decoder uses; its hidden states are its logits."""
+
+    def __init__(
+        self,
+        tokenizer: ArithmeticTokenizer,
+        answer: Callable[[str], str] = right_answer,
+        context: int = 1024,
+    ):
+        super().__init__()
+        self.config = ModelConfig(max_seq_length=context)
+        self.tokenizer, self.answer = tokenizer, answer
+        self.scripts: dict[tuple[int, ...], list[int]] = {}
+        self.lm_head = nn.Identity()
+        self.lm_head.weight = nn.Parameter(torch.zeros(1))
+        self.device = torch.device("cpu")
+
+    def new_cache(self, rows: int) -> _Memory:
+        return _Memory(rows)
+
+    def hidden_states(self, ids: Tensor, memory: _Memory, lengths: Tensor | None = None) -> Tensor:
+        counts = [ids.shape[1]] * len(ids) if lengths is None else lengths.tolist()
+        logits = torch.zeros(*ids.shape, self.tokenizer.vocab_size)
+        for row, count in enumerate(counts):
+            memory.rows[row] += ids[row, :count].tolist()
+            logits[row, count - 1, self._next(memory.rows[row])] = 10.0
+        return logits
+
+    def _next(self, tokens: list[int]) -> int:
+        prompt_end = tokens.index(THINK) + 1
+        prompt = tuple(tokens[: prompt_end - 1])
+        script = self.scripts.get(prompt) or self.scripts.setdefault(prompt, self._script(prompt))
+        written = len(tokens) - prompt_end
+        return script[min(written, len(script) - 1)]  # a finished row may still be asked
+
+    def _script(self, prompt: tuple[int, ...]) -> list[int]:
+        text = self.tokenizer.decode(prompt, skip_special=True)
+        answer = self.answer(text.removeprefix("Evaluate: ").rstrip())
+        return [*self.tokenizer.encode(answer), EOS]
