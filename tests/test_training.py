@@ -263,7 +263,7 @@ def start(script, argv, output, cwd):
         stdout=log,
         stderr=log,
     )
-    wait_until(process, lambda: output.exists() and any(output.glob("*/run.json")))
+    wait_until(process, lambda: output.exists() and any(output.glob("*/training_config.json")))
     return process, the_run_in(output)
 
 
