@@ -110,7 +110,8 @@ def token_weights(ids: np.ndarray, tokenizer: ArithmeticTokenizer, loss: LossWei
     """The loss weight of each token of a flat array of samples, fp32.
 
     A prompt runs from ``<bos>`` to ``<think>``. A result is the run of digits and signs after "=",
-    which may be a token of its own or end one, with or without the space that follows.
+    which may be a token of its own or end one, with or without the space that follows; and the
+    token behind the run, because how many digits a number has is arithmetic, too.
     """
     place = np.arange(len(ids))
 
@@ -123,33 +124,40 @@ def token_weights(ids: np.ndarray, tokenizer: ArithmeticTokenizer, loss: LossWei
     blank = np.array([text == " " for text in texts])
     equals = np.array([text.rstrip().endswith("=") for text in texts])
     in_result = numeric[ids] & equals[ids[latest(~(numeric | blank)[ids])]]
+    in_result[1:] |= in_result[:-1]
     weights = np.where(in_prompt, loss.prompt, np.where(in_result, loss.result, 1.0))
     weights[ids == BOS] = 0.0  # nothing precedes it, so nothing can predict it
     return weights.astype(np.float32)
 
 
 def plan_epoch(
-    lengths: np.ndarray, batch_size: int, batch_tokens: int, rng: np.random.Generator
-) -> list[np.ndarray]:
-    """One epoch's batches as arrays of sample indices: every sample once, in random order.
+    lengths: np.ndarray,
+    batch_size: int,
+    batch_tokens: int,
+    rng: np.random.Generator,
+    groups: int = 1,
+) -> list[list[np.ndarray]]:
+    """One epoch's steps, each as arrays of sample indices: every sample once, in random order.
 
-    Samples are shuffled, sorted by length within pools of some fifty batches, cut, and the batches
-    shuffled. So a batch has little padding, and still any two samples of like length may meet.
+    Samples are shuffled, sorted by length within pools of some fifty steps, cut, and the cuts
+    shuffled. So a cut has little padding, and still any two samples of like length may meet. A step
+    takes ``groups`` cuts, so that short and long samples meet, too.
 
     Args:
-        batch_size: samples a batch, unless
-        batch_tokens: tokens a batch, padding included (a longer sample is a batch of its own).
+        batch_size: samples a step, unless
+        batch_tokens: tokens a step, padding included (a longer sample is a cut of its own).
     """
+    batch_size, batch_tokens = max(1, batch_size // groups), batch_tokens // groups
     order = rng.permutation(len(lengths))
     per_batch = batch_size if not batch_tokens else max(1, int(batch_tokens / lengths.mean()))
-    pool = 50 * per_batch
+    pool = 50 * groups * per_batch
     batches: list[np.ndarray] = []
     for start in range(0, len(order), pool):
         members = order[start : start + pool]
         members = members[np.argsort(lengths[members], kind="stable")]
         batches += _cut(members, lengths, batch_size, batch_tokens)
     rng.shuffle(batches)
-    return batches
+    return [batches[i : i + groups] for i in range(0, len(batches), groups)]
 
 
 def _cut(

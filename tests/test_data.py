@@ -57,10 +57,10 @@ def test_token_weights_by_hand():
         ("1", 1.0),
         ("5", 1.0),
         (" = ", 1.0),
-        ("-", 3.0),  # a result is its sign and its digits
+        ("-", 3.0),  # a result is its sign, its digits, and the token that ends it
         ("1", 3.0),
         ("4", 3.0),
-        (" Expression now: ", 1.0),
+        (" Expression now: ", 3.0),
         ("2", 1.0),
         (" - ", 1.0),
         ("-", 1.0),
@@ -77,7 +77,7 @@ def test_token_weights_by_hand():
         (" = ", 1.0),
         ("1", 3.0),
         ("6", 3.0),
-        (" Expression now: ", 1.0),
+        (" Expression now: ", 3.0),
         ("1", 1.0),
         ("6", 1.0),
         (" ", 1.0),
@@ -102,7 +102,8 @@ def test_results_are_found_whatever_the_merges(vocab_size):
     small = make_tokenizer(vocab_size)
     samples = tokenised([record("7 - 12")], small, loss=LossWeights(prompt=0.0, result=3.0))
     marked = [small.token(i) for i, w in zip(samples.ids, samples.weights, strict=True) if w == 3]
-    assert marked == ["-", "5"]
+    assert marked[:2] == ["-", "5"]
+    assert len(marked) == 3  # and the token behind it
 
 
 # ----------------------------------------------------------------------------------- samples
@@ -147,7 +148,8 @@ def test_a_character_that_the_tokenizer_lacks_is_an_error():
 
 
 def plan(samples, batch_size=16, batch_tokens=0, seed=0):
-    return plan_epoch(samples.lengths, batch_size, batch_tokens, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    return [step[0] for step in plan_epoch(samples.lengths, batch_size, batch_tokens, rng)]
 
 
 @pytest.mark.parametrize("batch_tokens", [0, 900])
@@ -171,8 +173,19 @@ def test_batch_tokens_bounds_a_batch_padding_included():
 
 
 def test_a_sample_beyond_batch_tokens_is_a_batch_of_its_own():
-    batches = plan_epoch(np.array([10, 500, 12]), 0, 100, np.random.default_rng(0))
-    assert [1] in [batch.tolist() for batch in batches]
+    steps = plan_epoch(np.array([10, 500, 12]), 0, 100, np.random.default_rng(0))
+    assert [1] in [batch.tolist() for (batch,) in steps]
+
+
+def test_length_groups_mix_lengths_in_a_step_and_keep_its_size():
+    lengths = np.random.default_rng(1).integers(10, 500, 3000)
+    steps = plan_epoch(lengths, 0, 4000, np.random.default_rng(0), groups=2)
+    assert sorted(np.concatenate([np.concatenate(step) for step in steps])) == [*range(3000)]
+    assert all(len(step) == 2 for step in steps[:-1])
+    widths = [sum(lengths[group].max() * len(group) for group in step) for step in steps]
+    assert max(widths) <= 4000
+    spreads = [np.ptp([lengths[group].mean() for group in step]) for step in steps[:-1]]
+    assert np.mean(spreads) > 50
 
 
 def test_little_is_padding():
