@@ -1,0 +1,567 @@
+"""The GRPO stage, run small and whole: prompts, rollouts, files, resuming, refusals."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+
+import pytest
+import torch
+from helpers import call, checkpoint_of, command, one_thread, random_model, records
+
+from arithmetic_llm import reinforce
+from arithmetic_llm.checkpoint import (
+    FINISHED,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    weights_hash,
+)
+from arithmetic_llm.config import GRPOConfig
+from arithmetic_llm.corpus import json_line, split_of
+from arithmetic_llm.generate import Completion
+from arithmetic_llm.judging import Row
+from arithmetic_llm.reinforce import GRPOTask
+from arithmetic_llm.rewards import REWARDS
+from arithmetic_llm.rollout import PassRates, PromptSource, Rollout, judge
+from arithmetic_llm.verifier import verify
+
+SCRIPT = "run_grpo_training.py"
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def world(trained_model, tokenizer, tmp_path_factory):
+    """A folder with a model that is right now and then, its tokenizer, and a corpus."""
+    folder = tmp_path_factory.mktemp("world")
+    save_checkpoint(folder / "start" / "best_model.pt", checkpoint_of(trained_model, tokenizer))
+    tokenizer.save(folder / "tokenizer")
+    others = ("typed", "padded", "flat", "drill", "invalid")
+    only_nested = {f"{style}_rate": 0.0 for style in others}
+    corpus = records(60, num_range=(1, 9), max_depth=2, **only_nested)
+    (folder / "i.jsonl").write_text("".join(map(json_line, corpus)))
+    return folder
+
+
+def arguments(world, *more):
+    return [
+        *("--tokenizer", world / "tokenizer", "--sft-checkpoint", world / "start/best_model.pt"),
+        *("--data-mode", "generated", "--max-depth", 2, "--num-range", 1, 9),
+        *("--batch-size", 3, "--num-candidates", 4, "--max-steps", STEPS, "--learning-rate", 1e-3),
+        *("--eval-samples", 8, "--eval-every", 3, "--save-every", 2, "--device", "cpu"),
+        *("--threads", 1, *more),
+    ]
+
+
+KINDS = {
+    "full": ["--adaptive-difficulty", "--refill-rounds", 1, "--num-iterations", 2],
+    "lora": ["--lora-rank", 4, "--lora-dropout", 0.1, "--save-merged-model", "--top-k", 10],
+    "instruction": ["--data-mode", "instruction", "--sft-replay-coef", 0.1],
+}
+
+
+def kind_arguments(world, kind):
+    corpus = ["--instruction-corpus", world / "i.jsonl"] if kind == "instruction" else []
+    return arguments(world, *KINDS[kind], *corpus)
+
+
+def train(argv, output):
+    """Train in this process to the end; returns the run folder and how the script ended."""
+    ended = call(SCRIPT, *argv, "--output-dir", output)
+    assert ended.code == 0, ended.err
+    (folder,) = output.iterdir()
+    return folder, ended
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """A finished run of each kind, as ``folder, ended``."""
+    return {
+        kind: train(kind_arguments(world, kind), tmp_path_factory.mktemp(kind)) for kind in KINDS
+    }
+
+
+def lines_of(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def assert_same_models(one, other):
+    for name in ("final_model.pt", "best_model.pt"):
+        left, right = (read_checkpoint(folder / name) for folder in (one, other))
+        assert left.step == right.step
+        assert left.weights.keys() == right.weights.keys()
+        for key, weight in left.weights.items():
+            assert torch.equal(weight, right.weights[key]), f"{name}: {key}"
+
+
+# ------------------------------------------------------------------------------------ the files
+
+
+def test_a_run_leaves_the_documented_files_and_no_other(finished):
+    common = {
+        "best_model.pt",
+        "final_model.pt",
+        "checkpoint_step_2.pt",
+        "checkpoint_step_4.pt",
+        "training_config.json",
+        "model_config.json",
+        "training_log.json",
+        "grpo_training_log.json",
+        "training_summary.json",
+        "run.json",
+        "metrics.jsonl",
+        "rollouts.jsonl",
+    }
+    more = {"full": set(), "instruction": set(), "lora": {"lora_adapter.pt", "merged_model.pt"}}
+    for kind, (folder, ended) in finished.items():
+        assert {path.name for path in folder.iterdir()} == common | more[kind]
+        assert folder.name.startswith("grpo_20")
+        assert f"models in {folder}" in ended.out
+
+
+def test_each_step_has_a_line_with_the_names_that_users_know(finished):
+    folder, _ = finished["full"]
+    steps = [line for line in lines_of(folder) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    always = {
+        *("loss", "learning_rate", "reward", "reward_std", "accuracy", "frac_reward_zero_std"),
+        *("completions/mean_length", "completions/clipped_ratio", "rewards/correct"),
+        *("seconds_generating", "seconds_training"),
+    }
+    for line in steps:
+        assert always <= line.keys()
+        alive = line["frac_reward_zero_std"] < 1
+        assert ({"kl", "entropy", "clip_ratio"} <= line.keys()) == alive
+    assert json.loads((folder / "grpo_training_log.json").read_text()) == lines_of(folder)
+
+
+def test_validation_is_told_by_exact_depth_and_decides_the_best_model(finished):
+    for folder, _ in finished.values():
+        evaluations = [line for line in lines_of(folder) if "eval_reward" in line]
+        assert [line["step"] for line in evaluations] == [3, 6]
+        for line in evaluations:
+            assert {"eval_exact", "eval_exact_depth_1", "eval_exact_depth_2"} <= line.keys()
+        best = max(evaluations, key=lambda line: line["eval_reward"])
+        assert read_checkpoint(folder / "best_model.pt").step == best["step"]
+        assert json.loads((folder / FINISHED).read_text())["best"] == best
+
+
+def test_whole_rollouts_are_kept_with_their_rewards(finished):
+    for folder, _ in finished.values():
+        samples = lines_of(folder, "rollouts.jsonl")
+        assert [line["step"] for line in samples] == list(range(1, STEPS + 1))
+        for sample in samples:
+            assert len(sample["rollouts"]) == 4
+            assert len({rollout["expression"] for rollout in sample["rollouts"]}) == 1
+            for rollout in sample["rollouts"]:
+                verdict = verify(rollout["expression"], rollout["text"])
+                assert rollout["reward"] == rollout["rewards"]["correct"] == verdict.correct
+                assert rollout["depth"] in (1, 2)
+
+
+def test_the_start_is_checked_and_told(finished):
+    for _, ended in finished.values():
+        (told,) = [line for line in ended.err.splitlines() if line.startswith("step 0: ")]
+        assert "(tolerance 0.001), KL to the reference 0" in told
+
+
+def test_a_decoder_that_disagrees_with_training_ends_the_run(world, tmp_path, monkeypatch):
+    def wrong(*args):
+        groups = reinforce_roll_out(*args)
+        for rollout in groups[0]:
+            rollout.completion.logprobs[0] -= 0.01
+        return groups
+
+    reinforce_roll_out = reinforce.roll_out
+    monkeypatch.setattr(reinforce, "roll_out", wrong)
+    ended = call(SCRIPT, *arguments(world), "--output-dir", tmp_path)
+    assert ended.code == 2
+    assert "log-probs differ by at most 1.0e-02 nats a token" in ended.error_lines[0]
+
+
+def test_the_weights_move(world, finished):
+    start = weights_hash(load_checkpoint(world / "start/best_model.pt").model)
+    for folder, _ in finished.values():
+        assert weights_hash(load_checkpoint(folder / "final_model.pt").model) != start
+
+
+def test_the_checkpoint_tells_what_it_was_trained_on(finished):
+    for folder, _ in finished.values():
+        content = read_checkpoint(folder / "final_model.pt")
+        assert content.stage == "grpo"
+        assert content.trained_on["depths"] == [1, 2, 3]  # of the start, and the prompts'
+        assert content.trained_on["splits"]["train"] > 100
+
+
+# ------------------------------------------------------------------------------------- adapters
+
+
+def test_with_a_rank_only_an_adapter_is_trained(world, finished):
+    folder, ended = finished["lora"]
+    content = read_checkpoint(folder / "final_model.pt")
+    assert content.weights
+    assert all("lora_" in name for name in content.weights)
+    start = world / "start/best_model.pt"
+    assert content.adapter["base_hash"] == weights_hash(load_checkpoint(start).model)
+    assert content.adapter["config"]["lora_rank"] == 4
+    assert " parameters (" in ended.out  # so many of so many train
+    assert " %) train on cpu" in ended.out
+
+
+def test_the_adapter_and_the_merged_model_are_the_best_one(finished):
+    folder, _ = finished["lora"]
+    hashes = {
+        weights_hash(load_checkpoint(folder / name).model)
+        for name in ("lora_adapter.pt", "best_model.pt", "merged_model.pt")
+    }
+    assert len(hashes) == 1
+    assert read_checkpoint(folder / "merged_model.pt").adapter is None
+
+
+def test_an_adapter_of_an_adapter_keeps_its_base_and_can_move(world, finished, tmp_path):
+    """The base is then the merged model, which is no file of its own."""
+    first, _ = finished["lora"]
+    argv = arguments(world, "--sft-checkpoint", first / "lora_adapter.pt", "--lora-rank", 2)
+    folder, _ = train([*argv, "--max-steps", 2], tmp_path / "runs")
+    base = load_checkpoint(folder / "base_model.pt")
+    assert weights_hash(base.model) == weights_hash(load_checkpoint(first / "best_model.pt").model)
+    before = weights_hash(load_checkpoint(folder / "lora_adapter.pt").model)
+    folder = folder.rename(tmp_path / "elsewhere")
+    assert weights_hash(load_checkpoint(folder / "lora_adapter.pt").model) == before
+
+
+# ------------------------------------------------------------------------------------- resuming
+
+
+def cut_back(folder, copy, step):
+    """A copy of a finished run as it was when it had been killed some time after ``step``."""
+    shutil.copytree(folder, copy)
+    for path in copy.glob("checkpoint_step_*.pt"):
+        if int(path.stem.rpartition("_")[2]) > step:
+            path.unlink()
+    for name in (FINISHED, "final_model.pt", "training_log.json", "grpo_training_log.json"):
+        (copy / name).unlink()
+    return copy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_resumed_run_ends_bit_identical(finished, tmp_path, kind, step):
+    whole, _ = finished[kind]
+    folder = cut_back(whole, tmp_path / whole.name, step)
+    ended = call(SCRIPT, "--resume", folder)
+    assert ended.code == 0, ended.err
+    assert ("starts over" if step == 0 else f"at step {step}") in ended.out
+    assert_same_models(folder, whole)
+    assert lines_of(folder, "rollouts.jsonl") == lines_of(whole, "rollouts.jsonl")
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+
+
+def test_the_pass_rates_are_part_of_a_checkpoint(finished):
+    folder, _ = finished["full"]
+    state = read_checkpoint(folder / "checkpoint_step_4.pt").training["task"]
+    assert state["pass_rates"].keys() == {1, 2}
+
+
+def test_a_killed_run_ends_bit_identical(world, finished, tmp_path):
+    argv = [*kind_arguments(world, "full"), "--output-dir", tmp_path / "out"]
+    with open(tmp_path / "log.txt", "w") as log:
+        process = subprocess.Popen(command(SCRIPT, *argv), env=one_thread(), stdout=log, stderr=log)
+    while not [*tmp_path.glob("out/*/checkpoint_step_2.pt")]:
+        assert process.poll() is None, (tmp_path / "log.txt").read_text()
+        time.sleep(0.005)
+    time.sleep(random.random() * 0.3)
+    process.kill()
+    assert process.wait() in (-signal.SIGKILL, 0)
+    (folder,) = (tmp_path / "out").iterdir()
+    if not (folder / FINISHED).exists():
+        assert call(SCRIPT, "--resume", folder).code == 0
+    assert_same_models(folder, finished["full"][0])
+
+
+def test_a_run_is_not_resumed_from_another_start(finished, world, tokenizer, tmp_path):
+    folder = cut_back(finished["full"][0], tmp_path / "run", 2)
+    other = checkpoint_of(random_model(tokenizer.vocab_size, seed=9), tokenizer)
+    save_checkpoint(tmp_path / "other.pt", other)
+    config = json.loads((folder / "training_config.json").read_text())
+    config["sft_checkpoint"] = str(tmp_path / "other.pt")
+    (folder / "training_config.json").write_text(json.dumps(config))
+    ended = call(SCRIPT, "--resume", folder)
+    assert ended.code == 2
+    assert "start_hash has changed" in ended.err
+
+
+# ------------------------------------------------------------------------------------- configs
+
+
+def test_a_written_config_starts_an_equal_run(finished, tmp_path):
+    whole, _ = finished["instruction"]
+    folder, _ = train(["--config", whole / "training_config.json"], tmp_path / "again")
+    assert_same_models(folder, whole)
+
+
+def test_rewards_from_a_json_file_are_each_told(world, tmp_path):
+    config = {"rewards": "correct=1,step_validity=0.5,length=0.1", "max_steps": 1}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    argv = [word for word in arguments(world) if word not in ("--max-steps", STEPS)]
+    folder, _ = train([*argv, "--config", tmp_path / "c.json"], tmp_path / "out")
+    line = lines_of(folder)[0]
+    parts = [line[f"rewards/{name}"] for name in ("correct", "step_validity", "length")]
+    assert line["reward"] == pytest.approx(parts[0] + 0.5 * parts[1] + 0.1 * parts[2])
+    assert parts[2] < 0
+
+
+def test_completions_get_room_for_a_whole_solution(finished):
+    folder, _ = finished["full"]
+    limit = json.loads((folder / "training_config.json").read_text())["max_gen_length"]
+    assert 60 < limit < 200  # of depth 2, not of any depth
+
+
+def test_a_limit_that_cuts_right_solutions_off_is_warned_of(world, tmp_path):
+    argv = arguments(world, "--max-gen-length", 20, "--max-steps", 1)
+    _, ended = train(argv, tmp_path / "out")
+    assert "warning: --max-gen-length 20 cuts off the right answers" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--num-candidates", 1], "--num-candidates: must be at least 2"),
+        (["--temperature", 0], "--temperature: must be above 0"),
+        (["--rewards", "corect=1"], "no reward 'corect'; there are correct"),
+        (["--data-mode", "instruction"], "--instruction-corpus is required"),
+        (["--data-mode", "instruction", "--instruction-corpus", "nowhere.jsonl"], "nowhere.jsonl"),
+        (
+            ["--adaptive-difficulty", *("--data-mode", "instruction"), "--instruction-corpus", "x"],
+            "--adaptive-difficulty chooses depths; use it with --data-mode generated",
+        ),
+        (["--min-depth", 3], "--min-depth 3: is above --max-depth 2"),
+        (["--num-range", 9, 1], "the smaller number comes first"),
+        (["--lora-rank", 2, "--lora-target-modules", "qproj"], "did you mean q_proj?"),
+        (["--sft-checkpoint", "nowhere.pt"], "nowhere.pt: no such checkpoint file"),
+        (["--tokenizer", "nowhere"], "nowhere"),
+        (["--loss-type", "ppo"], "loss-type"),
+        (["--base-checkpoint", "x.pt"], "leave --base-checkpoint out"),
+        (["--no-such-flag"], "unknown argument --no-such-flag"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, argv, message):
+    ended = call(SCRIPT, *arguments(world, *argv), "--output-dir", tmp_path / "out")
+    assert ended.code == 2
+    assert len(ended.error_lines) == 1
+    assert message in ended.error_lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------ steps without signal
+
+
+@pytest.fixture
+def dead_run(world, tmp_path, monkeypatch):
+    """Ten steps in which every reward is the same."""
+    monkeypatch.setitem(REWARDS, "constant", lambda attempt: 0.3)
+    argv = arguments(world, "--rewards", "constant", "--max-steps", 10, "--max-gen-length", 6)
+    return train([*argv, "--eval-every", 10, "--save-every", 20], tmp_path / "out")
+
+
+def test_steps_without_signal_are_warned_of_and_the_run_goes_on(world, dead_run):
+    folder, ended = dead_run
+    assert ended.err.count("WARNING: 10 steps in a row without any signal") == 1
+    steps = [line for line in lines_of(folder) if "loss" in line]
+    assert [line["frac_reward_zero_std"] for line in steps] == [1.0] * 10
+    assert not any("kl" in line or "entropy" in line for line in steps)
+    start, final = (world / "start/best_model.pt", folder / "final_model.pt")
+    assert weights_hash(load_checkpoint(start).model) == weights_hash(load_checkpoint(final).model)
+
+
+@pytest.mark.parametrize(("cutoff", "reward"), [("keep", 0.0), ("mask", 0.0), ("penalise", -1.0)])
+def test_cut_off_completions_are_counted_and_treated_as_asked(world, tmp_path, cutoff, reward):
+    argv = arguments(world, "--max-gen-length", 3, "--cutoff", cutoff, "--max-steps", 1)
+    folder, _ = train(argv, tmp_path / "out")
+    line = lines_of(folder)[0]
+    assert line["completions/clipped_ratio"] == 1.0
+    assert line["reward"] == reward
+    assert line["rewards/correct"] == 0.0
+
+
+# ------------------------------------------------------------------------------ groups by hand
+
+
+def settings(**options):
+    return GRPOConfig(
+        **{
+            "data_mode": "generated",
+            "max_depth": 2,
+            "num_range": (1, 9),
+            "max_gen_length": 50,
+            "batch_size": 2,
+            "num_candidates": 2,
+            **options,
+        }
+    )
+
+
+def rollout(reward, depth=1, cut_off=False):
+    """A completion with a reward; right if that is above 0."""
+    completion = Completion([9, 1], [-0.1, -0.2], "length" if cut_off else "eos")
+    verdict = verify("1 + 2", "Final Result: 3" if reward > 0 else "", cut_off)
+    row = Row("depth", depth)
+    return Rollout("1 + 2", row, [2, 8], completion, "", verdict, reward, {"correct": reward})
+
+
+class Scripted(GRPOTask):
+    """Its rounds of rollouts are given; it notes how many prompts each was asked for."""
+
+    def __init__(self, tiny_model, tokenizer, rounds, **options):
+        config = settings(**options)
+        source = PromptSource(config, PassRates())
+        super().__init__(tiny_model, tokenizer, config, source, ["1 + 2"])
+        self.rounds, self.asked = iter(rounds), []
+
+    def _roll_out(self, expressions, copies, sampling):
+        self.asked.append(len(expressions))
+        return [[rollout(*entry) for entry in group] for group in next(self.rounds)]
+
+    def check_start(self, batches):
+        return ""
+
+
+ALIVE, WON, LOST = [(1.0,), (0.0,)], [(1.0,), (1.0,)], [(0.0,), (0.0,)]
+
+
+@pytest.mark.parametrize(
+    ("rounds", "refills", "asked", "groups"),
+    [
+        ([[WON, LOST]], 0, [2], 2),
+        ([[ALIVE, ALIVE]], 3, [2], 2),
+        ([[ALIVE, LOST], [ALIVE]], 3, [2, 1], 3),
+        ([[WON, LOST], [ALIVE, LOST], [LOST]], 2, [2, 2, 1], 5),
+    ],
+)
+def test_dead_groups_are_replaced_as_often_as_allowed(
+    tiny_model, tokenizer, rounds, refills, asked, groups
+):
+    task = Scripted(tiny_model, tokenizer, rounds, refill_rounds=refills)
+    assert len(task._rollouts(0)) == groups
+    assert task.asked == asked
+
+
+def test_dead_groups_do_not_train_but_are_counted(tiny_model, tokenizer):
+    task = Scripted(tiny_model, tokenizer, [[ALIVE, LOST], [WON]], refill_rounds=1)
+    ((batch,),) = list(task.updates(1))
+    assert batch.advantages.tolist() == [0.5, -0.5]
+    figures = task.figures()
+    assert figures["frac_reward_zero_std"] == pytest.approx(2 / 3)
+    assert figures["reward"] == figures["accuracy"] == 0.5
+    assert figures["reward_std"] == pytest.approx(0.7071 / 3, rel=1e-3)
+    assert task.pass_rates.rates == {1: 0.5}  # all three groups, or it would lean to one half
+
+
+def test_masked_cut_offs_do_not_train_but_count_in_the_mean(tiny_model, tokenizer):
+    group = [(1.0,), (0.0, 1, True)]
+    for cutoff, advantages in (("keep", [0.5, -0.5]), ("mask", [0.5])):
+        task = Scripted(tiny_model, tokenizer, [[group, LOST]], cutoff=cutoff)
+        ((batch,),) = list(task.updates(1))
+        assert batch.advantages.tolist() == advantages
+
+
+def test_a_cut_off_can_be_penalised(tokenizer):
+    completion = Completion(tokenizer.encode(" Final Result: 3"), [], "length")
+    for cutoff, reward in (("keep", 1.0), ("mask", 1.0), ("penalise", -1.0)):
+        config = settings(cutoff=cutoff)
+        judged = judge(tokenizer, "1 + 2", [2], completion, config, {"correct": 1.0})
+        assert (judged.reward, judged.parts["correct"]) == (reward, 1.0)
+
+
+def test_without_a_baseline_only_what_is_rewarded_trains(tiny_model, tokenizer):
+    """Rejection sampling: all that is right, and nothing else."""
+    rounds = [[WON, ALIVE], []]
+    task = Scripted(tiny_model, tokenizer, rounds, baseline="none", refill_rounds=1)
+    ((batch,),) = list(task.updates(1))
+    assert batch.advantages.tolist() == [1.0, 1.0, 1.0]
+    assert task.asked == [2]  # a group that is all right is not dead here
+
+
+def test_old_logprobs_stay_while_a_batch_is_used_again(tiny_model, tokenizer):
+    task = Scripted(tiny_model, tokenizer, [[ALIVE, ALIVE]], num_iterations=3)
+    updates = list(task.updates(1))
+    assert len(updates) == 3
+    (first,), *others = updates
+    assert all(torch.equal(batch.old_logprobs, first.old_logprobs) for (batch,) in others)
+    assert (first.old_logprobs[first.mask] < 0).all()
+    ((batch,),) = Scripted(tiny_model, tokenizer, [[ALIVE, ALIVE]]).updates(1)
+    assert batch.old_logprobs is None
+
+
+def test_replay_weighs_its_coefficient_times_the_policys_loss(tiny_model, tokenizer):
+    task = Scripted(tiny_model, tokenizer, [[ALIVE, ALIVE]], sft_replay_coef=0.25)
+    ((policy, replay),) = task.updates(1)
+    assert replay.count == 0.0
+    assert float(replay.batch.weights.sum()) == pytest.approx(0.25 * policy.count)
+
+
+# ------------------------------------------------------------------------------------ prompts
+
+
+def corpus_source(world, **options):
+    config = settings(data_mode="instruction", instruction_corpus=str(world / "i.jsonl"), **options)
+    return PromptSource(config, PassRates())
+
+
+def test_an_epoch_asks_each_prompt_once_in_an_order_of_its_own(world):
+    source = corpus_source(world, batch_size=7)
+    assert source.steps_per_epoch == 9
+    epochs = [
+        [prompt for step in range(9) for prompt in source.of_step(9 * epoch + step)]
+        for epoch in range(3)
+    ]
+    everything = Counter(record.expression for record in source.corpus)
+    assert all(Counter(epoch) == everything for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_num_samples_is_the_number_of_prompts_an_epoch(world):
+    for source in (
+        corpus_source(world, num_samples=10, batch_size=4),
+        PromptSource(settings(num_samples=10, batch_size=4), PassRates()),
+    ):
+        assert source.steps_per_epoch == 3
+        assert [len(source.of_step(step)) for step in range(4)] == [4, 4, 2, 4]
+    assert corpus_source(world, num_samples=1000).prompts_per_epoch == 60
+
+
+def test_generated_prompts_belong_to_the_train_split_and_are_repeatable():
+    sources = [PromptSource(settings(batch_size=200), PassRates()) for _ in range(2)]
+    prompts = sources[0].of_step(3)
+    assert prompts == sources[1].of_step(3) != sources[0].of_step(4)
+    assert {split_of(prompt) for prompt in prompts} == {"train"}
+    assert sources[0].others(200, 3, 1) != prompts
+
+
+def test_validation_belongs_to_the_validation_split(world):
+    for covered in (None, reinforce.coverage(world / "i.jsonl")):
+        prompts = reinforce._validation_prompts(settings(eval_samples=30), covered)
+        assert len(prompts) == 30
+        assert {split_of(prompt) for prompt in prompts} == {"validation"}
+
+
+def test_difficulty_follows_the_pass_rates_as_they_change():
+    rates = PassRates()
+    source = PromptSource(settings(adaptive_difficulty=True, max_depth=3), rates)
+
+    def shares():
+        expressions = source.others(600, 0, 1)
+        depths = Counter(reinforce.problem_from(text).depth for text in expressions)
+        return [depths[depth] / 600 for depth in (1, 2, 3)]
+
+    assert shares() == pytest.approx([1 / 3] * 3, abs=0.07)
+    rates.rates = {1: 1.0, 2: 0.5, 3: 0.0}  # known, in reach, out of reach
+    assert shares() == pytest.approx([0.01 / 0.27, 0.25 / 0.27, 0.01 / 0.27], abs=0.04)
+    for _ in range(60):  # depth 3 comes in reach, depth 2 is mastered
+        rates.update([rollout(1.0, 2), rollout(1.0, 3), rollout(0.0, 3)])
+    assert rates.rates[2] > 0.99
+    assert rates.rates[3] == pytest.approx(0.5, abs=0.01)
+    assert shares()[2] > 0.8
