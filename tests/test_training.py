@@ -369,6 +369,17 @@ def test_a_damaged_last_checkpoint_is_no_reason_to_start_over(unfinished, undist
     assert_same_models(unfinished, undisturbed[FOUNDATIONAL])
 
 
+def test_a_resumed_run_remembers_its_best(workshop, tmp_path, monkeypatch):
+    losses = iter([1.0, 2.0, 3.0, 3.0])
+    monkeypatch.setattr(SupervisedTask, "evaluate", lambda *_: {"eval_loss": next(losses)})
+    argv = foundational(workshop, "--max-steps", 15, "--eval-every", 5, "--save-every", 10)
+    folder = train(FOUNDATIONAL, argv, tmp_path)
+    (folder / FINISHED).unlink()
+    assert call(FOUNDATIONAL, "--resume", folder).code == 0
+    assert load_checkpoint(folder / "best_model.pt").step == 5
+    assert read_json(folder / FINISHED)["best"]["step"] == 5
+
+
 def test_a_changed_corpus_is_refused_on_resume(unfinished):
     with open(unfinished.parent / "workshop" / "corpus.txt", "a") as file:
         file.write("Evaluate: 1 + 2\n<think> </think> Final Result: 3\n")
