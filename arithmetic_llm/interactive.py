@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-import unicodedata
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
@@ -106,20 +105,16 @@ def answer(solver: ArithmeticSolver, typed: str, marks: Marks) -> Iterator[str]:
 
 
 def explain(error: ExpressionError) -> str:
-    """The invalid text, a caret under the place, and what is wrong there."""
+    """The invalid text, a caret under the place, and what is wrong there.
+
+    All that stands before the place is of the grammar's own characters, so each takes one column.
+    """
     text = "".join(c if c.isprintable() else " " for c in error.text)
     start = max(0, error.column - CARET_WINDOW // 2)
     before, after = text[start : error.column], text[error.column : start + CARET_WINDOW]
     left, right = "..." * (start > 0), "..." * (start + CARET_WINDOW < len(text))
-    indent = " " * (len(left) + sum(map(_columns, before)))
+    indent = " " * (len(left + before))
     return f"\n  {left}{before}{after}{right}\n  {indent}^\nInvalid expression: {error}\n\n"
-
-
-def _columns(character: str) -> int:
-    """How many columns of a terminal a character takes."""
-    if unicodedata.combining(character):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 # ------------------------------------------------------------------------------- the screen

@@ -60,7 +60,8 @@ def problem_from(text: str, style: str | None = None) -> Problem:
     try:
         tree = parse(text)
     except ExpressionError:
-        return Problem(text, Row("invalid", 0), 0, 0, style)
+        readable = text.encode("utf-8", "replace").decode()  # no tokenizer takes half a surrogate
+        return Problem(readable, Row("invalid", 0), 0, 0, style)
     flat = tree.is_flat or style == "flat"
     row = Row("terms", tree.terms) if flat else Row("depth", tree.depth)
     numbers = [symbol for symbol in tree.postfix if isinstance(symbol, int)]

@@ -195,11 +195,9 @@ def test_the_caret_of_a_long_text_stays_on_the_screen():
     assert source[caret.index("^")] == "x"
 
 
-def test_the_caret_knows_wide_characters():
-    _, _, caret, *_ = explained("1 + 2 + \N{FULLWIDTH DIGIT THREE}").split("\n")
-    assert caret.index("^") == 2 + 8
-    _, _, caret, *_ = explained("\N{FULLWIDTH DIGIT THREE}").split("\n")
-    assert caret.index("^") == 2
+def test_a_tab_takes_one_column():
+    _, source, caret, *_ = explained("1\t+ x").split("\n")
+    assert source[caret.index("^")] == "x"
 
 
 def test_control_characters_do_not_reach_the_terminal():

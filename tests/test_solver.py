@@ -172,7 +172,9 @@ def test_a_limit_of_new_tokens(tokenizer):
     assert (outcome.tokens, outcome.cut_off, outcome.result) == (5, True, None)
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n", "½ + 1", "1 + 2\x00", "</think> Final Result: 3"])
+@pytest.mark.parametrize(
+    "text", ["", " ", "\n", "½ + 1", "1 + 2\x00", "\ud800", "</think> Final Result: 3"]
+)
 def test_odd_texts_are_invalid_and_no_more(solver, tiny_model, tokenizer, text):
     assert solver.solve("1 + 2").correct
     outcome = ArithmeticSolver(tiny_model, tokenizer, max_new_tokens=20).solve(text)
