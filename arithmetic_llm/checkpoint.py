@@ -185,7 +185,8 @@ def find_base(adapter: dict[str, Any], path: Path, base_checkpoint: str | Path) 
                 f"{base_checkpoint}: not the base of {path}; that was {adapter['base_path']}"
             )
         return base
-    nearby = sorted(path.resolve().parent.parent.glob("*/*_model.pt"))
+    around = path.resolve().parents[1:3]  # models/ of models/RUN/x.pt and of models/grpo/RUN/x.pt
+    nearby = [found for folder in around for found in sorted(folder.glob("*/*_model.pt"))]
     for candidate in (Path(adapter["base_path"]), *nearby):
         with contextlib.suppress(UserError):
             content = read_checkpoint(candidate)

@@ -350,6 +350,15 @@ def test_a_base_that_was_renamed_is_found_by_its_hash(on_disk, tokenizer, tmp_pa
     loads_as(tmp_path / "lora" / "lora_adapter.pt", on_disk)
 
 
+def test_a_base_is_found_from_a_folder_within_the_models_folder(on_disk, tmp_path):
+    """As a GRPO run has it: models/grpo/RUN/lora_adapter.pt, models/RUN/best_model.pt."""
+    (tmp_path / "base").rename(tmp_path / "archive")
+    (tmp_path / "grpo").mkdir()
+    (tmp_path / "lora").rename(tmp_path / "grpo" / "lora")
+    for name in ("lora_adapter.pt", "peft"):
+        loads_as(tmp_path / "grpo" / "lora" / name, on_disk)
+
+
 def test_a_base_that_is_far_away_must_be_named(on_disk, tmp_path, tmp_path_factory):
     far = tmp_path_factory.mktemp("far") / "model.pt"
     shutil.move(tmp_path / "base" / "best_model.pt", far)
