@@ -95,11 +95,8 @@ class TrainingConfig(RunConfig):
     batch_tokens: int = opt(
         0, "tokens per optimizer step instead of batch_size sequences; 0 = off", at_least=0
     )
-    length_groups: int = opt(
-        1, "a step's batch is so many groups of samples of like length, drawn apart", at_least=1
-    )
     gradient_accumulation_steps: int = opt(
-        1, "micro-batches that each group is computed in; same result, less memory", at_least=1
+        1, "micro-batches that a step's batch is computed in; same result, less memory", at_least=1
     )
     prompt_loss_weight: float = opt(
         1.0, "loss weight of a prompt token (foundational stage only)", at_least=0.0

@@ -131,33 +131,27 @@ def token_weights(ids: np.ndarray, tokenizer: ArithmeticTokenizer, loss: LossWei
 
 
 def plan_epoch(
-    lengths: np.ndarray,
-    batch_size: int,
-    batch_tokens: int,
-    rng: np.random.Generator,
-    groups: int = 1,
-) -> list[list[np.ndarray]]:
-    """One epoch's steps, each as arrays of sample indices: every sample once, in random order.
+    lengths: np.ndarray, batch_size: int, batch_tokens: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """One epoch's batches as arrays of sample indices: every sample once, in random order.
 
-    Samples are shuffled, sorted by length within pools of some fifty steps, cut, and the cuts
-    shuffled. So a cut has little padding, and still any two samples of like length may meet. A step
-    takes ``groups`` cuts, so that short and long samples meet, too.
+    Samples are shuffled, sorted by length within pools of some fifty batches, cut, and the batches
+    shuffled. So a batch has little padding, and still any two samples of like length may meet.
 
     Args:
-        batch_size: samples a step, unless
-        batch_tokens: tokens a step, padding included (a longer sample is a cut of its own).
+        batch_size: samples a batch, unless
+        batch_tokens: tokens a batch, padding included (a longer sample is a batch of its own).
     """
-    batch_size, batch_tokens = max(1, batch_size // groups), batch_tokens // groups
     order = rng.permutation(len(lengths))
     per_batch = batch_size if not batch_tokens else max(1, int(batch_tokens / lengths.mean()))
-    pool = 50 * groups * per_batch
+    pool = 50 * per_batch
     batches: list[np.ndarray] = []
     for start in range(0, len(order), pool):
         members = order[start : start + pool]
         members = members[np.argsort(lengths[members], kind="stable")]
         batches += _cut(members, lengths, batch_size, batch_tokens)
     rng.shuffle(batches)
-    return [batches[i : i + groups] for i in range(0, len(batches), groups)]
+    return batches
 
 
 def _cut(

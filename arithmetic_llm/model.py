@@ -47,11 +47,13 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair ``(x[i], x[i + D/2])`` by its position's angle."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention, written out.
+    """Softmax attention, written out, in the dtype of ``q``.
+
+    Autocast would do the softmax between two casts; the kernel itself adds in fp32 anyway.
 
     Args:
         q: (B, H, T, D). k, v: (B, H, S, D).
@@ -60,8 +62,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (B, H, T, D).
     """
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask.to(q.dtype)
-    return scores.softmax(dim=-1) @ v
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask.to(q.dtype)
+        return scores.softmax(dim=-1) @ v
 
 
 class Attention(nn.Module):
@@ -181,6 +184,11 @@ class Transformer(nn.Module):
     def forward(self, input_ids: Tensor, cache: KVCache | None) -> Tensor:
         context = self._context(input_ids, cache)
         x = self.dropout(self.embed_tokens(input_ids))
+        device = input_ids.device.type
+        if torch.is_autocast_enabled(
+            device
+        ):  # else the residual stream would be cast in each layer
+            x = x.to(torch.get_autocast_dtype(device))
         for index, layer in enumerate(self.layers):
             x = layer(x, context, index)
         return self.norm(x)

@@ -55,26 +55,23 @@ class SupervisedTask:
 
     def __init__(self, train: TokenisedSamples, held_out: TokenisedSamples, config: TrainingConfig):
         self.train, self.held_out, self.config = train, held_out, config
-        self.plan: list[list[np.ndarray]] = []  # of each step, samples of like length together
+        self.plan: list[np.ndarray] = []
         for epoch in itertools.count() if config.max_steps else range(config.num_epochs):
             rng = np.random.default_rng((config.seed, epoch))
-            self.plan += plan_epoch(
-                train.lengths, config.batch_size, config.batch_tokens, rng, config.length_groups
-            )
+            self.plan += plan_epoch(train.lengths, config.batch_size, config.batch_tokens, rng)
             self.steps_per_epoch = len(self.plan) // (epoch + 1)
             if config.max_steps and len(self.plan) >= config.max_steps:
                 break
         if config.max_steps:
             self.plan = self.plan[: config.max_steps]
         self.total_steps = len(self.plan)
-        tokens = [sum(int(train.lengths[g].sum()) for g in groups) for groups in self.plan]
+        tokens = [int(train.lengths[batch].sum()) for batch in self.plan]
         self._tokens_before = np.cumsum([0, *tokens])
 
     def updates(self, step: int) -> list[list[Batch]]:
-        return [[self.train.batch(part) for group in self.plan[step] for part in self._cut(group)]]
-
-    def _cut(self, group: np.ndarray) -> list[np.ndarray]:
-        return np.array_split(group, min(self.config.gradient_accumulation_steps, len(group)))
+        indices = self.plan[step]
+        parts = min(self.config.gradient_accumulation_steps, len(indices))
+        return [[self.train.batch(part) for part in np.array_split(indices, parts)]]
 
     def work(self, step: int) -> int:
         """Tokens of the samples before ``step``."""

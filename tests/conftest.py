@@ -49,7 +49,7 @@ def trained_model(tokenizer):
     plan = plan_epoch(samples.lengths, 32, 0, np.random.default_rng(0))
     config = TrainingConfig(optimizer="muon", learning_rate=5e-3, warmup_steps=0)
     optimizer = build_optimizer(model, config)
-    for step, (indices,) in enumerate(plan):
+    for step, indices in enumerate(plan):
         logits, targets, weights = counted_logits(model, samples.batch(indices))
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         optimizer.zero_grad()
