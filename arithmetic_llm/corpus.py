@@ -144,14 +144,14 @@ def _with_default(name: str, default: float) -> Any:
 class FoundationalCorpusConfig(CorpusConfig):
     """Foundational corpus.
 
-    It is where arithmetic facts (drills) and the counting of parentheses (padded) are learned; the
-    shares are those that measurement found best.
+    It is where arithmetic facts (drills) and the counting of parentheses (padded) are learned. The
+    shares are those of the CPU recipe, the best of what docs/LOG.md has measured.
     """
 
     typed_rate: float = _with_default("typed_rate", 0.1)
-    padded_rate: float = _with_default("padded_rate", 0.15)
-    flat_rate: float = _with_default("flat_rate", 0.05)
-    drill_rate: float = _with_default("drill_rate", 0.35)
+    padded_rate: float = _with_default("padded_rate", 0.05)
+    flat_rate: float = _with_default("flat_rate", 0.0)
+    drill_rate: float = _with_default("drill_rate", 0.3)
 
 
 def make_corpus(config: CorpusConfig, path: str, as_text: Callable[[Record], str]) -> None:
