@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 
 import pytest
@@ -318,23 +317,20 @@ def test_a_full_disk_behind_standard_output_is_one_line(size):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_answers_at_once_and_without_torch(script):
-    """0.3 s on an idle machine; the bound leaves room for a busy one."""
+    """Measured in the process's own CPU seconds, which a busy machine does not stretch."""
     watched = f"""
-import runpy, sys
+import runpy, sys, time
 sys.argv = [{script!r}, "--help"]
 try:
     runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
 finally:
     heavy = {{"torch", "numpy", "tokenizers", "transformers"}} & sys.modules.keys()
     assert not heavy, heavy
+    assert time.process_time() < 0.5
 """
-    started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", watched], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", watched], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "usage:" in done.stdout
-    assert time.monotonic() - started < 3
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
