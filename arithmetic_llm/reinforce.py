@@ -431,6 +431,8 @@ def _check(config: GRPOConfig) -> None:
     """Refuse settings that contradict each other."""
     parse_rewards(config.rewards)
     nested(config)
+    if not config.lora_rank and (config.save_merged_model or config.save_peft_adapter):
+        raise UserError("there is no adapter to save; ask for one with --lora-rank")
     if config.data_mode == "generated":
         return
     if not config.instruction_corpus:

@@ -138,15 +138,23 @@ def test_each_step_has_a_line_with_the_names_that_users_know(finished):
     assert json.loads((folder / "grpo_training_log.json").read_text()) == lines_of(folder)
 
 
-def test_validation_is_told_by_exact_depth_and_decides_the_best_model(finished):
+def test_validation_is_told_by_exact_depth(finished):
     for folder, _ in finished.values():
         evaluations = [line for line in lines_of(folder) if "eval_reward" in line]
         assert [line["step"] for line in evaluations] == [3, 6]
         for line in evaluations:
             assert {"eval_exact", "eval_exact_depth_1", "eval_exact_depth_2"} <= line.keys()
-        best = max(evaluations, key=lambda line: line["eval_reward"])
-        assert read_checkpoint(folder / "best_model.pt").step == best["step"]
-        assert json.loads((folder / FINISHED).read_text())["best"] == best
+            depths = [line["eval_exact_depth_1"], line["eval_exact_depth_2"]]
+            assert min(depths) <= line["eval_exact"] == line["eval_reward"] <= max(depths)
+
+
+def test_the_best_model_is_that_of_the_highest_validation_reward(world, tmp_path, monkeypatch):
+    rewards = iter([0.1, 0.5, 0.3])
+    monkeypatch.setattr(GRPOTask, "evaluate", lambda self, model: {"eval_reward": next(rewards)})
+    argv = arguments(world, "--max-steps", 3, "--eval-every", 1)
+    folder, _ = train(argv, tmp_path / "out")
+    assert read_checkpoint(folder / "best_model.pt").step == 2
+    assert json.loads((folder / FINISHED).read_text())["best"] == {"step": 2, "eval_reward": 0.5}
 
 
 def test_whole_rollouts_are_kept_with_their_rewards(finished):
@@ -341,6 +349,7 @@ def test_a_limit_that_cuts_right_solutions_off_is_warned_of(world, tmp_path):
         (["--min-depth", 3], "--min-depth 3: is above --max-depth 2"),
         (["--num-range", 9, 1], "the smaller number comes first"),
         (["--lora-rank", 2, "--lora-target-modules", "qproj"], "did you mean q_proj?"),
+        (["--save-merged-model"], "there is no adapter to save"),
         (["--sft-checkpoint", "nowhere.pt"], "nowhere.pt: no such checkpoint file"),
         (["--tokenizer", "nowhere"], "nowhere"),
         (["--loss-type", "ppo"], "loss-type"),
