@@ -103,7 +103,8 @@ def test_logits_and_gradients_are_those_of_peft(config):
 @pytest.fixture
 def on_disk(tokenizer, tmp_path):
     """A model with an adapter, whose base and adapter, also as a PEFT folder, are files."""
-    base = checkpoint_of(random_model(tokenizer.vocab_size), tokenizer)
+    # Weights of its own: a base is found by its hash, also among the folders of other tests.
+    base = checkpoint_of(random_model(tokenizer.vocab_size, seed=5), tokenizer)
     save_checkpoint(tmp_path / "base" / "best_model.pt", base)
     adapted = with_adapter(base, KINDS["rslora"], str(tmp_path / "base" / "best_model.pt"))
     move(adapted.model)
