@@ -20,7 +20,7 @@ class ModelConfig:
     )
     dropout: float = opt(0.1, "dropout on each residual branch", at_least=0.0, at_most=0.99)
     max_seq_length: int = opt(
-        1024,
+        1536,
         "context in tokens; a longer sample is dropped, counted and reported",
         at_least=8,
     )
