@@ -65,13 +65,13 @@ def test_step_validity_pays_the_verified_prefix_of_the_needed_steps(text, worth)
     assert pays("step_validity", text) == pytest.approx(worth)
 
 
-@pytest.mark.parametrize("honest", [1, 2, 3])
-@pytest.mark.parametrize("repeated", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("honest", "repeated"),  # the step repeated is never the next right one
+    [(honest, repeated) for honest in (1, 2, 3) for repeated in (0, 1, 2) if honest != repeated],
+)
 @pytest.mark.parametrize("times", [1, 2, 40])
 def test_padding_with_steps_is_not_rewarded(honest, repeated, times):
     """Steps beyond the right ones pay nothing, were they ever so right in another place."""
-    if repeated == honest:
-        pytest.skip("that is the next right step")
     numbers = range(honest + 1, honest + 1 + times)
     padding = [STEPS[repeated].replace(f"Step {repeated + 1}", f"Step {n}") for n in numbers]
     text = " ".join([*STEPS[:honest], *padding])
