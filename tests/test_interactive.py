@@ -359,18 +359,18 @@ class Terminal:
                 self.text += self.decoder.decode(data)
         return self.process.wait(timeout=60)
 
-    def leave_with_ctrl_d(self, seconds=60):
-        """Press Ctrl-D until the script ends; returns the exit code.
+    def leave_with(self, key, presses=10, seconds=5):
+        """Press a key until the script ends; returns the exit code.
 
         Once is not enough: the prompt appears a moment before readline takes over the terminal,
-        and a Ctrl-D in that moment is lost.
+        and a key in that moment is lost.
         """
-        deadline = time.monotonic() + seconds
-        while self.process.poll() is None:
-            assert time.monotonic() < deadline, f"still there: {self.text!r}"
-            self.type("\x04")
-            time.sleep(0.5)
-        return self.end()
+        for _ in range(presses):
+            self.type(key)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=seconds)
+                return self.end()
+        raise AssertionError(f"still there: {self.text!r}")
 
     def __enter__(self):
         return self
@@ -393,19 +393,11 @@ PROMPT = "Enter expression: "
 
 
 @in_a_terminal
-def test_ctrl_d_leaves_at_the_prompt(tiny_checkpoint):
+@pytest.mark.parametrize("key", ["\x03", "\x04"], ids=["Ctrl-C", "Ctrl-D"])
+def test_keys_that_leave_at_the_prompt(tiny_checkpoint, key):
     with Terminal(tiny_checkpoint) as terminal:
         terminal.wait_for(PROMPT)
-        assert terminal.leave_with_ctrl_d() == 0
-        assert "Traceback" not in terminal.text
-
-
-@in_a_terminal
-def test_ctrl_c_leaves_at_the_prompt(tiny_checkpoint):
-    with Terminal(tiny_checkpoint) as terminal:
-        terminal.wait_for(PROMPT)
-        terminal.type("\x03")
-        assert terminal.end() == 0
+        assert terminal.leave_with(key) == 0
         assert "Traceback" not in terminal.text
 
 
