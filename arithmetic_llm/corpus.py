@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from arithmetic_llm.cli import opt
 from arithmetic_llm.drawing import SPLITS, Problem, draw_any, draw_distinct, shuffled
-from arithmetic_llm.drawing import split_of as split_of
 from arithmetic_llm.expression import tree_depth
 from arithmetic_llm.runtime import (
     Progress,

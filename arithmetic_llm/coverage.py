@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from arithmetic_llm.corpus import Record, read_corpus, split_of
+from arithmetic_llm.corpus import Record, read_corpus
+from arithmetic_llm.drawing import split_of
 from arithmetic_llm.expression import ExpressionError, parse
 from arithmetic_llm.runtime import sha256_file
 from arithmetic_llm.sampling import TREE_STYLES, SampleSpec

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from math import isfinite, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from arithmetic_llm.corpus import Sample, split_of
+from arithmetic_llm.corpus import Sample
+from arithmetic_llm.drawing import split_of
 from arithmetic_llm.expression import ExpressionError, parse
 from arithmetic_llm.solution import Answer
 from arithmetic_llm.verifier import StepVerdict, Verdict, verify

@@ -62,9 +62,8 @@ from arithmetic_llm.rollout import (
 from arithmetic_llm.runs import ROLLOUTS, MetricsLog, Run, open_run
 from arithmetic_llm.runtime import (
     UserError,
-    keep_freed_memory,
+    prepare_training,
     resolve_device,
-    seed_everything,
     sha256_file,
 )
 from arithmetic_llm.supervised import (
@@ -401,10 +400,7 @@ def is_dead(group: Sequence[Rollout]) -> bool:
 
 def train_grpo(config: GRPOConfig) -> Path:
     """Improve a policy by its own attempts; returns the run folder."""
-    keep_freed_memory()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    seed_everything(config.seed)
+    prepare_training(config.threads, config.seed)
     _check(config)
     config = resolve_paths(config)
     base = _start(config)

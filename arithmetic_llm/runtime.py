@@ -195,10 +195,16 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_top_pad, 1 << 26)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed torch on every device; the package draws from no other global generator."""
+def prepare_training(threads: int, seed: int) -> None:
+    """What every run starts with: memory kept, threads (0 = torch's choice) and seed set.
+
+    Torch is seeded on every device; the package draws from no other global generator.
+    """
     import torch
 
+    keep_freed_memory()
+    if threads:
+        torch.set_num_threads(threads)
     torch.manual_seed(seed)
 
 

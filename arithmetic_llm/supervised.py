@@ -41,9 +41,8 @@ from arithmetic_llm.model import ArithmeticModel, initialise
 from arithmetic_llm.runs import Run, open_run
 from arithmetic_llm.runtime import (
     UserError,
-    keep_freed_memory,
+    prepare_training,
     resolve_device,
-    seed_everything,
     sha256_file,
 )
 from arithmetic_llm.tokenizer import ArithmeticTokenizer
@@ -163,10 +162,7 @@ def _train(
     lora: LoRAInstructionConfig | None = None,
 ) -> Path:
     """Load and check everything first; only then make the run folder, and train."""
-    keep_freed_memory()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    seed_everything(config.seed)
+    prepare_training(config.threads, config.seed)
     tokenizer = ArithmeticTokenizer.load(config.tokenizer_path)
     covered = coverage(corpus_path)
     checkpoint = _starting_point(stage, config, start, shape, tokenizer, covered)

@@ -17,7 +17,8 @@ from oracle import Oracle, right_answer, with_result
 from arithmetic_llm import evaluate as evaluation
 from arithmetic_llm.config import EvaluationConfig
 from arithmetic_llm.corpus import generate as draw
-from arithmetic_llm.corpus import json_line, split_of, test_set
+from arithmetic_llm.corpus import json_line, test_set
+from arithmetic_llm.drawing import split_of
 from arithmetic_llm.evaluate import answer_lengths, evaluate, problems_for, room_to_answer, save
 from arithmetic_llm.generate import Completion, Sampling
 from arithmetic_llm.judging import (

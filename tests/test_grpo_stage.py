@@ -21,7 +21,8 @@ from arithmetic_llm.checkpoint import (
     weights_hash,
 )
 from arithmetic_llm.config import GRPOConfig
-from arithmetic_llm.corpus import json_line, split_of
+from arithmetic_llm.corpus import json_line
+from arithmetic_llm.drawing import split_of
 from arithmetic_llm.generate import Completion
 from arithmetic_llm.judging import Row
 from arithmetic_llm.reinforce import GRPOTask
