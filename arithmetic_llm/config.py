@@ -255,6 +255,12 @@ class GRPOConfig(RunConfig, LoRAConfig, AdapterFilesConfig):
         0, "replace groups whose rewards are all alike by new prompts, so many times", at_least=0
     )
     # reward and loss
+    learn_from: str = opt(
+        "attempts",
+        "attempts = GRPO; solutions = the right solutions of the same prompts, which is supervised "
+        "training, to compare with",
+        choices=("attempts", "solutions"),
+    )
     rewards: str = opt("correct=1", "weighted sum of: correct, step_validity, format, length")
     baseline: str = opt(
         "group",

@@ -94,9 +94,14 @@ def test_set(
     return samples
 
 
+def solved(expression: str) -> Record:
+    """The record of an expression, whatever its spelling; that of an invalid one says ERROR."""
+    return _record(expression, solve(expression))
+
+
 def _sample(problem: Problem, style: str, rng: Random) -> Sample:
     if isinstance(problem, str):
-        return Sample(_record(problem, solve(problem)), style, None, None)
+        return Sample(solved(problem), style, None, None)
     expression = write(problem, style, rng)
     record = _record(expression, solve_canonical(expression))
     return Sample(record, style, tree_depth(problem), len(problem) // 2 + 1)

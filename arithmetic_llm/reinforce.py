@@ -32,7 +32,7 @@ from arithmetic_llm.checkpoint import (
     weights_hash,
 )
 from arithmetic_llm.config import GRPOConfig
-from arithmetic_llm.corpus import test_set
+from arithmetic_llm.corpus import solved, test_set
 from arithmetic_llm.coverage import Coverage, coverage, merge
 from arithmetic_llm.data import Batch, LossWeights, TokenisedSamples
 from arithmetic_llm.evaluate import room_to_answer, warn_if_too_short
@@ -80,21 +80,21 @@ PROMPTS_TO_MEASURE = 500  # how many right solutions tell how much room a comple
 # forward says of the same token. They add in another order; bf16 also rounds every product.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 LARGEST_START_KL = 1e-6  # nats a token: the policy is its reference, so what is there is rounding
-REPLAY = 2**20  # sets the seeds of replayed samples apart from those of rollouts
+REPLAY = 2**20  # a round of its own, so that no replayed prompt is that of a rollout by plan
 
 
 @dataclass(frozen=True)
-class Replay:
-    """Right solutions to learn beside the policy's own; adds to the loss, not to its divisor."""
+class Solutions:
+    """Right solutions to learn from; beside rollouts they add to the loss, not to its divisor."""
 
     batch: Batch
-    count: float = 0.0
+    count: float
 
     @property
     def tokens(self) -> int:
         return self.batch.tokens
 
-    def to(self, device: torch.device) -> Replay:
+    def to(self, device: torch.device) -> Solutions:
         return replace(self, batch=self.batch.to(device))
 
 
@@ -104,6 +104,8 @@ class GRPOTask:
     Args:
         validation: held-out expressions to judge the policy by.
     """
+
+    judges_start = True  # what a run adds shows only beside what it began with
 
     def __init__(
         self,
@@ -117,7 +119,8 @@ class GRPOTask:
         self.source, self.validation = source, validation
         self.pass_rates = source.pass_rates
         self.weights = parse_rewards(config.rewards)
-        self.reference = Reference(model, needed=config.kl_penalty_coef > 0)
+        attempts = config.learn_from == "attempts"
+        self.reference = Reference(model, needed=attempts and config.kl_penalty_coef > 0)
         self.steps_per_epoch = source.steps_per_epoch
         self.total_steps = config.max_steps or config.num_epochs * self.steps_per_epoch
         self.precision = torch.float32  # of the training forward; set when the run is open
@@ -127,9 +130,12 @@ class GRPOTask:
 
     # -- rollouts
 
-    def updates(self, step: int) -> Iterator[list[EpisodeBatch | Replay]]:
+    def updates(self, step: int) -> Iterator[list[EpisodeBatch | Solutions]]:
         """Roll out, drop what carries no signal, and give each update its micro-batches."""
         self._reset()
+        if self.config.learn_from == "solutions":
+            yield from filter(None, [self._solutions(self.source.of_step(step))])
+            return
         started = time.monotonic()
         groups = self._rollouts(step)
         self.pass_rates.update([*chain(*groups)])
@@ -207,9 +213,9 @@ class GRPOTask:
 
     # -- loss
 
-    def loss(self, model: ArithmeticModel, batch: EpisodeBatch | Replay) -> Tensor:
+    def loss(self, model: ArithmeticModel, batch: EpisodeBatch | Solutions) -> Tensor:
         with evaluating(model):  # dropout would make ratio and KL compare two different policies
-            if isinstance(batch, Replay):
+            if isinstance(batch, Solutions):
                 return summed_cross_entropy(*counted_logits(model, batch.batch))
             distribution = policy_distribution(model, batch, self.config.temperature)
             reference = self.reference.distribution(batch, self.config.temperature)
@@ -237,20 +243,24 @@ class GRPOTask:
             return nullcontext()
         return torch.autocast(self.model.device.type, dtype=self.precision)
 
-    def _replay(self, step: int, batches: list[EpisodeBatch]) -> list[Replay]:
+    def _replay(self, step: int, batches: list[EpisodeBatch]) -> list[Solutions]:
         """Right solutions of new prompts, weighing ``sft_replay_coef`` times the policy's loss."""
-        config = self.config
-        if not config.sft_replay_coef:
+        if not self.config.sft_replay_coef:
             return []
-        seed = derived_seed(config.seed, step, REPLAY)
-        records = self.source.solved(self.source.prompts_per_step, seed)
-        context = self.model.config.max_seq_length
-        replay = TokenisedSamples(records, self.tokenizer, context, LossWeights(0.0, 1.0))
-        if len(replay) == 0:
-            return []
-        batch = replay.batch(range(len(replay)))
-        share = config.sft_replay_coef * sum(b.count for b in batches) / batch.count
-        return [Replay(replace(batch, weights=batch.weights * share))]
+        replay = self._solutions(self.source.others(self.source.prompts_per_step, step, REPLAY))
+        policy = sum(batch.count for batch in batches)
+        solutions = sum(batch.count for batch in replay)
+        share = self.config.sft_replay_coef * policy / max(1.0, solutions)
+        return [Solutions(replace(r.batch, weights=r.batch.weights * share), 0.0) for r in replay]
+
+    def _solutions(self, expressions: Sequence[str]) -> list[Solutions]:
+        """Micro-batches of right solutions of like length, without those beyond the context."""
+        context, size = self.model.config.max_seq_length, self.config.micro_batch_size
+        records = [solved(expression) for expression in expressions]
+        samples = TokenisedSamples(records, self.tokenizer, context, LossWeights(0.0, 1.0))
+        order = np.argsort(samples.lengths, kind="stable")
+        batches = [samples.batch(order[i : i + size]) for i in range(0, len(order), size)]
+        return [Solutions(batch, batch.count) for batch in batches]
 
     # -- what is checked, told and kept
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from arithmetic_llm.config import GRPOConfig
 from arithmetic_llm.corpus import Record, read_corpus
-from arithmetic_llm.corpus import generate as generate_samples
 from arithmetic_llm.drawing import draw_any
 from arithmetic_llm.expression import spell
 from arithmetic_llm.generate import Completion, Sampling, generate
@@ -127,12 +126,6 @@ class PromptSource:
         if self.corpus:
             return [record.expression for record in rng.choices(self.corpus, k=count)]
         return [self._generated(rng) for _ in range(count)]
-
-    def solved(self, count: int, seed: int) -> list[Record]:
-        """Problems with their right solutions, at random; of all depths alike if generated."""
-        if self.corpus:
-            return random.Random(seed).choices(self.corpus, k=count)
-        return [sample.record for sample in generate_samples(nested(self.config), count, seed)]
 
     def _generated(self, rng: random.Random) -> str:
         config = self.config

@@ -44,6 +44,7 @@ class Task(Protocol):
 
     total_steps: int
     steps_per_epoch: int
+    judges_start: bool  # is the model evaluated before the first step, too
 
     def updates(self, step: int) -> Iterable[list[MicroBatch]]:
         """The optimizer updates of a step (mostly one), each as its micro-batches."""
@@ -92,6 +93,8 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
     bar = Progress(task.total_steps, run.checkpoint.stage, "step", run.step)
     run.model.train()
     with bar, on_ctrl_c() as stop:
+        if task.judges_start and run.step == 0 and math.isinf(run.best):
+            evaluate(run, task, log, bar)
         while run.step < task.total_steps:
             meter.add(*train_step(run, task), bar)
             witness.check(run.model)

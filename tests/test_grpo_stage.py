@@ -21,7 +21,8 @@ from arithmetic_llm.checkpoint import (
     weights_hash,
 )
 from arithmetic_llm.config import GRPOConfig
-from arithmetic_llm.corpus import json_line
+from arithmetic_llm.corpus import json_line, solved
+from arithmetic_llm.data import sequence_text
 from arithmetic_llm.drawing import split_of
 from arithmetic_llm.generate import Completion
 from arithmetic_llm.judging import Row
@@ -142,7 +143,7 @@ def test_each_step_has_a_line_with_the_names_that_users_know(finished):
 def test_validation_is_told_by_exact_depth(finished):
     for folder, _ in finished.values():
         evaluations = [line for line in lines_of(folder) if "eval_reward" in line]
-        assert [line["step"] for line in evaluations] == [3, 6]
+        assert [line["step"] for line in evaluations] == [0, 3, 6]
         for line in evaluations:
             assert {"eval_exact", "eval_exact_depth_1", "eval_exact_depth_2"} <= line.keys()
             depths = [line["eval_exact_depth_1"], line["eval_exact_depth_2"]]
@@ -150,12 +151,24 @@ def test_validation_is_told_by_exact_depth(finished):
 
 
 def test_the_best_model_is_that_of_the_highest_validation_reward(world, tmp_path, monkeypatch):
-    rewards = iter([0.1, 0.5, 0.3])
+    rewards = iter([0.2, 0.1, 0.5, 0.3])
     monkeypatch.setattr(GRPOTask, "evaluate", lambda self, model: {"eval_reward": next(rewards)})
     argv = arguments(world, "--max-steps", 3, "--eval-every", 1)
     folder, _ = train(argv, tmp_path / "out")
     assert read_checkpoint(folder / "best_model.pt").step == 2
     assert json.loads((folder / FINISHED).read_text())["best"] == {"step": 2, "eval_reward": 0.5}
+
+
+def test_the_best_model_is_the_start_if_training_only_harms(world, tmp_path, monkeypatch):
+    rewards = iter([0.4, 0.1, 0.3])
+    monkeypatch.setattr(GRPOTask, "evaluate", lambda self, model: {"eval_reward": next(rewards)})
+    argv = arguments(world, "--max-steps", 2, "--eval-every", 1)
+    folder, _ = train(argv, tmp_path / "out")
+    best = read_checkpoint(folder / "best_model.pt")
+    start = load_checkpoint(world / "start/best_model.pt").model.state_dict()
+    assert best.step == 0
+    assert all(torch.equal(weight, start[name]) for name, weight in best.weights.items())
+    assert json.loads((folder / FINISHED).read_text())["best"] == {"step": 0, "eval_reward": 0.4}
 
 
 def test_whole_rollouts_are_kept_with_their_rewards(finished):
@@ -173,7 +186,7 @@ def test_whole_rollouts_are_kept_with_their_rewards(finished):
 
 def test_the_start_is_checked_and_told(finished):
     for _, ended in finished.values():
-        (told,) = [line for line in ended.err.splitlines() if line.startswith("step 0: ")]
+        (told,) = [line for line in ended.err.splitlines() if line.startswith("step 0: decoder")]
         assert "(tolerance 0.001), KL to the reference 0" in told
 
 
@@ -317,7 +330,7 @@ def test_rewards_from_a_json_file_are_each_told(world, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(config))
     argv = [word for word in arguments(world) if word not in ("--max-steps", STEPS)]
     folder, _ = train([*argv, "--config", tmp_path / "c.json"], tmp_path / "out")
-    line = lines_of(folder)[0]
+    line = next(line for line in lines_of(folder) if "loss" in line)
     parts = [line[f"rewards/{name}"] for name in ("correct", "step_validity", "length")]
     assert line["reward"] == pytest.approx(parts[0] + 0.5 * parts[1] + 0.1 * parts[2])
     assert parts[2] < 0
@@ -391,7 +404,7 @@ def test_steps_without_signal_are_warned_of_and_the_run_goes_on(world, dead_run)
 def test_cut_off_completions_are_counted_and_treated_as_asked(world, tmp_path, cutoff, reward):
     argv = arguments(world, "--max-gen-length", 3, "--cutoff", cutoff, "--max-steps", 1)
     folder, _ = train(argv, tmp_path / "out")
-    line = lines_of(folder)[0]
+    line = next(line for line in lines_of(folder) if "loss" in line)
     assert line["completions/clipped_ratio"] == 1.0
     assert line["reward"] == reward
     assert line["rewards/correct"] == 0.0
@@ -511,6 +524,56 @@ def test_replay_weighs_its_coefficient_times_the_policys_loss(tiny_model, tokeni
     ((policy, replay),) = task.updates(1)
     assert replay.count == 0.0
     assert float(replay.batch.weights.sum()) == pytest.approx(0.25 * policy.count)
+
+
+# ------------------------------------------------------------------- learning from solutions
+
+
+def solutions_task(model, tokenizer, **options):
+    config = settings(learn_from="solutions", batch_size=6, **options)
+    return GRPOTask(model, tokenizer, config, PromptSource(config, PassRates()), ["1 + 2"])
+
+
+def test_solutions_are_those_of_the_prompts_that_rollouts_would_get(tiny_model, tokenizer):
+    task = solutions_task(tiny_model, tokenizer, micro_batch_size=4)
+    (batches,) = task.updates(3)
+    texts = [
+        tokenizer.decode(ids.tolist(), skip_special=True)
+        for solutions in batches
+        for ids in solutions.batch.input_ids
+    ]
+    assert [len(solutions.batch.input_ids) for solutions in batches] == [4, 2]
+    asked = PromptSource(settings(batch_size=6), PassRates()).of_step(3)
+    expected = [sequence_text(solved(expression)) for expression in asked]
+    assert Counter(text.replace(" ", "") for text in texts) == Counter(
+        text.replace(" ", "") for text in expected
+    )
+
+
+def test_learning_from_solutions_is_the_cross_entropy_of_the_reference_library(
+    tiny_model, tokenizer
+):
+    task = solutions_task(tiny_model, tokenizer)
+    ((solutions,),) = task.updates(0)
+    batch = solutions.batch
+    loss = task.loss(tiny_model, solutions) / solutions.count
+    targets = batch.targets.masked_fill(batch.weights == 0, -100)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(
+            tiny_model(batch.input_ids).flatten(0, 1), targets.flatten(), ignore_index=-100
+        )
+    torch.testing.assert_close(loss.detach(), expected)
+
+
+def test_learning_from_solutions_runs_as_a_stage(world, tmp_path):
+    argv = arguments(world, "--learn-from", "solutions", "--max-steps", 3, "--eval-every", 3)
+    folder, _ = train(argv, tmp_path / "out")
+    lines = lines_of(folder)
+    assert [line["step"] for line in lines if "eval_exact" in line] == [0, 3]
+    assert not (folder / "rollouts.jsonl").exists()
+    moved = read_checkpoint(folder / "final_model.pt").weights
+    start = read_checkpoint(world / "start/best_model.pt").weights
+    assert any(not torch.equal(weight, start[name]) for name, weight in moved.items())
 
 
 # ------------------------------------------------------------------------------------ prompts
