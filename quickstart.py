@@ -21,6 +21,8 @@ from arithmetic_llm.runtime import UserError
 TEST = "--tokenizer-path data/tokenizer --test-file data/instruction_corpus_test.txt"
 FOUNDATIONAL = "models/foundational_YYYYMMDD_HHMMSS/best_model.pt"
 INSTRUCTION = "models/instruction_YYYYMMDD_HHMMSS/best_model.pt"
+LORA = "models/instruction_lora_YYYYMMDD_HHMMSS/lora_adapter.pt"
+GRPO = "models/grpo/grpo_YYYYMMDD_HHMMSS/best_model.pt"
 
 # name, command, and where its evaluation lands if it is one; {recipe} is the folder of configs
 STAGES = (
@@ -72,6 +74,31 @@ STAGES = (
         f"run_evaluation.py --model-path {INSTRUCTION} {TEST} "
         "--output-dir evaluation_results/quickstart_instruction",
         "evaluation_results/quickstart_instruction",
+    ),
+    (
+        "5 LoRA adapter",
+        "run_instruction_training_lora.py --config {recipe}/lora.json "
+        "--instruction-corpus-path data/instruction_corpus.txt --tokenizer-path data/tokenizer "
+        f"--foundational-checkpoint {FOUNDATIONAL}",
+        None,
+    ),
+    (
+        "5.1 its evaluation",
+        f"run_evaluation.py --model-path {LORA} {TEST} "
+        "--output-dir evaluation_results/quickstart_lora",
+        "evaluation_results/quickstart_lora",
+    ),
+    (
+        "6 GRPO model",
+        "run_grpo_training.py --config {recipe}/grpo.json --tokenizer data/tokenizer "
+        f"--sft-checkpoint {INSTRUCTION}",
+        None,
+    ),
+    (
+        "6.1 its evaluation",
+        f"run_evaluation.py --model-path {GRPO} {TEST} "
+        "--output-dir evaluation_results/quickstart_grpo",
+        "evaluation_results/quickstart_grpo",
     ),
 )
 

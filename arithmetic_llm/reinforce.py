@@ -7,7 +7,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -72,7 +71,7 @@ from arithmetic_llm.supervised import (
     warn_of_other_splits,
 )
 from arithmetic_llm.tokenizer import ArithmeticTokenizer
-from arithmetic_llm.trainer import fit
+from arithmetic_llm.trainer import autocast, fit
 
 DEAD_STEPS_TO_WARN = 10
 PROMPTS_TO_MEASURE = 500  # how many right solutions tell how much room a completion needs
@@ -234,14 +233,9 @@ class GRPOTask:
     def _logprobs(self, batch: EpisodeBatch) -> Tensor:
         """(M,) from the same forward that trains."""
         batch = batch.to(self.model.device)
-        with evaluating(self.model), self._autocast():
+        with evaluating(self.model), autocast(self.model.device, self.precision):
             distribution = policy_distribution(self.model, batch, self.config.temperature)
         return chosen(distribution, batch)
-
-    def _autocast(self):
-        if self.precision == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.model.device.type, dtype=self.precision)
 
     def _replay(self, step: int, batches: list[EpisodeBatch]) -> list[Solutions]:
         """Right solutions of new prompts, weighing ``sft_replay_coef`` times the policy's loss."""
@@ -287,7 +281,7 @@ class GRPOTask:
     def _start_kl(self, batch: EpisodeBatch) -> float:
         """Largest KL of any token, in nats; the reference is needed for it even if unused later."""
         batch, temperature = batch.to(self.model.device), self.config.temperature
-        with evaluating(self.model), self._autocast():
+        with evaluating(self.model), autocast(self.model.device, self.precision):
             distribution = policy_distribution(self.model, batch, temperature)
             reference = self.reference.distribution(batch, temperature)
         if reference is None:

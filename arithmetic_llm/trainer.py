@@ -135,7 +135,7 @@ def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) 
     run.optimizer.zero_grad(set_to_none=True)
     loss_sum = 0.0
     for batch in micro_batches:
-        with autocast(run):
+        with autocast(run.model.device, run.precision):
             loss = task.loss(run.model, batch.to(run.model.device)) / total
         loss.backward()
         loss_sum += loss.item()
@@ -169,10 +169,9 @@ class FirstUpdate:
             raise UserError("the first update moved no weight; raise --learning-rate")
 
 
-def autocast(run: Run) -> contextlib.AbstractContextManager:
-    """Matrix products in the run's precision."""
-    enabled = run.precision != torch.float32
-    return torch.autocast(run.model.device.type, dtype=run.precision, enabled=enabled)
+def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
+    """Matrix products in a precision; those of fp32 are left alone."""
+    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
 def evaluate(run: Run, task: Task, log: MetricsLog, bar: Progress) -> None:

@@ -1,0 +1,160 @@
+"""What GRPO adds to a model that is half right, beside two other uses of the same prompts.
+
+    python benchmarks/what_grpo_adds.py --jobs 2
+
+The start has learned depths 1 to 3; one in a hundred of its problems was of depth 4, which it gets
+right about half the time. From there, for each seed, as many steps of: GRPO; rejection sampling
+(the same rollouts, of which only the right ones are learned, without a baseline); supervised
+training on the worked solutions of the same prompts. Each command is printed before it runs and
+uses one core. Files go below the current folder. What is finished is not run again.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from arithmetic_llm.cli import opt, parse, run_main  # noqa: E402
+from arithmetic_llm.runtime import UserError  # noqa: E402
+
+CPU, HALF = ROOT / "configs" / "cpu", ROOT / "configs" / "half"
+NEWEST = "YYYYMMDD_HHMMSS/best_model.pt"  # stands for the newest finished run
+START = f"half/start/instruction_{NEWEST}"
+FINISHED = "training_summary.json"
+
+# What is there when a command is done, and the command.
+PREPARATION = (
+    (
+        "half/everything.txt",  # the tokenizer is the quickstart's, which knows greater depths
+        f"generate_foundational_plaintext.py --config {CPU}/foundational_corpus.json "
+        "--output-txt half/everything.txt",
+    ),
+    (
+        "half/tokenizer/tokenizer.json",
+        "train_tokenizer.py --corpus-path half/everything.txt --output-dir half/tokenizer",
+    ),
+    (
+        "half/foundational.txt",
+        f"generate_foundational_plaintext.py --config {CPU}/foundational_corpus.json "
+        "--max-depth 3 --output-txt half/foundational.txt",
+    ),
+    (
+        "half/depth_1_to_3.txt",
+        f"generate_instruction_corpus_mixed.py --config {CPU}/instruction_corpus.json "
+        "--max-depth 3 --output-mixed half/depth_1_to_3.txt",
+    ),
+    (
+        "half/depth_4.txt",
+        "generate_instruction_corpus_mixed.py --num-samples 300 --min-depth 4 --max-depth 4 "
+        "--invalid-rate 0 --typed-rate 0 --seed 44 --output-mixed half/depth_4.txt",
+    ),
+    (
+        f"half/start/foundational_*/{FINISHED}",
+        f"run_foundational_training.py --config {CPU}/foundational.json "
+        f"--model-config {CPU}/model.json --corpus-path half/foundational.txt "
+        "--tokenizer-path half/tokenizer --max-steps 3500 --eval-every 500 --threads 1 "
+        "--output-dir half/start",
+    ),
+    (
+        f"half/start/instruction_*/{FINISHED}",
+        f"run_instruction_training.py --config {CPU}/instruction.json "
+        "--instruction-corpus-path half/instruction.txt --tokenizer-path half/tokenizer "
+        f"--foundational-checkpoint half/start/foundational_{NEWEST} --max-steps 500 --threads 1 "
+        "--output-dir half/start",
+    ),
+)
+
+ARMS = {
+    "GRPO": "",
+    "rejection sampling": "--baseline none --rewards correct=1",
+    "supervised": "--learn-from solutions",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What GRPO adds."""
+
+    seeds: int = opt(3, "runs of each arm", at_least=1)
+    jobs: int = opt(1, "runs at a time, each on one core", at_least=1)
+    num_samples: int = opt(2000, "test problems, spread over depths 1 to 4", at_least=4)
+
+
+def main(argv=None):
+    config = parse(Config, argv, __doc__)
+    for done, command in PREPARATION:
+        if done == f"half/start/instruction_*/{FINISHED}":
+            join("half/depth_1_to_3.txt", "half/depth_4.txt", into="half/instruction.txt")
+        run(command, done)
+    rows = [("start", "", evaluation(START, "half/results/start", config))]
+    work = [(arm, seed) for seed in range(1, config.seeds + 1) for arm in ARMS]
+    with ThreadPoolExecutor(config.jobs) as pool:
+        rows += pool.map(lambda item: arm_of_a_seed(*item, config), work)
+    print("\n" + table(sorted(rows, key=lambda row: ["start", *ARMS].index(row[0]))))
+
+
+def join(*parts, into):
+    """One corpus of several."""
+    Path(into).write_text("".join(Path(part).read_text(encoding="utf-8") for part in parts))
+
+
+def arm_of_a_seed(arm, seed, config):
+    """Train and evaluate; returns a row of the table."""
+    folder = f"half/{arm.replace(' ', '_')}_{seed}"
+    run(
+        f"run_grpo_training.py --config {HALF}/grpo.json --tokenizer half/tokenizer "
+        f"--sft-checkpoint {START} --seed {seed} --output-dir {folder} {ARMS[arm]}",
+        f"{folder}/grpo_*/{FINISHED}",
+    )
+    return arm, seed, evaluation(f"{folder}/grpo_{NEWEST}", f"half/results/{arm}_{seed}", config)
+
+
+def evaluation(model, folder, config):
+    """The metrics of a model on the test split, measured now unless they have been."""
+    folder = folder.replace(" ", "_")
+    run(
+        f"run_evaluation.py --model-path {model} --max-depth 4 --num-samples {config.num_samples} "
+        f"--output-dir {folder}",
+        f"{folder}/evaluation_metrics_*.json",
+    )
+    return json.loads(max(Path(folder).glob("evaluation_metrics_*.json")).read_text())
+
+
+def run(command, done):
+    """Run a script of the repository in a process of its own, unless ``done`` is there."""
+    if [*Path().glob(done)]:
+        return
+    print(f"$ python {command}", flush=True)
+    script, *flags = shlex.split(command)
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / script), *flags], capture_output=True, text=True
+    )
+    if ended.returncode:
+        raise UserError(f"{script} ended with {ended.returncode}: {ended.stderr.strip()[-500:]}")
+
+
+def table(rows):
+    """Markdown: exact match in percent at each depth, and what else there is to say of depth 4."""
+    lines = [
+        "| run | seed | depth 1 | 2 | 3 | 4 | 95 % interval | whole trace right |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, seed, metrics in rows:
+        depths = metrics["by_depth"]
+        matches = " | ".join(f"{row['exact_match_accuracy']:.1f}" for row in depths)
+        last = depths[-1]
+        interval = f"{last['low']:.1f} to {last['high']:.1f}"
+        lines.append(
+            f"| {name} | {seed} | {matches} | {interval} | {last['exact_trace_rate']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)
