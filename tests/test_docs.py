@@ -1,5 +1,6 @@
 """The documents say what the scripts do."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -39,6 +40,34 @@ def test_every_root_script_is_in_the_reference_and_in_the_readme():
 @pytest.mark.parametrize(("script", "flags"), list(commands()))
 def test_readme_commands_use_flags_that_exist(script, flags):
     assert set(flags) <= documented(script)
+
+
+def test_the_commands_of_the_study_of_grpo_use_flags_that_exist():
+    study = runpy.run_path(str(ROOT / "benchmarks" / "what_grpo_adds.py"))
+    preparation = [command for _, command in study["PREPARATION"]]
+    arms = [f"run_grpo_training.py {flags}" for flags in study["ARMS"].values()]
+    for command in preparation + arms:
+        flags = {*re.findall(r"--[\w-]+", command)} - {"--config", "--model-config"}
+        assert flags <= documented(command.split(".py")[0])
+
+
+STAGE_OF = {  # of a config, by its name
+    "foundational_corpus": "generate_foundational_plaintext",
+    "instruction_corpus": "generate_instruction_corpus_mixed",
+    "test_corpus": "generate_corpus",
+    "model": "run_foundational_training",
+    "foundational": "run_foundational_training",
+    "instruction": "run_instruction_training",
+    "lora": "run_instruction_training_lora",
+    "grpo": "run_grpo_training",
+}
+
+
+@pytest.mark.parametrize("path", [*(ROOT / "configs").glob("*/*.json")], ids=str)
+def test_the_keys_of_shipped_configs_are_flags_of_their_stage(path):
+    keys = json.loads(path.read_text(encoding="utf-8"))
+    flags = {"--" + key.replace("_", "-") for key in keys}
+    assert flags <= documented(STAGE_OF[path.stem])
 
 
 def test_readme_shows_every_numbered_stage():
