@@ -72,7 +72,7 @@ PREPARATION = (
 
 ARMS = {
     "GRPO": "",
-    "rejection sampling": "--baseline none --rewards correct=1",
+    "rejection sampling": "--baseline none",
     "supervised": "--learn-from solutions",
 }
 
