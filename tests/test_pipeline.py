@@ -207,10 +207,12 @@ def recipe(folder):
     """The configs of the shipped recipe, with small numbers."""
     small = {"num_samples": 100, "max_depth": 2, "num_range": [1, 9]}
     training = {"max_steps": 5, "eval_samples": 20, "threads": 1}
+    attempts = {"min_depth": 1, "max_depth": 2, "num_range": [1, 9], "batch_size": 2}
     for path in (ROOT / "configs" / "cpu").glob("*.json"):
         content = json.loads(path.read_text())
         content |= small if path.stem.endswith("corpus") else {}
-        content |= training if path.stem in ("foundational", "instruction") else {}
+        content |= {} if path.stem.endswith("corpus") or path.stem == "model" else training
+        content |= attempts if path.stem == "grpo" else {}
         content |= TINY_SHAPE if path.stem == "model" else {}
         (folder / path.name).write_text(json.dumps(content))
     return folder
@@ -221,7 +223,9 @@ def test_the_quickstart_ends_with_a_table_of_results(tmp_path):
     ended = run("quickstart.py", "--recipe", recipe(tmp_path / "recipe"), cwd=tmp_path)
     assert ended.code == 0, ended.err
     *_, table, hint = ended.out.split("\n\n")
-    for stage in ("1 foundational corpus", "2 tokenizer", "3.1 its evaluation", "4.1 its eval"):
+    for stage in ("1 foundational corpus", "2 tokenizer", "5 LoRA adapter", "6 GRPO model"):
         assert stage in table
+    for stage in ("3.1", "4.1", "5.1", "6.1"):
+        assert re.search(rf"^{stage} its evaluation +depth 1 ", table, re.MULTILINE)
     assert "run_interactive.py" in hint
     assert [*tmp_path.glob("evaluation_results/quickstart_instruction/evaluation_summary_*.txt")]
