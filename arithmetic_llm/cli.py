@@ -198,6 +198,8 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
         if not isinstance(value, list | tuple) or len(value) != count:
             raise UserError(f"{key}: needs {count} values, not {value!r}")
         return tuple(_typed(key, item, kind) for item in value)
+    if kind is str and isinstance(value, dict):  # weights by name read like their flag: a=1,b=0.5
+        return ",".join(f"{name}={weight}" for name, weight in value.items())
     whole_float = kind is int and isinstance(value, float) and value.is_integer()
     if (kind is float and type(value) is int) or whole_float:
         return kind(value)

@@ -75,9 +75,10 @@ from arithmetic_llm.trainer import autocast, fit
 
 DEAD_STEPS_TO_WARN = 10
 PROMPTS_TO_MEASURE = 500  # how many right solutions tell how much room a completion needs
-# Largest difference, in nats a token, between what the decoder sampled with and what the training
-# forward says of the same token. They add in another order; bf16 also rounds every product.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+# How much what the decoder sampled with may differ, in nats, from what the training forward says of
+# the same tokens. In fp32 the largest difference counts: the two add in another order, that is all.
+# bf16 rounds every product, which moves single unlikely tokens by almost 1; there the mean counts.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
 LARGEST_START_KL = 1e-6  # nats a token: the policy is its reference, so what is there is rounding
 REPLAY = 2**20  # a round of its own, so that no replayed prompt is that of a rollout by plan
 
@@ -264,13 +265,13 @@ class GRPOTask:
         Raises:
             UserError: they do not; every later figure would be wrong.
         """
-        gap = max(
-            float((self._logprobs(b).cpu() - b.rollout_logprobs[b.mask]).abs().max())
-            for b in batches
-        )
+        gaps = torch.cat([self._logprobs(b).cpu() - b.rollout_logprobs[b.mask] for b in batches])
+        exact = self.precision == torch.float32
+        gap = float(gaps.abs().max() if exact else gaps.abs().mean())
         kl = max(self._start_kl(batch) for batch in batches)
         found = (
-            f"step 0: decoder and training log-probs differ by at most {gap:.1e} nats a token "
+            "step 0: decoder and training log-probs differ by "
+            f"{'at most' if exact else 'on average'} {gap:.1e} nats a token "
             f"(tolerance {TOLERANCE[self.precision]}), KL to the reference {kl:.1g}"
         )
         if not (gap <= TOLERANCE[self.precision] and kl <= LARGEST_START_KL):

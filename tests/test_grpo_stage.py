@@ -190,18 +190,42 @@ def test_the_start_is_checked_and_told(finished):
         assert "(tolerance 0.001), KL to the reference 0" in told
 
 
-def test_a_decoder_that_disagrees_with_training_ends_the_run(world, tmp_path, monkeypatch):
+def with_a_decoder_that_is_off(monkeypatch, tokens, by):
+    """Rollouts whose first ``tokens`` log-probs of each completion are wrong."""
+
     def wrong(*args):
         groups = reinforce_roll_out(*args)
-        for rollout in groups[0]:
-            rollout.completion.logprobs[0] -= 0.01
+        for rollout in (rollout for group in groups for rollout in group):
+            logprobs = rollout.completion.logprobs
+            logprobs[:tokens] = [logprob - by for logprob in logprobs[:tokens]]
         return groups
 
     reinforce_roll_out = reinforce.roll_out
     monkeypatch.setattr(reinforce, "roll_out", wrong)
-    ended = call(SCRIPT, *arguments(world), "--output-dir", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("precision", "tokens", "by", "message"),
+    [
+        ("fp32", 1, 0.01, "log-probs differ by at most 1.0e-02 nats a token"),
+        ("bf16", None, 0.05, "log-probs differ by on average"),
+    ],
+)
+def test_a_decoder_that_disagrees_with_training_ends_the_run(
+    world, tmp_path, monkeypatch, precision, tokens, by, message
+):
+    with_a_decoder_that_is_off(monkeypatch, tokens, by)
+    argv = arguments(world, "--precision", precision, "--output-dir", tmp_path)
+    ended = call(SCRIPT, *argv)
     assert ended.code == 2
-    assert "log-probs differ by at most 1.0e-02 nats a token" in ended.error_lines[0]
+    assert message in ended.error_lines[0]
+
+
+def test_bf16_may_be_off_at_single_tokens(world, tmp_path, monkeypatch):
+    with_a_decoder_that_is_off(monkeypatch, 1, 0.1)
+    argv = arguments(world, "--precision", "bf16", "--max-steps", 1)
+    folder, _ = train(argv, tmp_path / "out")
+    assert (folder / "final_model.pt").exists()
 
 
 def test_the_weights_move(world, finished):
@@ -325,8 +349,15 @@ def test_a_written_config_starts_an_equal_run(finished, tmp_path):
     assert_same_models(folder, whole)
 
 
-def test_rewards_from_a_json_file_are_each_told(world, tmp_path):
-    config = {"rewards": "correct=1,step_validity=0.5,length=0.1", "max_steps": 1}
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        "correct=1,step_validity=0.5,length=0.1",
+        {"correct": 1, "step_validity": 0.5, "length": 0.1},
+    ],
+)
+def test_rewards_from_a_json_file_are_each_told(world, tmp_path, rewards):
+    config = {"rewards": rewards, "max_steps": 1}
     (tmp_path / "c.json").write_text(json.dumps(config))
     argv = [word for word in arguments(world) if word not in ("--max-steps", STEPS)]
     folder, _ = train([*argv, "--config", tmp_path / "c.json"], tmp_path / "out")
