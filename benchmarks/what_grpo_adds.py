@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from arithmetic_llm.cli import opt, parse, run_main  # noqa: E402
 from arithmetic_llm.runtime import UserError  # noqa: E402
 
-CPU, HALF = ROOT / "configs" / "cpu", ROOT / "configs" / "half"
+CPU, HALF = (shlex.quote((ROOT / "configs" / name).as_posix()) for name in ("cpu", "half"))
 NEWEST = "YYYYMMDD_HHMMSS/best_model.pt"  # stands for the newest finished run
 START = f"half/start/instruction_{NEWEST}"
 FINISHED = "training_summary.json"
@@ -92,7 +92,7 @@ def main(argv=None):
         if done == f"half/start/instruction_*/{FINISHED}":
             join("half/depth_1_to_3.txt", "half/depth_4.txt", into="half/instruction.txt")
         run(command, done)
-    rows = [("start", "", evaluation(START, "half/results/start", config))]
+    rows = [("start", "", 0.0, evaluation(START, "half/results/start", config))]
     work = [(arm, seed) for seed in range(1, config.seeds + 1) for arm in ARMS]
     with ThreadPoolExecutor(config.jobs) as pool:
         rows += pool.map(lambda item: arm_of_a_seed(*item, config), work)
@@ -112,18 +112,23 @@ def arm_of_a_seed(arm, seed, config):
         f"--sft-checkpoint {START} --seed {seed} --output-dir {folder} {ARMS[arm]}",
         f"{folder}/grpo_*/{FINISHED}",
     )
-    return arm, seed, evaluation(f"{folder}/grpo_{NEWEST}", f"half/results/{arm}_{seed}", config)
+    metrics = evaluation(f"{folder}/grpo_{NEWEST}", folder.replace("half", "half/results"), config)
+    return arm, seed, newest(f"{folder}/grpo_*/{FINISHED}")["seconds"], metrics
 
 
 def evaluation(model, folder, config):
     """The metrics of a model on the test split, measured now unless they have been."""
-    folder = folder.replace(" ", "_")
     run(
         f"run_evaluation.py --model-path {model} --max-depth 4 --num-samples {config.num_samples} "
         f"--output-dir {folder}",
         f"{folder}/evaluation_metrics_*.json",
     )
-    return json.loads(max(Path(folder).glob("evaluation_metrics_*.json")).read_text())
+    return newest(f"{folder}/evaluation_metrics_*.json")
+
+
+def newest(pattern):
+    """The content of the newest JSON file of a pattern."""
+    return json.loads(max(Path().glob(pattern)).read_text(encoding="utf-8"))
 
 
 def run(command, done):
@@ -142,16 +147,17 @@ def run(command, done):
 def table(rows):
     """Markdown: exact match in percent at each depth, and what else there is to say of depth 4."""
     lines = [
-        "| run | seed | depth 1 | 2 | 3 | 4 | 95 % interval | whole trace right |",
-        "|---|---|---|---|---|---|---|---|",
+        "| run | seed | minutes | depth 1 | 2 | 3 | 4 | 95 % interval | whole trace right |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, seed, metrics in rows:
+    for name, seed, seconds, metrics in rows:
         depths = metrics["by_depth"]
         matches = " | ".join(f"{row['exact_match_accuracy']:.1f}" for row in depths)
         last = depths[-1]
         interval = f"{last['low']:.1f} to {last['high']:.1f}"
         lines.append(
-            f"| {name} | {seed} | {matches} | {interval} | {last['exact_trace_rate']:.1f} |"
+            f"| {name} | {seed} | {seconds / 60:.1f} | {matches} | {interval} | "
+            f"{last['exact_trace_rate']:.1f} |"
         )
     return "\n".join(lines)
 
