@@ -22,7 +22,7 @@ TEST = "--tokenizer-path data/tokenizer --test-file data/instruction_corpus_test
 FOUNDATIONAL = "models/foundational_YYYYMMDD_HHMMSS/best_model.pt"
 INSTRUCTION = "models/instruction_YYYYMMDD_HHMMSS/best_model.pt"
 LORA = "models/instruction_lora_YYYYMMDD_HHMMSS/lora_adapter.pt"
-GRPO = "models/grpo/grpo_YYYYMMDD_HHMMSS/best_model.pt"
+GRPO = "models/grpo/grpo_YYYYMMDD_HHMMSS/final_model.pt"
 
 # name, command, and where its evaluation lands if it is one; {recipe} is the folder of configs
 STAGES = (

@@ -28,7 +28,8 @@ def opt(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field with the help text that its flag shows.
 
     ``required=True`` marks a value that flag or JSON must give; ``choices`` lists what is allowed;
-    ``at_least``, ``above`` and ``at_most`` bound a number.
+    ``at_least``, ``above`` and ``at_most`` bound a number; ``weights=True`` marks a text of weights
+    by name, which JSON may give as an object.
     """
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
@@ -159,11 +160,20 @@ def build(config_class: type[Config], from_json: dict, from_flags: dict) -> Conf
         if key not in names:
             raise UserError(f"unknown config key {key!r}{_did_you_mean(key, names)}")
     hints = _hints(config_class)
+    from_json = {key: _as_flag(config_class, key, value) for key, value in from_json.items()}
     values = {key: _typed(key, value, hints[key]) for key, value in from_json.items()}
     values.update({key: _typed(key, value, hints[key]) for key, value in from_flags.items()})
     for field in dataclasses.fields(config_class):
         _check(field, values.get(field.name, field.default))
     return config_class(**values)
+
+
+def _as_flag(config_class: type, key: str, value: Any) -> Any:
+    """Weights by name, ``{"a": 1, "b": 0.5}``, in the words of their flag, ``a=1,b=0.5``."""
+    weights = config_class.__dataclass_fields__[key].metadata.get("weights")
+    if not (weights and isinstance(value, dict)):
+        return value
+    return ",".join(f"{name}={weight}" for name, weight in value.items())
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -198,8 +208,6 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
         if not isinstance(value, list | tuple) or len(value) != count:
             raise UserError(f"{key}: needs {count} values, not {value!r}")
         return tuple(_typed(key, item, kind) for item in value)
-    if kind is str and isinstance(value, dict):  # weights by name read like their flag: a=1,b=0.5
-        return ",".join(f"{name}={weight}" for name, weight in value.items())
     whole_float = kind is int and isinstance(value, float) and value.is_integer()
     if (kind is float and type(value) is int) or whole_float:
         return kind(value)

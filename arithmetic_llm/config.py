@@ -261,7 +261,11 @@ class GRPOConfig(RunConfig, LoRAConfig, AdapterFilesConfig):
         "training, to compare with",
         choices=("attempts", "solutions"),
     )
-    rewards: str = opt("correct=1", "weighted sum of: correct, step_validity, format, length")
+    rewards: str = opt(
+        "correct=1",
+        "weighted sum of: correct, step_validity, format, length; in JSON also an object",
+        weights=True,
+    )
     baseline: str = opt(
         "group",
         "what advantages are measured from: the group's mean reward, or none, which for rewards of "

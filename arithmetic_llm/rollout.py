@@ -120,17 +120,21 @@ class PromptSource:
         random.Random(f"{self.config.seed}/{epoch}").shuffle(order)
         return [self.corpus[i].expression for i in order[start:end]]
 
-    def others(self, count: int, step: int, round_: int) -> list[str]:
-        """Prompts at random, the same for the same step and round."""
+    def others(self, count: int, step: int, round_: int, adaptive: bool = True) -> list[str]:
+        """Prompts at random, the same for the same step and round.
+
+        Args:
+            adaptive: choose depths by pass rate, if the config does at all.
+        """
         rng = random.Random(f"{self.config.seed}/{step}/{round_}")
         if self.corpus:
             return [record.expression for record in rng.choices(self.corpus, k=count)]
-        return [self._generated(rng) for _ in range(count)]
+        return [self._generated(rng, adaptive) for _ in range(count)]
 
-    def _generated(self, rng: random.Random) -> str:
+    def _generated(self, rng: random.Random, adaptive: bool) -> str:
         config = self.config
         depths = range(config.min_depth, config.max_depth + 1)
-        if config.adaptive_difficulty:
+        if config.adaptive_difficulty and adaptive:
             (depth,) = rng.choices(depths, [self.pass_rates.weight(depth) for depth in depths])
         else:
             depth = rng.choice(depths)

@@ -194,8 +194,8 @@ class MetricsLog:
         return [json.loads(line) for line in lines if line.endswith("}")]
 
     def truncate(self, step: int) -> None:
-        """Forget what came after ``step``; a resumed run will write it again."""
+        """Forget what came after ``step``; a resumed run will write it again, at 0 all of it."""
         if not self.path.exists():
             return
-        kept = [line for line in self.read() if line["step"] <= step]
+        kept = [line for line in self.read() if line["step"] <= step and step > 0]
         atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -89,12 +89,13 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
     """
     config, log = run.config, MetricsLog(run.folder)
     task.load_state_dict(run.task_state)
-    meter, witness = Meter(run, task), FirstUpdate(run.model)
+    witness = FirstUpdate(run.model)
     bar = Progress(task.total_steps, run.checkpoint.stage, "step", run.step)
     run.model.train()
     with bar, on_ctrl_c() as stop:
-        if task.judges_start and run.step == 0 and math.isinf(run.best):
+        if task.judges_start and run.step == 0:
             evaluate(run, task, log, bar)
+        meter = Meter(run, task)
         while run.step < task.total_steps:
             meter.add(*train_step(run, task), bar)
             witness.check(run.model)

@@ -2,14 +2,16 @@
 
     python benchmarks/what_grpo_adds.py --jobs 2
 
-The start has learned depths 1 to 3; one in a hundred of its problems was of depth 4, which it gets
-right about half the time. From there, for each seed, as many steps of: GRPO; rejection sampling
-(the same rollouts, of which only the right ones are learned, without a baseline); supervised
-training on the worked solutions of the same prompts. Each command is printed before it runs and
-uses one core. Files go below the current folder. What is finished is not run again.
+The start has learned depths 1 to 3; one in a hundred of its instruction problems was of depth 4,
+which it gets right about half the time. From there, for each seed, as many steps on the same
+prompts of: GRPO; rejection sampling (attempts too, of which only the right ones are learned, without
+a baseline); supervised training on the worked solutions. Each command is printed before it runs,
+uses one core and writes its output to a log. Everything goes below half/ in the current folder; what
+is finished there is not run again.
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -21,15 +23,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from arithmetic_llm.cli import opt, parse, run_main  # noqa: E402
-from arithmetic_llm.runtime import UserError  # noqa: E402
+from arithmetic_llm.runtime import UserError, atomic_write_text  # noqa: E402
 
 CPU, HALF = (shlex.quote((ROOT / "configs" / name).as_posix()) for name in ("cpu", "half"))
-NEWEST = "YYYYMMDD_HHMMSS/best_model.pt"  # stands for the newest finished run
-START = f"half/start/instruction_{NEWEST}"
+NEWEST = "YYYYMMDD_HHMMSS"  # stands for the newest finished run
+START = f"half/start/instruction_{NEWEST}/best_model.pt"
 FINISHED = "training_summary.json"
 
 # What is there when a command is done, and the command.
-PREPARATION = (
+CORPORA = (
     (
         "half/everything.txt",  # the tokenizer is the quickstart's, which knows greater depths
         f"generate_foundational_plaintext.py --config {CPU}/foundational_corpus.json "
@@ -54,6 +56,8 @@ PREPARATION = (
         "generate_instruction_corpus_mixed.py --num-samples 300 --min-depth 4 --max-depth 4 "
         "--invalid-rate 0 --typed-rate 0 --seed 44 --output-mixed half/depth_4.txt",
     ),
+)
+START_MODELS = (
     (
         f"half/start/foundational_*/{FINISHED}",
         f"run_foundational_training.py --config {CPU}/foundational.json "
@@ -65,14 +69,13 @@ PREPARATION = (
         f"half/start/instruction_*/{FINISHED}",
         f"run_instruction_training.py --config {CPU}/instruction.json "
         "--instruction-corpus-path half/instruction.txt --tokenizer-path half/tokenizer "
-        f"--foundational-checkpoint half/start/foundational_{NEWEST} --max-steps 500 --threads 1 "
-        "--output-dir half/start",
+        f"--foundational-checkpoint half/start/foundational_{NEWEST}/best_model.pt "
+        "--max-steps 500 --threads 1 --output-dir half/start",
     ),
 )
-
 ARMS = {
     "GRPO": "",
-    "rejection sampling": "--baseline none",
+    "rejection_sampling": "--baseline none",
     "supervised": "--learn-from solutions",
 }
 
@@ -88,42 +91,53 @@ class Config:
 
 def main(argv=None):
     config = parse(Config, argv, __doc__)
-    for done, command in PREPARATION:
-        if done == f"half/start/instruction_*/{FINISHED}":
-            join("half/depth_1_to_3.txt", "half/depth_4.txt", into="half/instruction.txt")
+    for done, command in CORPORA:
         run(command, done)
-    rows = [("start", "", 0.0, evaluation(START, "half/results/start", config))]
-    work = [(arm, seed) for seed in range(1, config.seeds + 1) for arm in ARMS]
+    parts = ("half/depth_1_to_3.txt", "half/depth_4.txt")
+    joined = "".join(Path(part).read_text(encoding="utf-8") for part in parts)
+    atomic_write_text("half/instruction.txt", joined)
+    for done, command in START_MODELS:
+        run(command, done)
+    rows = [("start", "", None, evaluation(START, "half/start", config))]
     with ThreadPoolExecutor(config.jobs) as pool:
-        rows += pool.map(lambda item: arm_of_a_seed(*item, config), work)
-    print("\n" + table(sorted(rows, key=lambda row: ["start", *ARMS].index(row[0]))))
+        runs = [
+            pool.submit(arm_of_a_seed, arm, seed, config)
+            for seed in range(1, config.seeds + 1)
+            for arm in ARMS
+        ]
+    rows += sorted((r.result() for r in runs if not r.exception()), key=by_arm)
+    print("\n" + table(rows))
+    for r in runs:
+        r.result()  # what failed says so here
 
 
-def join(*parts, into):
-    """One corpus of several."""
-    Path(into).write_text("".join(Path(part).read_text(encoding="utf-8") for part in parts))
+def by_arm(row):
+    """Rows in the order of ``ARMS``."""
+    return [*ARMS].index(row[0])
 
 
 def arm_of_a_seed(arm, seed, config):
     """Train and evaluate; returns a row of the table."""
-    folder = f"half/{arm.replace(' ', '_')}_{seed}"
+    folder = f"half/{arm}_{seed}"
+    finished = f"{folder}/grpo_*/{FINISHED}"
     run(
         f"run_grpo_training.py --config {HALF}/grpo.json --tokenizer half/tokenizer "
         f"--sft-checkpoint {START} --seed {seed} --output-dir {folder} {ARMS[arm]}",
-        f"{folder}/grpo_*/{FINISHED}",
+        finished,
     )
-    metrics = evaluation(f"{folder}/grpo_{NEWEST}", folder.replace("half", "half/results"), config)
-    return arm, seed, newest(f"{folder}/grpo_*/{FINISHED}")["seconds"], metrics
+    metrics = evaluation(f"{folder}/grpo_{NEWEST}/final_model.pt", folder, config)
+    return arm, seed, newest(finished)["seconds"], metrics
 
 
 def evaluation(model, folder, config):
     """The metrics of a model on the test split, measured now unless they have been."""
+    results = f"{folder}/results_{config.num_samples}"
     run(
         f"run_evaluation.py --model-path {model} --max-depth 4 --num-samples {config.num_samples} "
-        f"--output-dir {folder}",
-        f"{folder}/evaluation_metrics_*.json",
+        f"--output-dir {results}",
+        f"{results}/evaluation_metrics_*.json",
     )
-    return newest(f"{folder}/evaluation_metrics_*.json")
+    return newest(f"{results}/evaluation_metrics_*.json")
 
 
 def newest(pattern):
@@ -132,16 +146,23 @@ def newest(pattern):
 
 
 def run(command, done):
-    """Run a script of the repository in a process of its own, unless ``done`` is there."""
+    """Run a script of the repository on one core, unless ``done`` is there."""
     if [*Path().glob(done)]:
         return
     print(f"$ python {command}", flush=True)
     script, *flags = shlex.split(command)
-    ended = subprocess.run(
-        [sys.executable, str(ROOT / script), *flags], capture_output=True, text=True
-    )
+    log = Path(done.replace("*", "").replace("/", "_")).with_suffix(".log")
+    log = Path("half", "logs", log.name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as output:
+        ended = subprocess.run(
+            [sys.executable, str(ROOT / script), *flags],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
     if ended.returncode:
-        raise UserError(f"{script} ended with {ended.returncode}: {ended.stderr.strip()[-500:]}")
+        raise UserError(f"{script} ended with exit code {ended.returncode}; see {log}")
 
 
 def table(rows):
@@ -151,14 +172,13 @@ def table(rows):
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, seed, seconds, metrics in rows:
+        minutes = "" if seconds is None else f"{seconds / 60:.1f}"
         depths = metrics["by_depth"]
         matches = " | ".join(f"{row['exact_match_accuracy']:.1f}" for row in depths)
         last = depths[-1]
         interval = f"{last['low']:.1f} to {last['high']:.1f}"
-        lines.append(
-            f"| {name} | {seed} | {seconds / 60:.1f} | {matches} | {interval} | "
-            f"{last['exact_trace_rate']:.1f} |"
-        )
+        whole = f"{last['exact_trace_rate']:.1f}"
+        lines.append(f"| {name} | {seed} | {minutes} | {matches} | {interval} | {whole} |")
     return "\n".join(lines)
 
 

@@ -44,7 +44,7 @@ def test_readme_commands_use_flags_that_exist(script, flags):
 
 def test_the_commands_of_the_study_of_grpo_use_flags_that_exist():
     study = runpy.run_path(str(ROOT / "benchmarks" / "what_grpo_adds.py"))
-    preparation = [command for _, command in study["PREPARATION"]]
+    preparation = [command for _, command in study["CORPORA"] + study["START_MODELS"]]
     arms = [f"run_grpo_training.py {flags}" for flags in study["ARMS"].values()]
     for command in preparation + arms:
         flags = {*re.findall(r"--[\w-]+", command)} - {"--config", "--model-config"}

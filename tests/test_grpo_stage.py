@@ -25,7 +25,7 @@ from arithmetic_llm.corpus import json_line, solved
 from arithmetic_llm.data import sequence_text
 from arithmetic_llm.drawing import split_of
 from arithmetic_llm.generate import Completion
-from arithmetic_llm.judging import Row
+from arithmetic_llm.judging import Row, problem_from
 from arithmetic_llm.reinforce import GRPOTask
 from arithmetic_llm.rewards import REWARDS
 from arithmetic_llm.rollout import PassRates, PromptSource, Rollout, judge
@@ -190,6 +190,13 @@ def test_the_start_is_checked_and_told(finished):
         assert "(tolerance 0.001), KL to the reference 0" in told
 
 
+def test_without_a_reference_no_kl_is_told(world, tmp_path):
+    argv = arguments(world, "--kl-penalty-coef", 0, "--max-steps", 1)
+    _, ended = train(argv, tmp_path / "out")
+    assert "tolerance" in ended.err
+    assert "KL" not in ended.err
+
+
 def with_a_decoder_that_is_off(monkeypatch, tokens, by):
     """Rollouts whose first ``tokens`` log-probs of each completion are wrong."""
 
@@ -207,8 +214,9 @@ def with_a_decoder_that_is_off(monkeypatch, tokens, by):
 @pytest.mark.parametrize(
     ("precision", "tokens", "by", "message"),
     [
-        ("fp32", 1, 0.01, "log-probs differ by at most 1.0e-02 nats a token"),
-        ("bf16", None, 0.05, "log-probs differ by on average"),
+        ("fp32", 1, 0.01, "at most 1.0e-02 (tolerance 0.001)"),
+        ("bf16", None, 0.05, "nats a token on average (tolerance 0.01)"),
+        ("bf16", 1, 2.5, "(tolerance 2)"),
     ],
 )
 def test_a_decoder_that_disagrees_with_training_ends_the_run(
@@ -302,6 +310,8 @@ def test_a_resumed_run_ends_bit_identical(finished, tmp_path, kind, step):
     assert ended.code == 0, ended.err
     assert ("starts over" if step == 0 else f"at step {step}") in ended.out
     assert_same_models(folder, whole)
+    steps = [[line["step"] for line in lines_of(run)] for run in (folder, whole)]
+    assert steps[0] == steps[1]
     assert lines_of(folder, "rollouts.jsonl") == lines_of(whole, "rollouts.jsonl")
     assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
 
@@ -596,6 +606,31 @@ def test_learning_from_solutions_is_the_cross_entropy_of_the_reference_library(
     torch.testing.assert_close(loss.detach(), expected)
 
 
+@pytest.mark.parametrize(
+    "option", ["adaptive_difficulty", "refill_rounds", "num_iterations", "sft_replay_coef"]
+)
+def test_learning_from_solutions_refuses_what_needs_attempts(world, tmp_path, option):
+    flag = "--" + option.replace("_", "-")
+    value = [] if option == "adaptive_difficulty" else [2]
+    argv = arguments(world, "--learn-from", "solutions", flag, *value, "--output-dir", tmp_path)
+    ended = call(SCRIPT, *argv)
+    assert ended.code == 2
+    assert ended.error_lines[0].endswith(
+        f"{flag} needs attempts; leave it out with --learn-from solutions"
+    )
+
+
+def test_solutions_beyond_the_context_are_counted(tokenizer):
+    task = solutions_task(
+        random_model(tokenizer.vocab_size, max_seq_length=48), tokenizer, max_depth=3
+    )
+    (batches,) = task.updates(0)
+    kept = sum(len(solutions.batch.input_ids) for solutions in batches)
+    dropped = task.figures()["solutions_dropped"]
+    assert kept > 0 < dropped
+    assert kept + dropped == 6
+
+
 def test_learning_from_solutions_runs_as_a_stage(world, tmp_path):
     argv = arguments(world, "--learn-from", "solutions", "--max-steps", 3, "--eval-every", 3)
     folder, _ = train(argv, tmp_path / "out")
@@ -650,6 +685,19 @@ def test_validation_belongs_to_the_validation_split(world):
         prompts = reinforce._validation_prompts(settings(eval_samples=30), covered)
         assert len(prompts) == 30
         assert {split_of(prompt) for prompt in prompts} == {"validation"}
+
+
+def test_replayed_prompts_keep_to_all_depths():
+    """Or what is mastered would not be replayed, and that is what replay is for."""
+    config = settings(adaptive_difficulty=True, max_depth=2)
+    pass_rates = PassRates()
+    pass_rates.rates = {1: 1.0, 2: 0.5}
+    source = PromptSource(config, pass_rates)
+    easy = [
+        sum(problem_from(e).row.number == 1 for e in source.others(200, 0, 1, adaptive=adaptive))
+        for adaptive in (True, False)
+    ]
+    assert easy[0] < 30 < 70 < easy[1]
 
 
 def test_difficulty_follows_the_pass_rates_as_they_change():
