@@ -4,10 +4,10 @@
 
 The start has learned depths 1 to 3; one in a hundred of its instruction problems was of depth 4,
 which it gets right about half the time. From there, for each seed, as many steps on the same
-prompts of: GRPO; rejection sampling (attempts too, of which only the right ones are learned, without
-a baseline); supervised training on the worked solutions. Each command is printed before it runs,
-uses one core and writes its output to a log. Everything goes below half/ in the current folder; what
-is finished there is not run again.
+prompts of: GRPO; rejection sampling (attempts too, of which only the right ones are learned,
+without a baseline); supervised training on the worked solutions. Each command is printed before it
+runs, uses one core and writes its output to a log. Everything goes below half/ in the current
+folder; what is finished there is not run again.
 """
 
 import json
