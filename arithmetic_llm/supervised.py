@@ -52,7 +52,7 @@ from arithmetic_llm.trainer import fit
 class SupervisedTask:
     """Next-token prediction over tokenised samples; see `trainer.Task`."""
 
-    judges_start = False  # the evaluation of the stage before has told
+    judges_start = False  # it is random weights, or the stage before has told
 
     def __init__(self, train: TokenisedSamples, held_out: TokenisedSamples, config: TrainingConfig):
         self.train, self.held_out, self.config = train, held_out, config
