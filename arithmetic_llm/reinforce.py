@@ -131,12 +131,15 @@ class GRPOTask:
     # -- rollouts
 
     def updates(self, step: int) -> Iterator[list[EpisodeBatch | Solutions]]:
-        """Roll out, drop what carries no signal, and give each update its micro-batches."""
+        """The micro-batches of each update, from attempts or from solutions."""
         self._reset()
-        if self.config.learn_from == "solutions":
-            if solutions := self._solutions(self.source.of_step(step)):
-                yield solutions
-            return
+        if self.config.learn_from == "attempts":
+            yield from self._from_attempts(step)
+        elif solutions := self._solutions(self.source.of_step(step)):
+            yield solutions
+
+    def _from_attempts(self, step: int) -> Iterator[list[EpisodeBatch | Solutions]]:
+        """Roll out, drop what carries no signal, and give each update its micro-batches."""
         started = time.monotonic()
         groups = self._rollouts(step)
         self.pass_rates.update([*chain(*groups)])
