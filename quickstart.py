@@ -24,6 +24,13 @@ INSTRUCTION = "models/instruction_YYYYMMDD_HHMMSS/best_model.pt"
 LORA = "models/instruction_lora_YYYYMMDD_HHMMSS/lora_adapter.pt"
 GRPO = "models/grpo/grpo_YYYYMMDD_HHMMSS/final_model.pt"
 
+
+def evaluation(stage, model, name):
+    """The stage that evaluates a model; ``name`` says whose the results are."""
+    folder = f"evaluation_results/quickstart_{name}"
+    return stage, f"run_evaluation.py --model-path {model} {TEST} --output-dir {folder}", folder
+
+
 # name, command, and where its evaluation lands if it is one; {recipe} is the folder of configs
 STAGES = (
     (
@@ -56,12 +63,7 @@ STAGES = (
         "--tokenizer-path data/tokenizer",
         None,
     ),
-    (
-        "3.1 its evaluation",
-        f"run_evaluation.py --model-path {FOUNDATIONAL} {TEST} "
-        "--output-dir evaluation_results/quickstart_foundational",
-        "evaluation_results/quickstart_foundational",
-    ),
+    evaluation("3.1 its evaluation", FOUNDATIONAL, "foundational"),
     (
         "4 instruction model",
         "run_instruction_training.py --config {recipe}/instruction.json "
@@ -69,12 +71,7 @@ STAGES = (
         f"--foundational-checkpoint {FOUNDATIONAL}",
         None,
     ),
-    (
-        "4.1 its evaluation",
-        f"run_evaluation.py --model-path {INSTRUCTION} {TEST} "
-        "--output-dir evaluation_results/quickstart_instruction",
-        "evaluation_results/quickstart_instruction",
-    ),
+    evaluation("4.1 its evaluation", INSTRUCTION, "instruction"),
     (
         "5 LoRA adapter",
         "run_instruction_training_lora.py --config {recipe}/lora.json "
@@ -82,24 +79,14 @@ STAGES = (
         f"--foundational-checkpoint {FOUNDATIONAL}",
         None,
     ),
-    (
-        "5.1 its evaluation",
-        f"run_evaluation.py --model-path {LORA} {TEST} "
-        "--output-dir evaluation_results/quickstart_lora",
-        "evaluation_results/quickstart_lora",
-    ),
+    evaluation("5.1 its evaluation", LORA, "lora"),
     (
         "6 GRPO model",
         "run_grpo_training.py --config {recipe}/grpo.json --tokenizer data/tokenizer "
         f"--sft-checkpoint {INSTRUCTION}",
         None,
     ),
-    (
-        "6.1 its evaluation",
-        f"run_evaluation.py --model-path {GRPO} {TEST} "
-        "--output-dir evaluation_results/quickstart_grpo",
-        "evaluation_results/quickstart_grpo",
-    ),
+    evaluation("6.1 its evaluation", GRPO, "grpo"),
 )
 
 

@@ -185,9 +185,8 @@ class Transformer(nn.Module):
         context = self._context(input_ids, cache)
         x = self.dropout(self.embed_tokens(input_ids))
         device = input_ids.device.type
-        if torch.is_autocast_enabled(
-            device
-        ):  # else the residual stream would be cast in each layer
+        if torch.is_autocast_enabled(device):
+            # Once here, or the residual stream would be cast in each layer.
             x = x.to(torch.get_autocast_dtype(device))
         for index, layer in enumerate(self.layers):
             x = layer(x, context, index)

@@ -275,7 +275,7 @@ class GRPOTask:
         gaps = torch.cat([self._logprobs(b).cpu() - b.rollout_logprobs[b.mask] for b in batches])
         mean, largest = float(gaps.abs().mean()), float(gaps.abs().max())
         mean_allowed, allowed = TOLERANCE[self.precision]
-        kl = max(self._start_kl(batch) for batch in batches)
+        kl = max(map(self._start_kl, batches)) if self.reference.needed else 0.0
         found = (
             f"step 0: decoder and training log-probs differ by {mean:.1e} nats a token on average "
             f"(tolerance {mean_allowed:g}), at most {largest:.1e} (tolerance {allowed:g})"
@@ -287,13 +287,11 @@ class GRPOTask:
 
     @torch.no_grad()
     def _start_kl(self, batch: EpisodeBatch) -> float:
-        """Largest KL of any token, in nats; 0 without a reference."""
+        """Largest KL to the reference of any token, in nats."""
         batch, temperature = batch.to(self.model.device), self.config.temperature
         with evaluating(self.model), autocast(self.model.device, self.precision):
             distribution = policy_distribution(self.model, batch, temperature)
             reference = self.reference.distribution(batch, temperature)
-        if reference is None:
-            return 0.0
         tokens = batch.targets[batch.mask]
         return float(kl_divergence(distribution, reference, tokens, None, "exact").abs().max())
 
@@ -417,11 +415,12 @@ def train_grpo(config: GRPOConfig) -> Path:
     config = resolve_paths(config)
     base = _start(config)
     covered = _covered(config)
-    checkpoint = Checkpoint(base.model, base.tokenizer, "grpo", _seen(base, covered, config))
+    source = PromptSource(config, PassRates())
+    seen = _seen(base, covered, config, source)
+    checkpoint = Checkpoint(base.model, base.tokenizer, "grpo", seen)
     sources = {"start_hash": weights_hash(base.model), **_corpus_hash(config)}
     if config.lora_rank:
         checkpoint = with_adapter(checkpoint, config, config.sft_checkpoint)
-    source = PromptSource(config, PassRates())
     validation = _validation_prompts(config, covered)
     config = _with_room(config, source, validation, checkpoint)
     task = GRPOTask(checkpoint.model, checkpoint.tokenizer, config, source, validation)
@@ -482,12 +481,14 @@ def _corpus_hash(config: GRPOConfig) -> dict[str, str]:
     return {"corpus_sha256": sha256_file(config.instruction_corpus)}
 
 
-def _seen(base: Checkpoint, covered: Coverage | None, config: GRPOConfig) -> dict[str, Any]:
+def _seen(
+    base: Checkpoint, covered: Coverage | None, config: GRPOConfig, source: PromptSource
+) -> dict[str, Any]:
     """What the policy will have been trained on: prompts count as problems seen."""
     if covered:
         return merge(base.trained_on, covered.as_dict())
-    per_step = config.batch_size * config.gradient_accumulation_steps
-    prompts = config.max_steps * per_step or config.num_samples * config.num_epochs
+    per_epoch = source.prompts_per_epoch
+    prompts = config.max_steps * source.prompts_per_step or config.num_epochs * per_epoch
     generated = {
         "styles": {"nested": prompts},
         "depths": list(range(config.min_depth, config.max_depth + 1)),

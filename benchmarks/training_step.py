@@ -23,9 +23,10 @@ from arithmetic_llm.data import LossWeights, TokenisedSamples, sequence_text  # 
 from arithmetic_llm.model import ArithmeticModel, initialise  # noqa: E402
 from arithmetic_llm.optim import build_optimizer  # noqa: E402
 from arithmetic_llm.runs import resolve_precision  # noqa: E402
-from arithmetic_llm.runtime import keep_freed_memory  # noqa: E402
+from arithmetic_llm.runtime import prepare_training  # noqa: E402
 from arithmetic_llm.supervised import SupervisedTask  # noqa: E402
 from arithmetic_llm.tokenizer import ArithmeticTokenizer  # noqa: E402
+from arithmetic_llm.trainer import autocast  # noqa: E402
 
 RECIPE = ROOT / "configs" / "cpu"
 WARM_UP = 20  # steps that are not counted
@@ -45,8 +46,7 @@ def prepare():
 
 
 def main(threads=2, steps=120):
-    keep_freed_memory()
-    torch.set_num_threads(threads)
+    prepare_training(threads, seed=0)
     model, optimizer, task = prepare()
     precision = resolve_precision("auto", torch.device("cpu"))
     seconds, tokens = Counter(), 0
@@ -56,7 +56,7 @@ def main(threads=2, steps=120):
         marks = [time.perf_counter()]
         ((batch,),) = task.updates(step)
         marks.append(time.perf_counter())
-        with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
+        with autocast(model.device, precision):
             loss = task.loss(model, batch) / batch.count
         marks.append(time.perf_counter())
         optimizer.zero_grad()
