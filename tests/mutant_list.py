@@ -1,0 +1,538 @@
+"""The wrong edits of `mutants`, by what they break."""
+
+from mutants import Mutant
+
+GRPO, STAGE = "test_wiring_grpo.py", "test_wiring_supervised.py"
+
+MUTANTS = [
+    # ------------------------------------------------------------------------------ GRPO's stage
+    Mutant("GRPO: loss with its sign flipped", "* kl - objective))", "* kl + objective))", GRPO),
+    Mutant(
+        "GRPO: loss without its reference",
+        "            reference = self.reference.distribution(batch, self.config.temperature)\n"
+        "            terms",
+        "            reference = None\n            terms",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: loss at temperature 1",
+        "policy_distribution(model, batch, self.config.temperature)\n            reference",
+        "policy_distribution(model, batch, 1.0)\n            reference",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: loss with dropout left on",
+        "with evaluating(model):  # dropout would",
+        "with torch.enable_grad():  # dropout would",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: old log-probs taken from the rollout",
+        "old[batch.mask] = self._logprobs(batch).cpu()",
+        "old[batch.mask] = batch.rollout_logprobs[batch.mask]",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: old log-probs with dropout on",
+        "        with evaluating(self.model), autocast(self.model.device, self.precision):\n"
+        "            distribution = policy_distribution(self.model, batch, self.config.temperature)",
+        "        with autocast(self.model.device, self.precision):\n"
+        "            distribution = policy_distribution(self.model, batch, self.config.temperature)",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: replay drawn from the step's own prompts",
+        "self.source.others(self.source.prompts_per_step, step, REPLAY, adaptive=False)",
+        "self.source.of_step(step)",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: replay at full weight",
+        "scale = self.config.sft_replay_coef * share",
+        "scale = share",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: validation sampled instead of greedy",
+        "self._roll_out(self.validation, 1, GREEDY)",
+        "self._roll_out(self.validation, 1, self._sampling(0, 0))",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: gradient accumulation ignored",
+        "self.prompts_per_step = config.batch_size * config.gradient_accumulation_steps",
+        "self.prompts_per_step = config.batch_size",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: support dropped in the loss",
+        "    if batch.support is not None:\n        logits = logits.masked_fill",
+        "    if False:\n        logits = logits.masked_fill",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: rollouts at temperature 1",
+        "return Sampling(config.temperature, config.top_k, config.top_p, seed)",
+        "return Sampling(1.0, config.top_k, config.top_p, seed)",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: the same random numbers in every step",
+        "seed = self.config, derived_seed(self.config.seed, step, round_)",
+        "seed = self.config, derived_seed(self.config.seed, 0, round_)",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: one update instead of several",
+        "for _ in range(self.config.num_iterations):",
+        "for _ in range(1):",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: a reference that moves with the policy",
+        "self.model = copy.deepcopy(policy).requires_grad_(False).eval()",
+        "self.model = policy",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: validation on problems of the train split",
+        'samples = test_set(spec, config.eval_samples, config.seed, "validation")\n'
+        "    return [sample.record.expression",
+        'samples = test_set(spec, config.eval_samples, config.seed, "train")\n'
+        "    return [sample.record.expression",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: prompts of the test split",
+        'return spell(draw_any(spec, "nested", "train", rng))',
+        'return spell(draw_any(spec, "nested", "test", rng))',
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: cut-off completions are not masked",
+        'and not (config.cutoff == "mask" and rollout.cut_off)',
+        "",
+        "test_grpo_stage.py",
+    ),
+    Mutant("GRPO: cut-off completions cost nothing", "reward = -1.0", "pass", "test_grpo_stage.py"),
+    # ------------------------------------------------------------------------- GRPO's mathematics
+    Mutant(
+        "GRPO: advantages without their baseline",
+        "advantages = rewards - rewards.mean(dim=1, keepdim=True)",
+        "advantages = rewards - 0 * rewards.mean(dim=1, keepdim=True)",
+        "test_grpo.py -k by_hand",
+    ),
+    Mutant(
+        "GRPO: the optimistic bound",
+        "return torch.minimum(free, clipped), clipped < free",
+        "return torch.maximum(free, clipped), clipped < free",
+        "test_grpo.py -k by_hand",
+    ),
+    Mutant(
+        "GRPO: clip range the wrong way round",
+        "ratio.clamp(1.0 - low, 1.0 + high)",
+        "ratio.clamp(1.0 - high, 1.0 + low)",
+        "test_grpo.py -k by_hand",
+    ),
+    Mutant(
+        "GRPO: k3 without its linear term",
+        "k3 = gap.exp() - gap - 1.0",
+        "k3 = gap.exp() - 1.0",
+        "test_grpo.py -k unbiased",
+    ),
+    Mutant(
+        "GRPO: the last token does not count",
+        "weights[row, start:end] = token_weight(",
+        "weights[row, start : end - 1] = token_weight(",
+        "test_grpo.py -k count",
+    ),
+    Mutant(
+        "GRPO: divided by the rows of a micro-batch",
+        '{"dapo": length, "grpo": 1',
+        '{"dapo": 1, "grpo": 1',
+        "test_grpo.py -k count",
+    ),
+    # -------------------------------------------------------------------------- the training loop
+    Mutant(
+        "loop: no gradient clipping",
+        "    if run.config.gradient_clip:\n",
+        "    if False:\n",
+        STAGE,
+    ),
+    Mutant(
+        "loop: the schedule is never applied",
+        "run.optimizer.step(scale)",
+        "run.optimizer.step()",
+        STAGE,
+    ),
+    Mutant(
+        "loop: gradients are not reset",
+        "run.optimizer.zero_grad(set_to_none=True)",
+        "pass",
+        STAGE,
+    ),
+    Mutant(
+        "loop: divided by each micro-batch's own weight",
+        "loss = task.loss(run.model, batch.to(run.model.device)) / total",
+        "loss = task.loss(run.model, batch.to(run.model.device)) / batch.count",
+        STAGE,
+    ),
+    Mutant(
+        "loop: autocast does nothing",
+        "enabled=precision != torch.float32)",
+        "enabled=False)",
+        STAGE,
+    ),
+    Mutant(
+        "loop: frozen weights are not watched",
+        "    if moved & frozen:",
+        "    if False:",
+        STAGE,
+    ),
+    Mutant(
+        "loop: held-out evaluation with dropout on",
+        "    run.model.eval()\n",
+        "",
+        STAGE,
+    ),
+    Mutant(
+        "loop: the worst model is kept as the best",
+        "if task.badness(figures) < run.best:",
+        "if task.badness(figures) > -run.best:",
+        "test_training.py -k best",
+    ),
+    Mutant(
+        "loop: the random state is not restored",
+        'torch.set_rng_state(state["rng"])',
+        "pass",
+        "test_training.py -k damaged",
+    ),
+    Mutant(
+        "loop: the optimizer's state is not restored",
+        'self.optimizer.load_state_dict(state["optimizer"])',
+        "pass",
+        "test_training.py -k damaged",
+    ),
+    # -------------------------------------------------------------------------------- optimizers
+    Mutant(
+        "optimizer: AdamW without bias correction",
+        "-rate / (1.0 - beta1**count)",
+        "-rate",
+        "test_optim.py -k torch",
+    ),
+    Mutant(
+        "optimizer: decay of norms, too",
+        "decay = config.weight_decay if parameter.ndim >= 2 else 0.0",
+        "decay = config.weight_decay",
+        STAGE,
+    ),
+    Mutant(
+        "optimizer: Muon without momentum",
+        'torch._foreach_lerp_(momenta, gradients, 1.0 - group["momentum"])',
+        "torch._foreach_lerp_(momenta, gradients, 1.0)",
+        "test_optim.py -k authors",
+    ),
+    Mutant(
+        "optimizer: Muon for the embedding, too",
+        'by_muon = use_muon and parameter.ndim == 2 and ".layers." in name',
+        "by_muon = use_muon and parameter.ndim == 2",
+        "test_optim.py -k matrices",
+    ),
+    Mutant(
+        "schedule: the warm-up starts at the peak",
+        "return (step + 1) / warmup",
+        "return 1.0",
+        STAGE,
+    ),
+    # -------------------------------------------------------------------------- supervised stages
+    Mutant(
+        "supervised: the prompt's weight is ignored",
+        "loss = LossWeights(config.prompt_loss_weight, config.result_loss_weight)",
+        "loss = LossWeights(1.0, config.result_loss_weight)",
+        STAGE,
+    ),
+    Mutant(
+        "supervised: the result's weight is ignored",
+        "np.where(in_result, loss.result, 1.0)",
+        "1.0",
+        STAGE,
+    ),
+    Mutant(
+        "supervised: held-out problems from the train split",
+        'config.eval_samples, config.seed, "validation")\n    return [sample.record for',
+        'config.eval_samples, config.seed, "train")\n    return [sample.record for',
+        STAGE,
+    ),
+    Mutant(
+        "supervised: weights left out of the loss",
+        'return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()',
+        'return F.cross_entropy(logits, targets, reduction="none").sum()',
+        STAGE,
+    ),
+    Mutant(
+        "supervised: every epoch in the same order",
+        "rng = np.random.default_rng((config.seed, epoch))",
+        "rng = np.random.default_rng(config.seed)",
+        "test_data.py -k epoch",
+    ),
+    # --------------------------------------------------------------------------------------- data
+    Mutant(
+        "data: targets are the inputs",
+        "Batch(tokens[:, :-1], tokens[:, 1:], ",
+        "Batch(tokens[:, :-1], tokens[:, :-1], ",
+        "test_data.py -k predicts",
+    ),
+    Mutant(
+        "data: no end of text",
+        "np.array([BOS, *ids, EOS], dtype=np.int32)",
+        "np.array([BOS, *ids], dtype=np.int32)",
+        "test_data.py",
+    ),
+    Mutant(
+        "data: the token behind a result does not count as one",
+        "in_result[1:] |= in_result[:-1]",
+        "pass",
+        "test_data.py",
+    ),
+    Mutant(
+        "data: a sample of just the context is dropped",
+        "if len(ids) + 2 > max_seq_length:",
+        "if len(ids) + 2 >= max_seq_length:",
+        "test_data.py",
+    ),
+    # -------------------------------------------------------------------------------------- model
+    Mutant(
+        "model: attention without its scale",
+        "scores = (q * q.shape[-1] ** -0.5) @",
+        "scores = q @",
+        "test_model.py -k transformers",
+    ),
+    Mutant(
+        "model: a position sees the next one",
+        "hidden = slots > positions[:, None, :, None]",
+        "hidden = slots > positions[:, None, :, None] + 1",
+        "test_model.py -k later",
+    ),
+    Mutant(
+        "model: rotation the other way",
+        "torch.cat((-second, first), dim=-1)",
+        "torch.cat((second, -first), dim=-1)",
+        "test_model.py -k transformers",
+    ),
+    # -------------------------------------------------------------------------------------- decoder
+    Mutant(
+        "decoder: reads the logits of a padded column",
+        "hidden = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]",
+        "hidden = hidden[:, -1]",
+        "test_generate.py -k batch_size",
+    ),
+    Mutant(
+        "decoder: random numbers by place in the batch",
+        "np.random.default_rng((sampling.seed, row)).random(steps) for row in rows",
+        "np.random.default_rng((sampling.seed, row)).random(steps) for row in range(len(rows))",
+        "test_generate.py -k batch_size",
+    ),
+    Mutant(
+        "decoder: the nucleus leaves out the token that crosses it",
+        "before = probs.cumsum(dim=-1) - probs",
+        "before = probs.cumsum(dim=-1)",
+        "test_generate.py -k distribution",
+    ),
+    Mutant(
+        "decoder: temperature multiplies",
+        "logits = logits / sampling.temperature",
+        "logits = logits * sampling.temperature",
+        "test_generate.py -k distribution",
+    ),
+    Mutant(
+        "decoder: dropout on while writing",
+        "    with evaluating(model):\n        logits = _prefill",
+        "    with contextlib.nullcontext():\n        logits = _prefill",
+        "test_wiring_grpo.py",
+    ),
+    Mutant(
+        "decoder: finished rows go on",
+        "tokens = tokens[going]\n                cache.keep(going)",
+        "tokens = tokens[going]\n                cache.keep(torch.arange(len(going)))",
+        "test_generate.py -k batch_size",
+    ),
+    # ------------------------------------------------------------------------------- the task
+    Mutant(
+        "task: subtraction the other way round",
+        'return left + right if operator == "+" else left - right',
+        'return left + right if operator == "+" else right - left',
+        "test_expression.py -k million",
+    ),
+    Mutant(
+        "task: the deeper side does not count",
+        "1 + max(left_depth, right_depth)",
+        "1 + left_depth",
+        "test_sampling.py",
+    ),
+    Mutant(
+        "task: leading zeros are fine",
+        'if digits[0] == "0" and digits != "0":',
+        "if False:",
+        "test_expression.py -k malformed",
+    ),
+    Mutant(
+        "solution: the rightmost operation first",
+        "match = _READY.search(expression)",
+        "match = [*_READY.finditer(expression), None][-2 if _READY.search(expression) else -1]",
+        "test_solution.py",
+    ),
+    Mutant(
+        "verifier: any step number is right",
+        "if stated is None or (number is not None and stated[1] != str(number)):",
+        "if stated is None:",
+        "test_verifier.py",
+    ),
+    Mutant(
+        "verifier: any next operation is right",
+        "if expected is None or stated[2] != expected.operation:",
+        "if expected is None:",
+        "test_verifier.py",
+    ),
+    Mutant(
+        "verifier: a wrong copy is right",
+        "if error is None and written != expected.expression:",
+        "if False:",
+        "test_verifier.py",
+    ),
+    Mutant(
+        "verifier: steps after the first wrong one count",
+        "next((n for n, step in enumerate(self.steps) if not step.ok), len(self.steps))",
+        "sum(step.ok for step in self.steps)",
+        "test_verifier.py test_rewards.py",
+    ),
+    # ----------------------------------------------------------------------------- corpus, splits
+    Mutant(
+        "corpus: the split looks at the spelling",
+        'key = problem if isinstance(problem, str) else " ".join(map(str, problem))',
+        'key = problem if isinstance(problem, str) else "".join(map(str, problem))',
+        "test_corpus.py -k split",
+    ),
+    Mutant(
+        "corpus: test problems of any split",
+        "problems = [p for p in stratum.every() if split_of_problem(p) == split]",
+        "problems = [p for p in stratum.every()]",
+        "test_corpus.py",
+    ),
+    Mutant(
+        "corpus: train problems of any split",
+        "        if split_of_problem(problem) == split:\n            return problem",
+        "        if problem:\n            return problem",
+        "test_corpus.py",
+    ),
+    Mutant(
+        "sampler: depth is only a bound",
+        "sides = [exact_tree(depth - 1, num_range, rng), ",
+        "sides = [_free_tree(depth - 1, num_range, rng), ",
+        "test_sampling.py -k depth",
+    ),
+    Mutant(
+        "sampler: the largest number never occurs",
+        "rng.randrange(num_range[0], num_range[1] + 1)",
+        "rng.randrange(num_range[0], max(num_range[1], num_range[0] + 1))",
+        "test_sampling.py -k range",
+    ),
+    # ----------------------------------------------------------------------------------- LoRA
+    Mutant(
+        "LoRA: an adapter that is not scaled",
+        "self.lora_B(self.lora_A(self.dropout(x))) * self.scale",
+        "self.lora_B(self.lora_A(self.dropout(x)))",
+        "test_lora.py -k peft",
+    ),
+    Mutant(
+        "LoRA: merged without its scale",
+        "weight = base.weight.float() + self.scale * delta",
+        "weight = base.weight.float() + delta",
+        "test_lora.py -k merged",
+    ),
+    Mutant(
+        "LoRA: the base is not frozen",
+        "model.requires_grad_(False)\n    for layer",
+        "for layer",
+        STAGE,
+    ),
+    Mutant(
+        "LoRA: dropout on the output",
+        "self.lora_B(self.lora_A(self.dropout(x)))",
+        "self.dropout(self.lora_B(self.lora_A(x)))",
+        "test_lora.py -k dropout",
+    ),
+    Mutant(
+        "LoRA: any base will do",
+        'if weights_hash(base.model) != adapter["base_hash"]:',
+        "if False:",
+        "test_lora.py -k another_base",
+    ),
+    # --------------------------------------------------------------------------------- checkpoint
+    Mutant(
+        "checkpoint: changed bytes are not noticed",
+        "if part := archive.testzip():",
+        "if part := None:",
+        "test_checkpoint.py -k flipped",
+    ),
+    Mutant(
+        "checkpoint: code is executed",
+        'map_location="cpu", weights_only=True)',
+        'map_location="cpu", weights_only=False)',
+        "test_checkpoint.py -k executed",
+    ),
+    Mutant(
+        "checkpoint: NaN is loaded",
+        "if not tensor.isfinite().all():",
+        "if False:",
+        "test_checkpoint.py -k finite",
+    ),
+    Mutant(
+        "checkpoint: another tokenizer is fine",
+        "if path and ArithmeticTokenizer.load(path).hash != checkpoint.tokenizer.hash:",
+        "if False:",
+        "test_checkpoint.py -k tokenizer",
+    ),
+    Mutant(
+        "files: written in place",
+        "os.replace(temporary, path)",
+        "path.write_bytes(temporary.read_bytes())\n        os.fsync(0)",
+        "test_checkpoint.py",
+    ),
+    # --------------------------------------------------------------------------------- evaluation
+    Mutant(
+        "evaluation: the normal interval for Wilson's",
+        "center = (share + spread / 2) / (1 + spread)",
+        "center = share",
+        "test_evaluate.py -k wilson",
+    ),
+    Mutant(
+        "evaluation: sampled although greedy was asked for",
+        "return self.temperature == 0.0",
+        "return False",
+        "test_generate.py -k greedy",
+    ),
+    Mutant(
+        "evaluation: every row counts as trained",
+        "    return in_row and low <= problem.low and problem.high <= high",
+        "    return True",
+        "test_evaluate.py -k covered",
+    ),
+    Mutant(
+        "evaluation: the length limit leaves no room",
+        "return min(longest + max(32, longest // 4), CONTEXTS_TO_WRITE * context)",
+        "return min(longest // 2, CONTEXTS_TO_WRITE * context)",
+        "test_evaluate.py -k limit",
+    ),
+    Mutant(
+        "rewards: step validity pays beyond what is needed",
+        "return min(verdict.valid_steps, verdict.needed_steps) / verdict.needed_steps",
+        "return verdict.valid_steps / verdict.needed_steps",
+        "test_rewards.py",
+    ),
+    Mutant(
+        "rewards: the parts are not weighted",
+        "return sum(weights[name] * value for name, value in parts.items()), parts",
+        "return sum(parts.values()), parts",
+        "test_rewards.py",
+    ),
+]
