@@ -9,11 +9,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from arithmetic_llm.config import TrainingConfig
+from arithmetic_llm.config import RunConfig
 from arithmetic_llm.runtime import multiplies_bf16
 
 
-def learning_rate_factor(config: TrainingConfig, step: int, total_steps: int) -> float:
+def learning_rate_factor(config: RunConfig, step: int, total_steps: int) -> float:
     """Share of the peak learning rate at ``step`` (0-based): linear warm-up, then the schedule."""
     warmup = min(config.warmup_steps, total_steps // 10)
     if step < warmup:
@@ -27,7 +27,13 @@ def learning_rate_factor(config: TrainingConfig, step: int, total_steps: int) ->
     return config.final_lr_ratio + (1.0 - config.final_lr_ratio) * left
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+def learning_rates(optimizer: MuonAdamW, scale: float) -> dict[str, float]:
+    """The rates that a step at ``scale`` uses, under their names in the config."""
+    names = {False: "learning_rate", True: "muon_learning_rate"}
+    return {names[group["muon"]]: group["lr"] * scale for group in optimizer.param_groups}
+
+
+def build_optimizer(model: nn.Module, config: RunConfig) -> MuonAdamW:
     """The optimizer that ``config`` asks for, over the parameters that require a gradient.
 
     Weight decay applies to matrices only, never to norms. With ``muon`` the matrices inside the

@@ -139,7 +139,10 @@ class GRPOTask:
             yield solutions
 
     def _from_attempts(self, step: int) -> Iterator[list[EpisodeBatch | Solutions]]:
-        """Roll out, drop what carries no signal, and give each update its micro-batches."""
+        """Roll out, drop what carries no signal, and give each update its micro-batches.
+
+        A step without signal has what is replayed, and no update if that is nothing.
+        """
         started = time.monotonic()
         groups = self._rollouts(step)
         self.pass_rates.update([*chain(*groups)])
@@ -150,15 +153,13 @@ class GRPOTask:
             episodes = [as_episode(rollout, 0.0) for rollout in chain(*groups)]
             print(self.check_start(self._batches(episodes)), file=sys.stderr)
         batches = self._batches(self._signal(groups))
-        if not batches:
-            self._warn_of_dead_step()
-            return
-        self.dead_steps = 0
+        self.dead_steps = 0 if batches else self.dead_steps + 1
+        self._warn_of_dead_steps()
         if self.config.num_iterations > 1:
             batches = [replace(b, old_logprobs=self._old_logprobs(b)) for b in batches]
-        replay = self._replay(step, batches)
-        for _ in range(self.config.num_iterations):
-            yield batches + replay
+        micro_batches = batches + self._replay(step, batches)
+        for _ in range(self.config.num_iterations if micro_batches else 0):
+            yield micro_batches
         self.noted["seconds_training"] = time.monotonic() - started
 
     def _rollouts(self, step: int) -> list[list[Rollout]]:
@@ -243,16 +244,26 @@ class GRPOTask:
         return chosen(distribution, batch)
 
     def _replay(self, step: int, batches: list[EpisodeBatch]) -> list[Solutions]:
-        """Right solutions of new prompts, weighing ``sft_replay_coef`` times the policy's loss."""
+        """Right solutions of new prompts; they add ``sft_replay_coef`` times their mean loss.
+
+        Beside a policy's loss they are weighed by its divisor and add nothing to it. In a step
+        without signal they are all there is, and the divisor is their own.
+        """
         if not self.config.sft_replay_coef:
             return []
         prompts = self.source.others(self.source.prompts_per_step, step, REPLAY, adaptive=False)
         replay = self._solutions(prompts)
         if not replay:
             return []
-        share = sum(batch.count for batch in batches) / sum(batch.count for batch in replay)
-        scale = self.config.sft_replay_coef * share
-        return [Solutions(replace(r.batch, weights=r.batch.weights * scale), 0.0) for r in replay]
+        own = sum(solutions.count for solutions in replay)
+        divisor = sum(batch.count for batch in batches) or own
+        scale = self.config.sft_replay_coef * divisor / own
+        return [
+            Solutions(
+                replace(r.batch, weights=r.batch.weights * scale), 0.0 if batches else r.count
+            )
+            for r in replay
+        ]
 
     def _solutions(self, expressions: Sequence[str]) -> list[Solutions]:
         """Micro-batches of right solutions of like length; those beyond the context are counted."""
@@ -330,14 +341,13 @@ class GRPOTask:
         self.sums: dict[str, float] = defaultdict(float)
         self.noted: dict[str, float] = {}
 
-    def _warn_of_dead_step(self) -> None:
-        self.dead_steps += 1
-        if self.dead_steps % DEAD_STEPS_TO_WARN == 0:
+    def _warn_of_dead_steps(self) -> None:
+        if self.dead_steps and self.dead_steps % DEAD_STEPS_TO_WARN == 0:
             print(
-                f"WARNING: {self.dead_steps} steps in a row without any signal (in each group all "
-                "rewards are alike, or what differs is cut off and masked), so nothing is learned: "
-                f"accuracy {self.noted['accuracy']:.3f}, cut off "
-                f"{self.noted['completions/clipped_ratio']:.3f}. Choose depths that succeed "
+                f"WARNING: {self.dead_steps} steps in a row without any signal: in each group all "
+                "rewards are alike, or what differs is cut off and masked. Attempts teach nothing "
+                f"(accuracy {self.noted['accuracy']:.3f}, cut off "
+                f"{self.noted['completions/clipped_ratio']:.3f}). Choose depths that succeed "
                 "sometimes, a higher --temperature, more --num-candidates, --adaptive-difficulty "
                 "or --refill-rounds.",
                 file=sys.stderr,

@@ -13,16 +13,18 @@ import signal
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from typing import Any, Protocol
+from statistics import fmean
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from arithmetic_llm.checkpoint import FINISHED
 from arithmetic_llm.model import ArithmeticModel
-from arithmetic_llm.optim import learning_rate_factor
+from arithmetic_llm.optim import MuonAdamW, learning_rate_factor, learning_rates
 from arithmetic_llm.runs import MetricsLog, Run
 from arithmetic_llm.runtime import Progress, UserError, readable_seconds
 
@@ -56,7 +58,10 @@ class Task(Protocol):
         """Work done before ``step``, in any unit; what the time estimate rests on."""
 
     def figures(self) -> dict[str, float]:
-        """What the last step has to tell beside its loss; goes into the metrics stream."""
+        """What the last step has to tell beside its loss.
+
+        The metrics stream has the mean of each figure over the steps that tell it.
+        """
 
     def evaluate(self, model: ArithmeticModel) -> dict[str, float]:
         """Figures on held-out data."""
@@ -97,12 +102,13 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
             evaluate(run, task, log, bar)
         meter = Meter(run, task)
         while run.step < task.total_steps:
-            meter.add(*train_step(run, task), bar)
-            witness.check(run.model)
+            step = train_step(run, task)
+            witness.check(run, step)
+            meter.add(step, bar)
             last = run.step == task.total_steps
             epoch_ends = run.step % task.steps_per_epoch == 0 or last
             if run.step % config.log_every == 0 or epoch_ends:
-                log.append(**meter.line(), **task.figures())
+                log.append(**meter.line())
             if run.step % config.eval_every == 0 or last:
                 evaluate(run, task, log, bar)
             if run.step % config.save_every == 0 and not last:
@@ -114,23 +120,47 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
     return finish(run, task, log, meter, more_files)
 
 
-def train_step(run: Run, task: Task) -> tuple[float, int]:
-    """One step. Returns its mean loss (nats per counted token) and the tokens it read."""
+class Update(NamedTuple):
+    """What an optimizer update tells."""
+
+    loss: float  # nats per counted token
+    gradient_norm: float  # of all gradients together, before clipping
+
+
+class Step(NamedTuple):
+    """What a step tells."""
+
+    loss: float  # mean over its updates; 0 if it had none
+    tokens: int  # positions that the model read, padding included
+    rates: dict[str, float]  # learning rates by their names in the config
+    gradient_norm: float | None  # of the last update; None if it had none
+
+
+def train_step(run: Run, task: Task) -> Step:
+    """One step: as many updates as the task has for it, at one learning rate."""
     scale = learning_rate_factor(run.config, run.step, task.total_steps)
-    losses, tokens = [], 0
+    updates, tokens = [], 0
     for micro_batches in task.updates(run.step):
-        losses.append(update(run, task, micro_batches, scale))
+        updates.append(update(run, task, micro_batches, scale))
         tokens += sum(batch.tokens for batch in micro_batches)
     run.step += 1
     run.task_state = task.state_dict()
-    return sum(losses) / max(1, len(losses)), tokens
+    return Step(
+        fmean(u.loss for u in updates) if updates else 0.0,
+        tokens,
+        learning_rates(run.optimizer, scale),
+        updates[-1].gradient_norm if updates else None,
+    )
 
 
-def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) -> float:
-    """One optimizer update; returns the loss.
+def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) -> Update:
+    """One optimizer update.
 
     The gradients of all micro-batches add up and are divided once by the count of them all, so
     that how a batch is cut cannot change the update.
+
+    Raises:
+        UserError: loss or gradient is not finite; the weights are as they were.
     """
     total = sum(batch.count for batch in micro_batches)
     run.optimizer.zero_grad(set_to_none=True)
@@ -140,12 +170,24 @@ def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) 
             loss = task.loss(run.model, batch.to(run.model.device)) / total
         loss.backward()
         loss_sum += loss.item()
-    if not math.isfinite(loss_sum):
-        raise UserError(f"the loss is {loss_sum} at step {run.step}; lower --learning-rate")
-    if run.config.gradient_clip:
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.gradient_clip)
+    norm = clip_gradients(run.model, run.config.gradient_clip)
+    for name, value in (("loss", loss_sum), ("gradient norm", norm)):
+        if not math.isfinite(value):
+            flags = rate_flags(run.optimizer)
+            raise UserError(f"the {name} is {value} at step {run.step}; lower {flags}")
     run.optimizer.step(scale)
-    return loss_sum
+    return Update(loss_sum, norm)
+
+
+def clip_gradients(model: ArithmeticModel, limit: float) -> float:
+    """Scale all gradients down to a common norm of ``limit``, 0 = none; returns what it was."""
+    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf))
+
+
+def rate_flags(optimizer: MuonAdamW) -> str:
+    """The flags of the learning rates that act, for an error message."""
+    names = learning_rates(optimizer, 1.0)
+    return " and ".join("--" + name.replace("_", "-") for name in names)
 
 
 class FirstUpdate:
@@ -156,18 +198,48 @@ class FirstUpdate:
             name: parameter.detach().clone() for name, parameter in model.named_parameters()
         }
 
-    def check(self, model: ArithmeticModel) -> None:
-        """Compare once, as soon as there is a gradient to have caused anything."""
-        parameters = dict(model.named_parameters())
-        if self.before is None or all(p.grad is None for p in parameters.values()):
+    def check(self, run: Run, step: Step) -> None:
+        """Compare once, after the first step that has an update.
+
+        A tensor may stay where its gradient is missing or zero (an adapter's A at first, as its B
+        is zero), or where a step of this rate is too small to show in it.
+
+        Raises:
+            RuntimeError: a frozen tensor has moved.
+            UserError: nothing has a gradient, or a tensor that should have moved has not.
+        """
+        if self.before is None or step.gradient_norm is None:
             return
         before, self.before = self.before, None
+        parameters = dict(run.model.named_parameters())
         moved = {name for name, p in parameters.items() if not torch.equal(p, before[name])}
         frozen = {name for name, p in parameters.items() if not p.requires_grad}
         if moved & frozen:
             raise RuntimeError(f"frozen weights have moved: {sorted(moved & frozen)[:3]}")
+        if all(p.grad is None for p in parameters.values()):
+            raise UserError("the first update trains nothing: no weight has a gradient")
         if not moved:
-            raise UserError("the first update moved no weight; raise --learning-rate")
+            flags = rate_flags(run.optimizer)
+            raise UserError(f"the first update moved no weight; raise {flags}")
+        for name, p in parameters.items():
+            if name not in moved and should_move(p, before[name], min(step.rates.values())):
+                raise UserError(
+                    f"the first update did not move {name}, which has a gradient; "
+                    f"raise {rate_flags(run.optimizer)}"
+                )
+
+
+def should_move(parameter: Tensor, before: Tensor, rate: float) -> bool:
+    """Whether an update of this learning rate is sure to show in a weight, rounding considered.
+
+    Not sure are gradients near AdamW's epsilon, and a rate near the spacing of floats at the
+    weight: norms begin at 1, and a long warm-up begins below what 1 can be changed by.
+    """
+    if parameter.grad is None:
+        return False
+    felt = parameter.grad.abs() > 1e-6
+    shows = rate > 32 * torch.finfo(before.dtype).eps * before.abs()
+    return bool((felt & shows).any())
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
@@ -181,7 +253,8 @@ def evaluate(run: Run, task: Task, log: MetricsLog, bar: Progress) -> None:
     with torch.no_grad():
         figures = task.evaluate(run.model)
     if math.isnan(task.badness(figures)):
-        raise UserError(f"the held-out loss is nan at step {run.step}; lower --learning-rate")
+        flags = rate_flags(run.optimizer)
+        raise UserError(f"the held-out loss is nan at step {run.step}; lower {flags}")
     run.model.train()
     log.append(step=run.step, **figures)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
@@ -241,16 +314,26 @@ def epoch_log(lines: list[dict[str, Any]], steps_per_epoch: int) -> list[dict[st
 
 
 class Meter:
-    """Loss, speed and time left, for the bar and the metrics stream."""
+    """Loss, speed and time left, for the bar and the metrics stream.
+
+    A line of the stream tells of all steps since the line before (or since this process began):
+    loss and figures are means over the steps, each figure over those that tell it, so seconds are
+    seconds a step; learning rates and gradient norm are the last update's.
+    """
 
     ESTIMATE_AFTER_STEPS = 10
 
     def __init__(self, run: Run, task: Task):
         self.run, self.task = run, task
-        self.started = self.window_start = time.monotonic()
-        self.tokens = self.window_tokens = 0
-        self.losses: list[float] = []
-        self.steps, self.first_step = 0, run.step
+        self.started = time.monotonic()
+        self.tokens = self.steps = 0
+        self.first_step = run.step
+        self._open_window()
+
+    def _open_window(self) -> None:
+        self.window: list[Step] = []
+        self.figures: list[dict[str, float]] = []
+        self.window_start = time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -260,20 +343,20 @@ class Meter:
     def tokens_per_second(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
 
-    def add(self, loss: float, tokens: int, bar: Progress) -> None:
+    def add(self, step: Step, bar: Progress) -> None:
         """Count a step and show it."""
-        self.losses.append(loss)
-        self.tokens += tokens
-        self.window_tokens += tokens
+        figures = self.task.figures()
+        self.window.append(step)
+        self.figures.append(figures)
+        self.tokens += step.tokens
         self.steps += 1
         if self.steps == min(self.ESTIMATE_AFTER_STEPS, self.task.total_steps):
             speed = f"{self.tokens_per_second:,.0f} tokens/s"
             left = readable_seconds(self.seconds_left())
             bar.note(f"expected time for this run: about {left} more at {speed}")
-        figures = self.task.figures()
         shown = {name: f"{figures[name]:.3f}" for name in SHOWN if name in figures}
         speed = f"{self.tokens_per_second:,.0f}"
-        bar.update(1, loss=f"{loss:.3f}", **shown, tokens_per_s=speed)
+        bar.update(1, loss=f"{step.loss:.3f}", **shown, tokens_per_s=speed)
 
     def seconds_left(self) -> float:
         """By the work that this process has done and what remains, at the same speed."""
@@ -283,18 +366,28 @@ class Meter:
 
     def line(self) -> dict[str, Any]:
         """One line of the metrics stream; starts the next window."""
-        now = time.monotonic()
-        last_step = self.run.step - 1
-        factor = learning_rate_factor(self.run.config, last_step, self.task.total_steps)
+        seconds = time.monotonic() - self.window_start
+        norms = [s.gradient_norm for s in self.window if s.gradient_norm is not None]
         line = {
             "step": self.run.step,
             "epoch": round(self.run.step / self.task.steps_per_epoch, 4),
-            "loss": sum(self.losses) / len(self.losses),
-            "learning_rate": self.run.config.learning_rate * factor,
-            "tokens_per_second": round(self.window_tokens / max(now - self.window_start, 1e-9)),
+            "loss": fmean(step.loss for step in self.window),
+            **self.window[-1].rates,
+            **({"grad_norm": norms[-1]} if norms else {}),
+            "tokens_per_second": round(sum(s.tokens for s in self.window) / max(seconds, 1e-9)),
+            **means(self.figures),
         }
-        self.losses, self.window_tokens, self.window_start = [], 0, now
+        self._open_window()
         return line
+
+
+def means(figures: Iterable[dict[str, float]]) -> dict[str, float]:
+    """The mean of each figure over those that have it."""
+    values = defaultdict(list)
+    for each in figures:
+        for name, value in each.items():
+            values[name].append(value)
+    return {name: fmean(column) for name, column in values.items()}
 
 
 @contextlib.contextmanager

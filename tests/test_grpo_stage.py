@@ -1,5 +1,6 @@
 """The GRPO stage, run small and whole: prompts, rollouts, files, resuming, refusals."""
 
+import itertools
 import json
 import random
 import shutil
@@ -138,6 +139,28 @@ def test_each_step_has_a_line_with_the_names_that_users_know(finished):
         alive = line["frac_reward_zero_std"] < 1
         assert ({"kl", "entropy", "clip_ratio"} <= line.keys()) == alive
     assert json.loads((folder / "grpo_training_log.json").read_text()) == lines_of(folder)
+
+
+def test_a_line_tells_the_means_of_all_its_steps(world, tmp_path, monkeypatch):
+    """Of each figure over the steps that have it; rates and gradient norm are the last update's."""
+    argv = arguments(world, "--eval-every", 6, "--schedule", "linear", "--rewards", "turns")
+    runs = []
+    for log_every in (1, 4):
+        rewards = itertools.cycle([0.0] * 4 + [0.0, 0.25, 0.5, 1.0])  # each other group is dead
+        monkeypatch.setitem(REWARDS, "turns", lambda attempt, rewards=rewards: next(rewards))
+        more = ["--batch-size", 1, "--log-every", log_every]
+        runs.append(train([*argv, *more], tmp_path / str(log_every))[0])
+    single, joint = ([line for line in lines_of(folder) if "loss" in line] for folder in runs)
+    assert [line["step"] for line in joint] == [4, 6]
+    assert [("kl" in line) for line in single] == [False, True] * 3
+    for line, window in zip(joint, (single[:4], single[4:]), strict=True):
+        assert line.keys() == {name for each in window for name in each}
+        for name in ("step", "epoch", "learning_rate", "grad_norm"):
+            assert line[name] == [each[name] for each in window if name in each][-1]
+        for name in line.keys() - {"step", "epoch", "learning_rate", "grad_norm"}:
+            told = [each[name] for each in window if name in each]
+            if name not in ("tokens_per_second", "seconds_generating", "seconds_training"):
+                assert line[name] == pytest.approx(sum(told) / len(told)), name
 
 
 def test_validation_is_told_by_exact_depth(finished):
@@ -436,7 +459,7 @@ def test_steps_without_signal_are_warned_of_and_the_run_goes_on(world, dead_run)
     assert ended.err.count("WARNING: 10 steps in a row without any signal") == 1
     steps = [line for line in lines_of(folder) if "loss" in line]
     assert [line["frac_reward_zero_std"] for line in steps] == [1.0] * 10
-    assert not any("kl" in line or "entropy" in line for line in steps)
+    assert not any({"kl", "entropy", "grad_norm"} & line.keys() for line in steps)
     start, final = (world / "start/best_model.pt", folder / "final_model.pt")
     assert weights_hash(load_checkpoint(start).model) == weights_hash(load_checkpoint(final).model)
 
@@ -565,6 +588,38 @@ def test_replay_weighs_its_coefficient_times_the_policys_loss(tiny_model, tokeni
     ((policy, replay),) = task.updates(1)
     assert replay.count == 0.0
     assert float(replay.batch.weights.sum()) == pytest.approx(0.25 * policy.count)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_replay_is_all_of_a_step_without_signal(tiny_model, tokenizer, updates):
+    """Its mean loss times the coefficient; and the attempts still taught nothing."""
+    options = {"sft_replay_coef": 0.25, "num_iterations": updates}
+    task = Scripted(tiny_model, tokenizer, [[WON, LOST]], **options)
+    each = list(task.updates(1))
+    assert len(each) == updates
+    ((replay,), *_) = each
+    ids, targets = replay.batch.input_ids, replay.batch.targets
+    with torch.no_grad():
+        loss = task.loss(tiny_model, replay) / replay.count
+        expected = torch.nn.functional.cross_entropy(
+            tiny_model(ids).flatten(0, 1),
+            targets.masked_fill(replay.batch.weights == 0, -100).flatten(),
+            ignore_index=-100,
+        )
+    torch.testing.assert_close(loss, 0.25 * expected)
+    assert task.dead_steps == 1
+
+
+def test_replay_goes_on_when_no_step_has_signal(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(REWARDS, "constant", lambda attempt: 0.3)
+    argv = arguments(world, "--rewards", "constant", "--max-steps", 10, "--max-gen-length", 6)
+    argv += ["--sft-replay-coef", 0.5, "--eval-every", 10]
+    folder, ended = train(argv, tmp_path / "out")
+    assert ended.err.count("WARNING: 10 steps in a row without any signal") == 1
+    steps = [line for line in lines_of(folder) if "loss" in line]
+    assert all(line["loss"] > 0 < line["grad_norm"] for line in steps)
+    start, final = (world / "start/best_model.pt", folder / "final_model.pt")
+    assert weights_hash(load_checkpoint(start).model) != weights_hash(load_checkpoint(final).model)
 
 
 # ------------------------------------------------------------------- learning from solutions
