@@ -1,9 +1,6 @@
 """The mathematics of GRPO: by hand, and against TRL's own loss on identical tensors."""
 
-from collections import defaultdict
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 from helpers import of_transformers, random_model
 from torch import nn
+from trl_reference import assert_same_gradients, their_loss
 
 from arithmetic_llm.config import GRPOConfig, LoRAConfig
 from arithmetic_llm.generate import Sampling, generate
@@ -219,80 +217,6 @@ def test_logprobs_are_those_of_each_row_by_itself():
 # -------------------------------------------------------------------------------- beside TRL
 
 
-@pytest.fixture(scope="module")
-def trl():
-    """TRL's trainer and the head that it scores tokens with; slow to import."""
-    from trl.trainer.grpo_trainer import GRPOTrainer
-    from trl.trainer.utils import add_fused_lm_head
-
-    return SimpleNamespace(Trainer=GRPOTrainer, add_head=add_fused_lm_head)
-
-
-def their_inputs(made, old, reference):
-    """Episodes as TRL has them: prompts padded on the left, completions on the right."""
-    prompt_width = max(len(e.prompt) for e in made)
-    width = max(len(e.completion) for e in made)
-
-    def padded(rows, fill=0.0):
-        return torch.stack([torch.tensor([*row] + [fill] * (width - len(row))) for row in rows])
-
-    lefts = [prompt_width - len(e.prompt) for e in made]
-    prompts = [[PAD] * left + e.prompt for left, e in zip(lefts, made, strict=True)]
-    inputs = {
-        "prompt_ids": torch.tensor(prompts),
-        "prompt_mask": torch.tensor([[0] * n + [1] * (prompt_width - n) for n in lefts]),
-        "completion_ids": padded([e.completion for e in made], PAD),
-        "completion_mask": padded([[1] * len(e.completion) for e in made], 0),
-        "advantages": torch.tensor([e.advantage for e in made]),
-        "num_items_in_batch": torch.tensor(float(sum(len(e.completion) for e in made))),
-    }
-    if old is not None:
-        inputs["old_per_token_logps"] = padded(old)
-    if reference is not None:
-        inputs["ref_per_token_logps"] = padded(reference)
-    return inputs
-
-
-def their_loss(trl, model, made, config, loss_type, old, reference):
-    """TRL's loss of these episodes, its metrics, and the gradients on the same weights."""
-    theirs = of_transformers(model).train()  # without dropout
-    trl.add_head(theirs, temperature=config.temperature, outputs=("log_probs", "entropy"))
-    accelerator = SimpleNamespace(
-        num_processes=1,
-        autocast=nullcontext,
-        gather=lambda tensor: tensor,
-        reduce=lambda tensor, reduction: tensor,
-    )
-    trainer = SimpleNamespace(
-        model=theirs,
-        accelerator=accelerator,
-        args=SimpleNamespace(
-            use_bias_correction_kl=config.kl_estimator == "k3",
-            delta=None,
-            steps_per_generation=1,
-        ),
-        aux_loss_enabled=False,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        importance_sampling_level="token",
-        beta=config.kl_penalty_coef,
-        loss_type=loss_type,
-        epsilon_low=config.epsilon_low,
-        epsilon_high=config.epsilon_high,
-        max_completion_length=config.max_gen_length,
-        current_gradient_accumulation_steps=1,
-        use_vllm=False,
-        _entropy_bonus_enabled=False,
-        _metrics=defaultdict(lambda: defaultdict(list)),
-    )
-    score = trl.Trainer._get_per_token_logps_and_entropies.__wrapped__  # without its profiler
-    trainer._get_per_token_logps_and_entropies = partial(score, trainer)
-    loss = trl.Trainer._compute_loss(trainer, theirs, their_inputs(made, old, reference))
-    loss.backward()
-    metrics = {name: value for name, (value,) in trainer._metrics["train"].items()}
-    return loss.item(), metrics, {name: p.grad for name, p in theirs.named_parameters()}
-
-
 def our_loss(model, made, config, old, other):
     """The same of ours; ``other`` is the reference model."""
     batch = collate(made, config)
@@ -309,15 +233,6 @@ def our_loss(model, made, config, old, other):
     (terms.loss / batch.count).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return (terms.loss / batch.count).item(), terms, gradients
-
-
-def assert_same_gradients(one, other):
-    """To five digits of the largest."""
-    largest = max(gradient.abs().max() for gradient in one.values())
-    for name, gradient in one.items():
-        torch.testing.assert_close(
-            gradient / largest, other[name] / largest, atol=1e-5, rtol=1e-5, msg=name
-        )
 
 
 def rows_of(model, made, config):
@@ -349,17 +264,17 @@ LOSS_TYPES = [("dapo", "dapo"), ("dapo", "bnpo"), ("grpo", "grpo"), ("dr_grpo", 
     ],
     ids=["no KL", "k3_plain", "k3", "other bounds"],
 )
-def test_loss_and_gradients_are_those_of_trl(trl, loss_type, theirs, several, options):
+def test_loss_and_gradients_are_those_of_trl(loss_type, theirs, several, options):
     config = settings(loss_type=loss_type, **options)
     model, other, made = policy(), policy(seed=1), episodes()
     old = drifted(rows_of(model, made, config)) if several else None
     reference = rows_of(other, made, config) if config.kl_penalty_coef else None
     loss, terms, gradients = our_loss(model, made, config, old, other)
-    expected, metrics, their_gradients = their_loss(
-        trl, model, made, config, theirs, old, reference
-    )
-    assert loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    assert_same_gradients(gradients, their_gradients)
+    their_model = of_transformers(model)
+    expected, metrics = their_loss(their_model, made, config, theirs, old, reference)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    assert_same_gradients(gradients, {n: p.grad for n, p in their_model.named_parameters()})
     assert terms.entropy / terms.tokens == pytest.approx(metrics["entropy"], rel=1e-4)
     assert terms.clipped / terms.tokens == pytest.approx(metrics["clip_ratio/region_mean"])
     assert (terms.clipped > 0) == several
