@@ -150,14 +150,8 @@ def standing(metrics: Metrics) -> str:
 
     Trained depths have a sentence of their own if enough of the problems are of them.
     """
-    rate = metrics["exact_match_accuracy"]
-    if rate >= EXCELLENT:
-        word, bound = "excellent", f"{EXCELLENT:.0f} % and above is"
-    elif rate >= GOOD:
-        word, bound = "good", f"{GOOD:.0f} to {EXCELLENT:.0f} % is"
-    else:
-        word, bound = "not there yet", f"good is from {GOOD:.0f} %"
     total, trained = metrics["total_samples"], metrics["trained_depths"]
+    word, bound = _grade(metrics["exact_match_accuracy"])
     words = f"{word}, {_match('overall', metrics, total)}; {bound}."
     if ENOUGH <= trained["samples"] < total:
         words += f" It reaches {_match('on trained depths', trained, trained['samples'])}."
@@ -165,6 +159,15 @@ def standing(metrics: Metrics) -> str:
     if readable <= READABLE:
         words += f" Only {readable:.1f} % of its texts end with a result; that should pass 90 %."
     return words
+
+
+def _grade(rate: float) -> tuple[str, str]:
+    """The word for an exact match in percent, and where that word begins and ends."""
+    if rate >= EXCELLENT:
+        return "excellent", f"{EXCELLENT:.0f} % and above is"
+    if rate >= GOOD:
+        return "good", f"{GOOD:.0f} to {EXCELLENT:.0f} % is"
+    return "not there yet", f"good is from {GOOD:.0f} %"
 
 
 def _match(where: str, figures: dict[str, Any], samples: int) -> str:
