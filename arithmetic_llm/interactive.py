@@ -138,7 +138,7 @@ def comparison(outcome: Outcome, marks: Marks) -> str:
         return f"{marks.right} The result is right, {outcome.value}; the way to it is not."
     if outcome.result is None:
         stopped = f", stopped after {outcome.tokens:,} tokens" if outcome.cut_off else ""
-        return f"{marks.wrong} No result{stopped}; the exact one is {outcome.value}."
+        return f"{marks.wrong} No readable result{stopped}; the exact one is {outcome.value}."
     if outcome.result == ERROR:
         return f"{marks.wrong} Wrong: this is a valid expression, its result is {outcome.value}."
     return f"{marks.wrong} Wrong: the exact result is {outcome.value}."

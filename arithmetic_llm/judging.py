@@ -106,7 +106,7 @@ class Outcome:
     """What a policy wrote for one problem, and what it is worth."""
 
     problem: Problem
-    text: str  # what followed the prompt, without <eos>
+    text: str  # what followed the prompt, without a last <eos>
     verdict: Verdict
     tokens: int  # written, <eos> included
     cut_off: bool  # by the length limit
@@ -120,7 +120,7 @@ class Outcome:
 
     @property
     def result(self) -> Answer | None:
-        """The final result as written; ``"ERROR"`` calls the problem invalid, None if none is."""
+        """The result that the text ends with; ``"ERROR"`` calls the problem invalid."""
         return self.verdict.predicted
 
     @property
@@ -130,7 +130,7 @@ class Outcome:
 
     @property
     def correct(self) -> bool:
-        """The final result is the exact value."""
+        """The text ends with one final result, the exact value; see `verifier`."""
         return self.verdict.correct
 
     @property
@@ -174,14 +174,14 @@ def judge(
     tokenizer: ArithmeticTokenizer,
     context: int,
 ) -> Outcome:
-    """Verify one completion.
+    """Verify one completion: for evaluation, validation, rewards and the solver alike.
 
     Args:
         prompt_tokens: length of the prompt.
         context: the most tokens that a training sample could have.
     """
     cut_off = completion.finish_reason == "length"
-    text = tokenizer.decode(completion.tokens, skip_special=True).strip()
+    text = tokenizer.decode_completion(completion.tokens).strip()
     return Outcome(
         problem=problem,
         text=text,
@@ -215,7 +215,7 @@ def percent(part: float, whole: float) -> float | None:
 
 
 def accuracy(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """How many final results are right, with the 95 % interval in percent."""
+    """How many texts are correct, with the 95 % interval in percent."""
     correct = sum(outcome.correct for outcome in outcomes)
     low, high = wilson_interval(correct, len(outcomes))
     return {

@@ -200,7 +200,7 @@ class GRPOTask:
             for rollout, advantage in zip(group, row, strict=True)
             if not self._is_dead(group)
             and not (config.baseline == "none" and advantage == 0)
-            and not (config.cutoff == "mask" and rollout.cut_off)
+            and not (config.cutoff == "mask" and rollout.outcome.cut_off)
         ]
 
     def _is_dead(self, group: Sequence[Rollout]) -> bool:
@@ -312,10 +312,10 @@ class GRPOTask:
         self.noted = {
             "reward": fmean(r.reward for r in rollouts),
             "reward_std": fmean(stdev(r.reward for r in group) for group in groups),
-            "accuracy": fmean(r.verdict.correct for r in rollouts),
+            "accuracy": fmean(r.outcome.correct for r in rollouts),
             "frac_reward_zero_std": fmean(map(is_dead, groups)),
             "completions/mean_length": fmean(lengths),
-            "completions/clipped_ratio": fmean(r.cut_off for r in rollouts),
+            "completions/clipped_ratio": fmean(r.outcome.cut_off for r in rollouts),
             "seconds_generating": seconds,
             "seconds_training": 0.0,
         }
@@ -358,10 +358,10 @@ class GRPOTask:
         groups = self._roll_out(self.validation, 1, GREEDY)
         rows = defaultdict(list)
         for (rollout,) in groups:
-            rows[rollout.row].append(rollout.verdict.correct)
+            rows[rollout.outcome.problem.row].append(rollout.outcome.correct)
         figures = {
             "eval_reward": fmean(rollout.reward for (rollout,) in groups),
-            "eval_exact": fmean(rollout.verdict.correct for (rollout,) in groups),
+            "eval_exact": fmean(rollout.outcome.correct for (rollout,) in groups),
         }
         by_row = {f"eval_exact_{row_name(row)}": fmean(rows[row]) for row in sorted(rows)}
         return {**figures, **by_row}

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 GOOD, EXCELLENT, READABLE = 60.0, 80.0, 90.0  # percent; the last one of texts with a result
+# From so many problems of trained depths on they have a sentence: their 95 % interval is at most
+# 20 points wide, as "good" itself is. With fewer the rate would be chance.
+ENOUGH = 100
 
 _ERROR_HINTS = {
     "arithmetic": "a step's result is wrong: more training, or more one-step drills",
@@ -121,7 +124,7 @@ def errors(metrics: Metrics) -> str:
 
 
 def notes(metrics: Metrics) -> list[str]:
-    """What a reader has to know before believing the figures."""
+    """What limits the figures: problems seen in training, long texts, near-ties."""
     settings, ties, found = metrics["settings"], metrics["near_ties"], []
     if settings.get("in_train_split"):
         found.append(
@@ -143,20 +146,34 @@ def notes(metrics: Metrics) -> list[str]:
 
 
 def standing(metrics: Metrics) -> str:
-    """Where the model stands, in words, by what it was trained for if that was tested."""
-    trained = metrics["trained_depths"]
-    judged, where = (trained, "on trained depths") if trained["samples"] else (metrics, "overall")
-    rate = judged["exact_match_accuracy"]
-    if rate >= EXCELLENT:
-        words = f"excellent, {rate:.1f} % exact match {where} ({EXCELLENT:.0f} % and above is)."
-    elif rate >= GOOD:
-        words = f"good, {rate:.1f} % exact match {where} ({GOOD:.0f} to {EXCELLENT:.0f} % is)."
-    else:
-        words = f"not there yet, {rate:.1f} % exact match {where} (good is from {GOOD:.0f} %)."
+    """Where the model stands, in words, by the exact match over all problems.
+
+    Trained depths have a sentence of their own if enough of the problems are of them.
+    """
+    total, trained = metrics["total_samples"], metrics["trained_depths"]
+    word, bound = _grade(metrics["exact_match_accuracy"])
+    words = f"{word}, {_match('overall', metrics, total)}; {bound}."
+    if ENOUGH <= trained["samples"] < total:
+        words += f" It reaches {_match('on trained depths', trained, trained['samples'])}."
     readable = metrics["parse_success_rate"]
     if readable <= READABLE:
-        words += f" Only {readable:.1f} % of its texts hold a result; that should pass 90 %."
+        words += f" Only {readable:.1f} % of its texts end with a result; that should pass 90 %."
     return words
+
+
+def _grade(rate: float) -> tuple[str, str]:
+    """The word for an exact match in percent, and where that word begins and ends."""
+    if rate >= EXCELLENT:
+        return "excellent", f"{EXCELLENT:.0f} % and above is"
+    if rate >= GOOD:
+        return "good", f"{GOOD:.0f} to {EXCELLENT:.0f} % is"
+    return "not there yet", f"good is from {GOOD:.0f} %"
+
+
+def _match(where: str, figures: dict[str, Any], samples: int) -> str:
+    interval = f"95 % interval {figures['low']:.1f} to {figures['high']:.1f} %"
+    rate = figures["exact_match_accuracy"]
+    return f"{rate:.1f} % exact match {where} ({samples:,} problems, {interval})"
 
 
 # ------------------------------------------------------------------------- a whole pipeline

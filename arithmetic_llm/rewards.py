@@ -45,7 +45,7 @@ def reward(name: str) -> Callable[[Reward], Reward]:
 
 @reward("correct")
 def correct(attempt: Attempt) -> float:
-    """1 if the final result is right."""
+    """1 if the text ends with one final result, the right one; nothing if it was cut off."""
     return float(attempt.verdict.correct)
 
 
@@ -64,8 +64,8 @@ def step_validity(attempt: Attempt) -> float:
 
 @reward("format")
 def format_(attempt: Attempt) -> float:
-    """1 if the text ended by itself and a final result can be read."""
-    return float(attempt.verdict.parseable and not attempt.cut_off)
+    """1 if the text ended by itself, with one final result, right or wrong."""
+    return float(attempt.verdict.parseable)
 
 
 @reward("length")

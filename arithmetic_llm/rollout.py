@@ -14,41 +14,34 @@ from arithmetic_llm.corpus import Record, read_corpus
 from arithmetic_llm.drawing import draw_any
 from arithmetic_llm.expression import spell
 from arithmetic_llm.generate import Completion, Sampling, generate
-from arithmetic_llm.judging import Row, problem_from
+from arithmetic_llm.judging import Outcome, Row, judge, problem_from
 from arithmetic_llm.model import ArithmeticModel
 from arithmetic_llm.rewards import Attempt, score
 from arithmetic_llm.sampling import SampleSpec
 from arithmetic_llm.tokenizer import ArithmeticTokenizer
-from arithmetic_llm.verifier import Verdict, verify
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A completion and its worth."""
+    """An outcome, the tokens that it was judged by, and what it is rewarded with."""
 
-    expression: str
-    row: Row  # where it is counted, as in every evaluation
+    outcome: Outcome
     prompt: list[int]
     completion: Completion
-    text: str
-    verdict: Verdict
     reward: float
     parts: dict[str, float]  # each reward before its weight
 
-    @property
-    def cut_off(self) -> bool:
-        return self.completion.finish_reason == "length"
-
     def as_dict(self) -> dict[str, Any]:
-        """What a person wants to read of it."""
+        """An entry of ``rollouts.jsonl``."""
+        outcome = self.outcome
         return {
-            "expression": self.expression,
-            "depth": self.row.number if self.row.kind == "depth" else None,
-            "text": self.text,
-            "tokens": len(self.completion.tokens),
+            "expression": outcome.expression,
+            "depth": outcome.problem.depth,
+            "text": outcome.text,
+            "tokens": outcome.tokens,
             "finish_reason": self.completion.finish_reason,
-            "correct": self.verdict.correct,
-            "error": self.verdict.trace_error,
+            "correct": outcome.correct,
+            "error": outcome.verdict.trace_error,
             "reward": self.reward,
             "rewards": self.parts,
         }
@@ -81,8 +74,8 @@ class PassRates:
     def update(self, rollouts: Sequence[Rollout]) -> None:
         by_depth = defaultdict(list)
         for rollout in rollouts:
-            if rollout.row.kind == "depth":
-                by_depth[rollout.row.number].append(float(rollout.verdict.correct))
+            if (depth := rollout.outcome.problem.depth) is not None:
+                by_depth[depth].append(float(rollout.outcome.correct))
         for depth, passed in by_depth.items():
             before = self.rates.get(depth, fmean(passed))
             self.rates[depth] = self.MEMORY * before + (1.0 - self.MEMORY) * fmean(passed)
@@ -152,46 +145,29 @@ def roll_out(
     weights: dict[str, float],
 ) -> list[list[Rollout]]:
     """``copies`` completions of each expression, in one batch; a group for each expression."""
-    prompts = [tokenizer.prompt_ids(expression) for expression in expressions]
-    completions = generate(
-        model,
-        [prompt for prompt in prompts for _ in range(copies)],
-        config.max_gen_length,
-        sampling,
-        config.rollout_batch_size,
-    )
-    return [
-        [
-            judge(tokenizer, expression, prompt, completion, config, weights)
-            for completion in completions[group * copies : (group + 1) * copies]
-        ]
-        for group, (expression, prompt) in enumerate(zip(expressions, prompts, strict=True))
-    ]
+    problems = [problem_from(expression) for expression in expressions]
+    asked = [(problem, tokenizer.prompt_ids(problem.expression)) for problem in problems]
+    asked = [pair for pair in asked for _ in range(copies)]
+    prompts = [prompt for _, prompt in asked]
+    limit, context = config.max_gen_length, model.config.max_seq_length
+    written = generate(model, prompts, limit, sampling, config.rollout_batch_size)
+    rollouts = []
+    for (problem, prompt), completion in zip(asked, written, strict=True):
+        outcome = judge(problem, completion, len(prompt), tokenizer, context)
+        rollouts.append(rewarded(outcome, prompt, completion, config, weights))
+    return [rollouts[start : start + copies] for start in range(0, len(rollouts), copies)]
 
 
-def judge(
-    tokenizer: ArithmeticTokenizer,
-    expression: str,
+def rewarded(
+    outcome: Outcome,
     prompt: list[int],
     completion: Completion,
     config: GRPOConfig,
     weights: dict[str, float],
 ) -> Rollout:
-    """Verify a completion and reward it."""
-    text = tokenizer.decode(completion.tokens, skip_special=True)
-    cut_off = completion.finish_reason == "length"
-    verdict = verify(expression, text, cut_off)
-    attempt = Attempt(verdict, len(completion.tokens), config.max_gen_length, cut_off)
+    """The rollout of a completion that has been judged, with its reward."""
+    attempt = Attempt(outcome.verdict, outcome.tokens, config.max_gen_length, outcome.cut_off)
     reward, parts = score(attempt, weights)
-    if cut_off and config.cutoff == "penalise":
+    if outcome.cut_off and config.cutoff == "penalise":
         reward = -1.0
-    return Rollout(
-        expression,
-        problem_from(expression).row,
-        prompt,
-        completion,
-        text,
-        verdict,
-        reward,
-        parts,
-    )
+    return Rollout(outcome, prompt, completion, reward, parts)

@@ -18,9 +18,11 @@ from arithmetic_llm.expression import MAX_DIGITS, ExpressionError, apply, parse
 ERROR: Literal["ERROR"] = "ERROR"  # the answer to an invalid expression
 Answer = int | Literal["ERROR"]
 
+SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>", "<think>", "</think>")
+PROBLEM = "Evaluate:"
 NEW_EXPRESSION = "Expression now:"
 FINAL_RESULT = "Final Result:"
-_ANSWER = re.compile(rf"-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})|{ERROR}")
+_ANSWER = re.compile(rf" (-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})|{ERROR})")
 _READY = re.compile(r"(-?[0-9]+) ([+-]) (-?[0-9]+)")
 
 
@@ -103,13 +105,21 @@ def _put(expression: str, span: tuple[int, int], number: int) -> str:
 
 
 def read_answer(text: str) -> Answer | None:
-    """The final result that a text states; None unless it states exactly one, legibly."""
-    if text.count(FINAL_RESULT) != 1:
+    """The result of a text that ends with ``Final Result: N``; None if it does not.
+
+    The mark occurs once in the whole text, and nothing but white space follows the number; which
+    white space makes no difference.
+    """
+    _, *stated = one_spaced(text).split(FINAL_RESULT)
+    answer = _ANSWER.fullmatch(stated[0]) if len(stated) == 1 else None
+    if answer is None:
         return None
-    stated = text.partition(FINAL_RESULT)[2].split(maxsplit=1)
-    if not stated or not _ANSWER.fullmatch(stated[0]):
-        return None
-    return ERROR if stated[0] == ERROR else int(stated[0])
+    return ERROR if answer[1] == ERROR else int(answer[1])
+
+
+def one_spaced(text: str) -> str:
+    """The words of a text, one space apart."""
+    return " ".join(text.split())
 
 
 def one_line(text: str) -> str:
@@ -119,4 +129,4 @@ def one_line(text: str) -> str:
 
 def problem_text(expression: str) -> str:
     """The problem as it is put to the model."""
-    return f"Evaluate: {expression}"
+    return f"{PROBLEM} {expression}"

@@ -81,8 +81,8 @@ class ArithmeticSolver:
     def solve(self, expressions, batch_size=64):
         """Solve one expression, or several as one batch.
 
-        Each is put to the model in canonical spelling, an invalid one as it stands. Both may be
-        solved wrongly; ``correct`` and ``steps`` tell.
+        Each is put to the model in canonical spelling, an invalid one as it stands. Whether the
+        answer is right is in ``correct`` and ``steps``.
 
         Raises:
             UserError: an expression that alone is longer than the model's context.
@@ -110,7 +110,7 @@ class ArithmeticSolver:
         written = Completion()
         for emission in decode(self.model, [prompt], limit, self.sampling):
             written.add(emission, 0)
-            yield self.tokenizer.decode(emission.tokens, skip_special=True)
+            yield self.tokenizer.decode_completion(emission.tokens)
         return self._judge(problem, prompt, written, limit)
 
     def prompt(self, expression: str) -> list[int]:

@@ -19,8 +19,8 @@ from functools import cached_property
 from pathlib import Path
 
 from arithmetic_llm.runtime import UserError, atomic_write_text, require_file
+from arithmetic_llm.solution import SPECIAL_TOKENS, problem_text
 
-SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>", "<think>", "</think>")
 PAD, UNK, BOS, EOS, THINK, END_THINK = range(len(SPECIAL_TOKENS))
 
 FILE_NAME = "tokenizer.json"
@@ -117,11 +117,13 @@ class ArithmeticTokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """The text of ``ids``; ``skip_special`` leaves out ``<bos>``, ``<eos>`` and ``<pad>``."""
-        if skip_special:
-            ids = [i for i in ids if i not in (PAD, BOS, EOS)]
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``, special tokens included."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def decode_completion(self, ids: Sequence[int]) -> str:
+        """The text of ``ids`` but for a last ``<eos>``; any other special token is shown."""
+        return self.decode(ids[:-1] if ids and ids[-1] == EOS else ids)
 
     def token(self, token_id: int) -> str:
         """The text of one token."""
@@ -140,4 +142,4 @@ class ArithmeticTokenizer:
 
     def prompt_ids(self, expression: str) -> list[int]:
         """``<bos> Evaluate: E <think>``: what the model is given; it writes from there."""
-        return [BOS, *self.encode(f"Evaluate: {expression} <think>")]
+        return [BOS, *self.encode(f"{problem_text(expression)} <think>")]

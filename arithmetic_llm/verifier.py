@@ -1,5 +1,10 @@
 """Judges what a model wrote: the final result, every step, and the first thing that is wrong.
 
+**Correct** means: all that follows the prompt ends by itself with exactly one well-formed final
+result, and that is right. ``</think>`` stands in it once at most, to close the trace. A text with
+any other special token, or with a problem of its own (``Evaluate:``), has no result; nor has one
+that the length limit ended, because its last number might have gone on.
+
 A step is three decisions in a row: which operation to carry out, what its result is, and how the
 expression then reads. The first wrong one names the error:
 
@@ -9,7 +14,7 @@ expression then reads. The first wrong one names the error:
     wrong_copy        a right equation, but what stands after "Expression now:", or at last after
                       "Final Result:", does not follow from it
     unparseable       not of the form "Step k: a + b = c Expression now: E" with steps counted
-                      from 1, or no closed trace, or no final result just behind it
+                      from 1, or no closed trace, or anything but one final result behind it
     cut_off           right as far as it goes, but the length limit ended the text
 
 Each step is judged against the model's own previous expression (or, where that cannot be read,
@@ -29,20 +34,22 @@ from arithmetic_llm.solution import (
     ERROR,
     FINAL_RESULT,
     NEW_EXPRESSION,
+    PROBLEM,
+    SPECIAL_TOKENS,
     Answer,
     Step,
     next_step,
     one_line,
+    one_spaced,
     read_answer,
 )
 
 ErrorKind = Literal["arithmetic", "wrong_reduction", "wrong_copy", "unparseable", "cut_off"]
 
-_PROMPT = re.compile(r"\s*(?:Evaluate:.*?)?<think>", re.DOTALL)
+*_FRAME, _CLOSED = SPECIAL_TOKENS
+_FOREIGN = re.compile("|".join([PROBLEM, *_FRAME]))  # what no solution holds
 _NEXT_STEP = re.compile(r"(?=Step [0-9]+:)")
 _EQUATION = re.compile(r"Step ([0-9]+): (-?[0-9]+ [+-] -?[0-9]+) = (-?[0-9]+)")
-_RESULT = re.compile(rf"{FINAL_RESULT} \S+")
-_HALF_A_MARK = re.compile(r"(?:^| )(?:St?e?p?|Step [0-9]+|</?t?h?i?n?k?)$")  # cut within "Step 2:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +74,7 @@ class StepVerdict:
 class Verdict:
     """What a text is worth as a solution.
 
-    ``predicted``     the final result that it states, None if none can be read
+    ``predicted``     the final result that it ends with, None if it has none
     ``answer``        the exact one, ``"ERROR"`` for an invalid expression
     ``steps``         a verdict on each step that was written
     ``needed_steps``  how many a right solution has
@@ -82,12 +89,12 @@ class Verdict:
 
     @property
     def parseable(self) -> bool:
-        """A final result could be read."""
+        """The text ends with a final result, right or wrong."""
         return self.predicted is not None
 
     @property
     def correct(self) -> bool:
-        """The final result is right, whatever led to it."""
+        """The text ends with the right final result, whatever led to it."""
         return self.predicted == self.answer
 
     @property
@@ -112,7 +119,7 @@ class Verdict:
 
     @property
     def error(self) -> ErrorKind | None:
-        """Why the final result is wrong (the `trace_error`), None if it is right."""
+        """Why the text is not correct (the `trace_error`), None if it is."""
         return None if self.correct else self.trace_error
 
 
@@ -131,13 +138,14 @@ def verify(expression: str, generated: str, cut_off: bool = False) -> Verdict:
 
     Args:
         expression: the problem as the model had it, valid or not.
-        generated: what followed the prompt; the prompt or its ``<think>`` may stand before it.
-        cut_off: whether the length limit ended the text.
+        generated: all that followed the prompt (which ends with ``<think>``), but for a last
+            ``<eos>``.
+        cut_off: whether the length limit ended the text, so that no ``<eos>`` did.
     """
     problem = _read_problem(expression)
     trace, closed, ending = _sections(generated)
     if cut_off and not closed:
-        trace = _HALF_A_MARK.sub("", trace)
+        trace = _without_half_a_mark(trace)
     preamble, *steps = _NEXT_STEP.split(trace)
     verdicts = _judge_steps(problem, preamble, steps)
     if cut_off and not closed:
@@ -145,7 +153,7 @@ def verify(expression: str, generated: str, cut_off: bool = False) -> Verdict:
     refused = problem.expression is None and preamble.strip() == problem.refusal
     conclusion = ERROR if refused else _before(problem, verdicts)
     end_error = _ending_error(conclusion, closed, ending, cut_off)
-    predicted = read_answer(generated)
+    predicted = None if cut_off or _has_no_result(generated) else read_answer(generated)
     return Verdict(predicted, problem.answer, tuple(verdicts), problem.operations, end_error)
 
 
@@ -158,18 +166,22 @@ def check_step(
         previous: the canonical expression before it; None if there is no valid one.
         step_line: ``Step k: a + b = c``.
         expression_line: ``Expression now: E``.
-        number: what k has to be; None accepts any.
+        number: the k expected; None accepts any.
     """
-    step_line, expression_line = _one_spaced(step_line), _one_spaced(expression_line)
+    step_line, expression_line = one_spaced(step_line), one_spaced(expression_line)
     expected = next_step(previous) if previous is not None else None
     written = _canonical_or_none(expression_line.removeprefix(NEW_EXPRESSION))
     error = _equation_error(expected, step_line, number)
-    if error is None and not expression_line.startswith(NEW_EXPRESSION):
+    if error is None and not _is_expression_line(expression_line):
         error = "unparseable"
     if error is None and written != expected.expression:
         error = "wrong_copy"
     leads_to = written or (expected.expression if expected else previous)
     return StepVerdict(f"{step_line} {expression_line}".strip(), error, leads_to)
+
+
+def _is_expression_line(line: str) -> bool:
+    return line.startswith(NEW_EXPRESSION) and not _FOREIGN.search(line)
 
 
 def _equation_error(expected: Step | None, step_line: str, number: int | None) -> ErrorKind | None:
@@ -191,10 +203,21 @@ def _read_problem(expression: str) -> _Problem:
 
 def _sections(generated: str) -> tuple[str, bool, str]:
     """The trace, whether it is closed, and what follows it, all words one space apart."""
-    prompt = _PROMPT.match(generated)
-    text = generated[prompt.end() :] if prompt else generated
-    trace, closed, ending = text.partition("</think>")
-    return _one_spaced(trace), bool(closed), _one_spaced(ending)
+    trace, closed, ending = generated.partition(_CLOSED)
+    return one_spaced(trace), bool(closed), one_spaced(ending)
+
+
+def _has_no_result(generated: str) -> bool:
+    """Marks stand in the text that no solution has, whatever it ends with."""
+    return _FOREIGN.search(generated) is not None or generated.count(_CLOSED) > 1
+
+
+def _without_half_a_mark(trace: str) -> str:
+    """A trace without the beginning of ``Step k`` or ``</think>`` that it was cut off in."""
+    marks = (f"Step {len(_NEXT_STEP.split(trace))}", _CLOSED)
+    halves = [mark[:end] for mark in marks for end in range(1, len(mark) + 1)]
+    half = next((half for half in halves if f" {trace}".endswith(f" {half}")), "")
+    return trace.removesuffix(half)
 
 
 def _judge_steps(problem: _Problem, preamble: str, steps: list[str]) -> list[StepVerdict]:
@@ -202,7 +225,8 @@ def _judge_steps(problem: _Problem, preamble: str, steps: list[str]) -> list[Ste
     verdicts = []
     preamble = preamble.strip()
     if preamble not in ("", problem.refusal):
-        error = "wrong_reduction" if preamble.startswith("Error:") else "unparseable"
+        refusal = preamble.startswith("Error:") and not _FOREIGN.search(preamble)
+        error = "wrong_reduction" if refusal else "unparseable"
         verdicts.append(StepVerdict(preamble, error, problem.expression))
     for number, text in enumerate(steps, 1):
         step_line, mark, expression = text.partition(NEW_EXPRESSION)
@@ -235,19 +259,15 @@ def _ending_error(
     if conclusion is None or " " in conclusion:  # an operation is left
         return "wrong_reduction"
     right = f"{FINAL_RESULT} {conclusion}"
+    if cut_off and right.startswith(ending):  # 1 may have become 12
+        return "cut_off"
     if ending == right:
         return None
-    if cut_off and right.startswith(ending):
-        return "cut_off"
     return "wrong_copy" if _states_result(ending) else "unparseable"
 
 
 def _states_result(ending: str) -> bool:
-    return _RESULT.fullmatch(ending) is not None and read_answer(ending) is not None
-
-
-def _one_spaced(text: str) -> str:
-    return " ".join(text.split())
+    return ending.startswith(FINAL_RESULT) and read_answer(ending) is not None
 
 
 def _canonical_or_none(text: str) -> str | None:

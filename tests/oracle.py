@@ -73,6 +73,6 @@ class Oracle(nn.Module):
         return script[min(written, len(script) - 1)]  # a finished row may still be asked
 
     def _script(self, prompt: tuple[int, ...]) -> list[int]:
-        text = self.tokenizer.decode(prompt, skip_special=True)
+        text = self.tokenizer.decode(prompt[1:])  # without <bos>
         answer = self.answer(text.removeprefix("Evaluate: ").rstrip())
         return [*self.tokenizer.encode(answer), EOS]

@@ -31,7 +31,7 @@ from arithmetic_llm.judging import (
 )
 from arithmetic_llm.runtime import UserError, atomic_write_text
 from arithmetic_llm.sampling import SampleSpec
-from arithmetic_llm.tokenizer import ArithmeticTokenizer
+from arithmetic_llm.tokenizer import END_THINK, EOS, SPECIAL_TOKENS, ArithmeticTokenizer
 
 test_set.__test__ = False  # a function of the package, not a test
 
@@ -167,6 +167,123 @@ def test_correct_is_what_python_calculates(tokenizer):
         assert entry["ground_truth"] == problem_value(entry["expression"])
         assert entry["correct"] == (entry["predicted"] == problem_value(entry["expression"]))
     assert 0 < sum(entry["correct"] for entry in entries) < len(entries)
+
+
+# -------------------------------------------------------------------------- what is correct
+
+VALID = st.recursive(
+    st.integers(-99, 99).map(str),
+    lambda inner: st.tuples(inner, st.sampled_from("+-"), inner).map(
+        "({0[0]} {0[1]} {0[2]})".format
+    ),
+    max_leaves=6,
+)
+EXPRESSIONS = VALID | VALID.map("{} +".format)
+ORDINARY = st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=12)
+
+
+def python_says(expression):
+    """The value of an expression, or ERROR if it has none."""
+    try:
+        return eval(expression)
+    except SyntaxError:
+        return "ERROR"
+
+
+def right_tokens(tokenizer, expression):
+    """A right completion but for its ``<eos>``; the result is Python's."""
+    return tokenizer.encode(with_result(expression, python_says(expression)))
+
+
+def judge_tokens(tokenizer, expression, tokens, ended=True):
+    """The outcome of a completion that ended by itself, or at the length limit."""
+    written = Completion([*tokens, EOS], [], "eos") if ended else Completion(tokens, [], "length")
+    return judge(problem_from(expression), written, 10, tokenizer, 1000)
+
+
+def with_inserted(data, tokens, inserted):
+    place = data.draw(st.integers(0, len(tokens)))
+    return [*tokens[:place], *inserted, *tokens[place:]]
+
+
+@given(EXPRESSIONS)
+def test_a_right_completion_is_correct(tokenizer, expression):
+    outcome = judge_tokens(tokenizer, expression, right_tokens(tokenizer, expression))
+    assert outcome.correct
+    assert outcome.verdict.trace_correct
+    assert outcome.result == outcome.value == python_says(expression)
+
+
+@given(EXPRESSIONS, st.data())
+def test_another_result_is_not_correct(tokenizer, expression, data):
+    value = python_says(expression)
+    other = data.draw((st.integers(-200, 200) | st.just("ERROR")).filter(lambda n: n != value))
+    tokens = tokenizer.encode(with_result(expression, other))
+    outcome = judge_tokens(tokenizer, expression, tokens)
+    assert (outcome.result, outcome.correct) == (other, False)
+
+
+@given(EXPRESSIONS, st.sampled_from(range(len(SPECIAL_TOKENS))), st.data())
+def test_a_special_token_within_makes_a_completion_unreadable(tokenizer, expression, token, data):
+    tokens = with_inserted(data, right_tokens(tokenizer, expression), [token])
+    outcome = judge_tokens(tokenizer, expression, tokens)
+    assert outcome.result is None
+    assert SPECIAL_TOKENS[token] in outcome.text
+    if token != END_THINK:  # which may also end a trace too early
+        assert outcome.verdict.error == "unparseable"
+
+
+@given(EXPRESSIONS, st.data())
+def test_a_last_eos_is_the_only_one(tokenizer, expression, data):
+    tokens = right_tokens(tokenizer, expression)
+    after = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=1, max_size=3))
+    outcome = judge_tokens(tokenizer, expression, [*tokens, EOS, *after])
+    assert (outcome.result, outcome.verdict.error) == (None, "unparseable")
+
+
+@given(EXPRESSIONS, ORDINARY | st.sampled_from(SPECIAL_TOKENS))
+def test_nothing_but_white_space_may_follow_the_result(tokenizer, expression, suffix):
+    tokens = right_tokens(tokenizer, expression) + tokenizer.encode(suffix)
+    outcome = judge_tokens(tokenizer, expression, tokens)
+    assert outcome.correct == suffix.isspace()
+
+
+@given(EXPRESSIONS, st.integers(-200, 200) | st.none(), st.data())
+def test_a_second_final_result_is_one_too_many(tokenizer, expression, other, data):
+    second = python_says(expression) if other is None else other
+    inserted = tokenizer.encode(f" Final Result: {second}")
+    tokens = with_inserted(data, right_tokens(tokenizer, expression), inserted)
+    outcome = judge_tokens(tokenizer, expression, tokens)
+    assert outcome.result is None
+    assert not outcome.correct
+
+
+@given(EXPRESSIONS)
+def test_a_completion_that_was_cut_anywhere_has_no_result(tokenizer, expression):
+    tokens = right_tokens(tokenizer, expression)
+    for end in range(len(tokens) + 1):
+        outcome = judge_tokens(tokenizer, expression, tokens[:end], ended=False)
+        assert (outcome.result, outcome.correct) == (None, False)
+        assert outcome.verdict.error == "cut_off"
+
+
+@given(EXPRESSIONS, st.data())
+def test_a_completion_that_ended_early_is_correct_only_if_nothing_is_lost(
+    tokenizer, expression, data
+):
+    tokens = right_tokens(tokenizer, expression)
+    end = data.draw(st.integers(0, len(tokens) - 1))
+    outcome = judge_tokens(tokenizer, expression, tokens[:end])
+    assert not outcome.correct
+    assert outcome.verdict.error in ("unparseable", "wrong_reduction", "wrong_copy")
+
+
+@given(EXPRESSIONS)
+def test_a_prompt_is_no_part_of_a_solution(tokenizer, expression):
+    prompt, tokens = tokenizer.prompt_ids(expression), right_tokens(tokenizer, expression)
+    for repeated in (prompt, prompt[1:], prompt[1:-1], prompt[-1:]):
+        outcome = judge_tokens(tokenizer, expression, [*repeated, *tokens])
+        assert (outcome.result, outcome.verdict.error) == (None, "unparseable")
 
 
 # ----------------------------------------------------------------------------- the figures

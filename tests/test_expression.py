@@ -124,7 +124,7 @@ def check_solution(text, value):
         assert eval(step.expression) == value
         assert eval(step.operation) == step.result
         assert canonicalise(step.expression) == step.expression
-    verdict = verify(text, solution.text)
+    verdict = verify(text, solution.text.removeprefix("<think>"))
     assert verdict.trace_correct
     assert verdict.correct
     assert verdict.predicted == value

@@ -113,7 +113,7 @@ def test_the_batch_size_changes_no_token_of_a_trained_model(trained_model, token
         for size in (1, 7, 64)
     )
     assert one == seven == many
-    written = [tokenizer.decode(tokens, skip_special=True) for tokens in one]
+    written = [tokenizer.decode_completion(tokens) for tokens in one]
     right = [
         text.endswith(f"Final Result: {problem.answer}")
         for text, problem in zip(written, problems, strict=True)

@@ -11,7 +11,9 @@ from collections import Counter
 
 import pytest
 import torch
+from conftest import SMALL_WORLD
 from helpers import call, checkpoint_of, command, one_thread, random_model, records
+from oracle import Oracle, right_answer
 
 from arithmetic_llm import reinforce
 from arithmetic_llm.checkpoint import (
@@ -22,15 +24,19 @@ from arithmetic_llm.checkpoint import (
     weights_hash,
 )
 from arithmetic_llm.config import GRPOConfig
-from arithmetic_llm.corpus import json_line, solved
+from arithmetic_llm.corpus import json_line, solved, test_set
 from arithmetic_llm.data import sequence_text
 from arithmetic_llm.drawing import split_of
-from arithmetic_llm.generate import Completion
-from arithmetic_llm.judging import Row, problem_from
+from arithmetic_llm.evaluate import evaluate
+from arithmetic_llm.generate import GREEDY, Completion
+from arithmetic_llm.judging import Outcome, Problem, Row, judge, problem_from, problems_from
 from arithmetic_llm.reinforce import GRPOTask
 from arithmetic_llm.rewards import REWARDS
-from arithmetic_llm.rollout import PassRates, PromptSource, Rollout, judge
+from arithmetic_llm.rollout import PassRates, PromptSource, Rollout, rewarded, roll_out
+from arithmetic_llm.tokenizer import BOS, EOS, PAD
 from arithmetic_llm.verifier import verify
+
+test_set.__test__ = False  # a function of the package, not a test
 
 SCRIPT = "run_grpo_training.py"
 STEPS = 6
@@ -202,7 +208,8 @@ def test_whole_rollouts_are_kept_with_their_rewards(finished):
             assert len(sample["rollouts"]) == 4
             assert len({rollout["expression"] for rollout in sample["rollouts"]}) == 1
             for rollout in sample["rollouts"]:
-                verdict = verify(rollout["expression"], rollout["text"])
+                cut_off = rollout["finish_reason"] == "length"
+                verdict = verify(rollout["expression"], rollout["text"], cut_off)
                 assert rollout["reward"] == rollout["rewards"]["correct"] == verdict.correct
                 assert rollout["depth"] in (1, 2)
 
@@ -494,9 +501,10 @@ def settings(**options):
 def rollout(reward, depth=1, cut_off=False):
     """A completion with a reward; right if that is above 0."""
     completion = Completion([9, 1], [-0.1, -0.2], "length" if cut_off else "eos")
-    verdict = verify("1 + 2", "Final Result: 3" if reward > 0 else "", cut_off)
-    row = Row("depth", depth)
-    return Rollout("1 + 2", row, [2, 8], completion, "", verdict, reward, {"correct": reward})
+    problem = Problem("1 + 2", Row("depth", depth), 1, 2)
+    text = "Final Result: 3" if reward > 0 else ""
+    outcome = Outcome(problem, text, verify("1 + 2", text, cut_off), 2, cut_off, False)
+    return Rollout(outcome, [2, 8], completion, reward, {"correct": reward})
 
 
 class Scripted(GRPOTask):
@@ -557,10 +565,43 @@ def test_masked_cut_offs_do_not_train_but_count_in_the_mean(tiny_model, tokenize
 
 def test_a_cut_off_can_be_penalised(tokenizer):
     completion = Completion(tokenizer.encode(" Final Result: 3"), [], "length")
-    for cutoff, reward in (("keep", 1.0), ("mask", 1.0), ("penalise", -1.0)):
+    for cutoff, reward in (("keep", 0.0), ("mask", 0.0), ("penalise", -1.0)):
         config = settings(cutoff=cutoff)
-        judged = judge(tokenizer, "1 + 2", [2], completion, config, {"correct": 1.0})
-        assert (judged.reward, judged.parts["correct"]) == (reward, 1.0)
+        outcome = judge(problem_from("1 + 2"), completion, 1, tokenizer, 100)
+        judged = rewarded(outcome, [2], completion, config, {"correct": 1.0})
+        assert (judged.reward, judged.parts["correct"]) == (reward, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("ending", "room", "reward"),
+    [("", 0, 1.0), ("", -1, 0.0), (" 4", 0, 0.0), (" Final Result: {}", 0, 0.0)],
+)
+def test_what_is_rewarded_is_what_the_model_wrote_itself(tokenizer, ending, room, reward):
+    """A right solution, and what comes after it; or without the room for its ``<eos>``."""
+    problem = "(1 + 2) - 5"
+    text = right_answer(problem) + ending.format(-2)
+    config = settings(max_gen_length=len(tokenizer.encode(text)) + 1 + room)
+    model = Oracle(tokenizer, lambda _: text)
+    weights = {"correct": 1.0, "format": 0.5}
+    ((judged,),) = roll_out(model, tokenizer, [problem], 1, GREEDY, config, weights)
+    assert judged.reward == 1.5 * reward
+    assert judged.outcome.text == text.strip()
+    assert judged.as_dict()["correct"] == bool(reward)
+
+
+@pytest.mark.parametrize("room", [20, 25, 35, 60])
+def test_validation_judges_as_an_evaluation_does(trained_model, tokenizer, room):
+    problems = problems_from(test_set(SMALL_WORLD, 60, 3, "validation"))
+    expressions = [problem.expression for problem in problems]
+    config = settings(max_gen_length=room)
+    source = PromptSource(config, PassRates())
+    found = GRPOTask(trained_model, tokenizer, config, source, expressions).evaluate(trained_model)
+    options = {"trained_on": {}, "max_new_tokens": room}
+    metrics = evaluate(trained_model, tokenizer, problems, **options).metrics
+    assert 100 * found["eval_exact"] == pytest.approx(metrics["exact_match_accuracy"], abs=1e-4)
+    for row in metrics["by_depth"]:
+        exact = 100 * found[f"eval_exact_depth_{row['depth']}"]
+        assert exact == pytest.approx(row["exact_match_accuracy"], abs=1e-4)
 
 
 def test_without_a_baseline_only_what_is_rewarded_trains(tiny_model, tokenizer):
@@ -634,7 +675,7 @@ def test_solutions_are_those_of_the_prompts_that_rollouts_would_get(tiny_model, 
     task = solutions_task(tiny_model, tokenizer, micro_batch_size=4)
     (batches,) = task.updates(3)
     texts = [
-        tokenizer.decode(ids.tolist(), skip_special=True)
+        tokenizer.decode([i for i in ids.tolist() if i not in (PAD, BOS, EOS)])
         for solutions in batches
         for ids in solutions.batch.input_ids
     ]

@@ -86,7 +86,7 @@ def test_a_wrong_step_is_marked_with_what_is_wrong(tokenizer):
         (3, "✓ Right: the exact result is 3."),
         (4, "✗ Wrong: the exact result is 3."),
         ("ERROR", "✗ Wrong: this is a valid expression, its result is 3."),
-        ("?", "✗ No result; the exact one is 3."),
+        ("?", "✗ No readable result; the exact one is 3."),
     ],
 )
 def test_the_result_is_compared_with_the_exact_one(tokenizer, result, words):
@@ -103,7 +103,7 @@ def test_a_right_result_by_a_wrong_way(tokenizer):
 
 def test_a_text_that_is_cut_off_says_so(tokenizer):
     text = shown(tokenizer, "1 + 2", max_new_tokens=6)
-    assert "✗ No result, stopped after 6 tokens; the exact one is 3." in text
+    assert "✗ No readable result, stopped after 6 tokens; the exact one is 3." in text
 
 
 def test_a_bare_number_has_no_steps(tokenizer):

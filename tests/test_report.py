@@ -7,8 +7,15 @@ from oracle import Oracle, right_answer, with_result
 
 from arithmetic_llm.corpus import test_set
 from arithmetic_llm.evaluate import evaluate
-from arithmetic_llm.judging import problem_from, problems_from
-from arithmetic_llm.report import stage_table, standing, summary_text
+from arithmetic_llm.judging import problem_from, problems_from, wilson_interval
+from arithmetic_llm.report import (
+    ENOUGH,
+    EXCELLENT,
+    GOOD,
+    stage_table,
+    standing,
+    summary_text,
+)
 from arithmetic_llm.sampling import SampleSpec
 
 test_set.__test__ = False  # a function of the package, not a test
@@ -85,15 +92,42 @@ def test_summary_is_printable_everywhere(metrics):
     ],
 )
 def test_standing_in_words(metrics, rate, words):
-    trained = {**metrics["trained_depths"], "exact_match_accuracy": rate}
-    text = standing({**metrics, "trained_depths": trained})
-    assert text.startswith(words)
-    assert "on trained depths" in text
+    trained = {**metrics["trained_depths"], "exact_match_accuracy": 100.0 - rate}
+    text = standing({**metrics, "exact_match_accuracy": rate, "trained_depths": trained})
+    assert text.startswith(f"{words}, {rate:.1f} % exact match overall")
 
 
-def test_standing_without_trained_depths_speaks_of_all(metrics):
-    none = {**metrics["trained_depths"], "samples": 0}
-    assert "overall" in standing({**metrics, "trained_depths": none})
+def of_a_thousand(trained):
+    """287 of 1,000 problems are right, all of the trained ones among them."""
+    right = {"exact_match_accuracy": 100.0, "low": 42.5, "high": 100.0}
+    return {
+        **{"exact_match_accuracy": 28.7, "low": 25.98, "high": 31.58, "total_samples": 1000},
+        **{"parse_success_rate": 100.0, "trained_depths": {"samples": trained, **right}},
+    }
+
+
+OVERALL = (
+    "not there yet, 28.7 % exact match overall (1,000 problems, 95 % interval 26.0 to 31.6 %); "
+    "good is from 60 %."
+)
+
+
+@pytest.mark.parametrize("trained", [0, 2, 99, 1000])
+def test_standing_is_that_of_all_problems_with_the_interval(trained):
+    assert standing(of_a_thousand(trained)) == OVERALL
+
+
+@pytest.mark.parametrize("trained", [100, 999])
+def test_enough_problems_of_trained_depths_have_a_sentence_of_their_own(trained):
+    assert standing(of_a_thousand(trained)) == (
+        f"{OVERALL} It reaches 100.0 % exact match on trained depths "
+        f"({trained} problems, 95 % interval 42.5 to 100.0 %)."
+    )
+
+
+def test_so_many_are_enough_to_tell_good_from_not_there_yet_and_from_excellent():
+    widths = [high - low for low, high in (wilson_interval(n, ENOUGH) for n in range(ENOUGH + 1))]
+    assert 100 * max(widths) < EXCELLENT - GOOD
 
 
 def test_standing_complains_of_unreadable_texts(metrics):

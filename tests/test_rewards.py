@@ -36,6 +36,10 @@ def test_the_example_is_what_a_right_solution_looks_like():
         (with_result(PROBLEM, -4), 0),
         (with_result(PROBLEM, "ERROR"), 0),
         (" ".join(STEPS), 0),
+        (f"{RIGHT} 4", 0),
+        (f"{RIGHT} and so on", 0),
+        (f"{RIGHT} Final Result: -3", 0),
+        (f"Evaluate: {PROBLEM} <think> {RIGHT}", 0),
         ("", 0),
     ],
 )
@@ -46,6 +50,14 @@ def test_correct_pays_for_the_final_result(text, worth):
 def test_on_an_invalid_expression_only_error_is_correct():
     assert pays("correct", right_answer("5 +"), "5 +") == 1
     assert pays("correct", "Final Result: 5", "5 +") == 0
+
+
+def test_the_first_digit_of_a_number_that_was_cut_off_earns_nothing():
+    weights = {"correct": 1.0, "format": 1.0}
+    for problem in ("3 - 2", "7 + 5"):  # 1 is right; 1 is the beginning of 12
+        cut_off = attempt(with_result(problem, 1), problem, cut_off=True)
+        assert score(cut_off, weights) == (0.0, {"correct": 0.0, "format": 0.0})
+    assert score(attempt(with_result("3 - 2", 1), "3 - 2"), weights)[0] == 2.0
 
 
 @pytest.mark.parametrize(
@@ -96,6 +108,7 @@ def test_format_pays_for_an_answer_that_can_be_read():
     assert pays("format", with_result(PROBLEM, 12345)) == 1  # right or not
     assert pays("format", "Final Result: dunno") == 0
     assert pays("format", " ".join(STEPS)) == 0
+    assert pays("format", f"{RIGHT} 4") == 0
     assert pays("format", RIGHT, cut_off=True) == 0
 
 

@@ -124,9 +124,23 @@ def test_a_prompt_ends_with_think():
     assert TOKENIZER.decode(ids[1:]) == "Evaluate: 5 + 3 <think>"
 
 
-def test_decode_leaves_out_only_frame_tokens_when_asked():
-    ids = [BOS, *TOKENIZER.encode("1 <think>"), EOS, PAD]
-    assert TOKENIZER.decode(ids, skip_special=True) == "1 <think>"
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [
+        ([], [], "1 </think>"),
+        ([], [EOS], "1 </think>"),
+        ([], [EOS, EOS], "1 </think><eos>"),
+        ([], [EOS, PAD], "1 </think><eos><pad>"),
+        ([EOS], [], "<eos>1 </think>"),
+        ([BOS, PAD, UNK, THINK], [EOS], "<bos><pad><unk><think>1 </think>"),
+    ],
+)
+def test_a_completion_is_shown_whole_but_for_a_last_eos(before, after, text):
+    assert TOKENIZER.decode_completion([*before, *TOKENIZER.encode("1 </think>"), *after]) == text
+
+
+def test_the_completion_of_nothing_is_no_text():
+    assert TOKENIZER.decode_completion([]) == TOKENIZER.decode_completion([EOS]) == ""
 
 
 # ------------------------------------------------------------------------------- vocab size

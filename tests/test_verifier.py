@@ -7,10 +7,11 @@ from typing import get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import right_answer
 
 from arithmetic_llm.expression import canonicalise
 from arithmetic_llm.sampling import STYLES, SampleSpec, draw, write
-from arithmetic_llm.solution import one_line, solve
+from arithmetic_llm.solution import SPECIAL_TOKENS, one_line, solve
 from arithmetic_llm.verifier import ErrorKind, check_step, verify
 
 PROBLEM = "(8 - 5) + (4 - 6)"
@@ -37,9 +38,7 @@ def errors(verdict):
     [
         RIGHT,
         one_line(RIGHT),
-        f"<think>{RIGHT}",
-        f"Evaluate: {PROBLEM} <think>{one_line(RIGHT)}",
-        solve(PROBLEM).text,
+        right_answer(PROBLEM),
         RIGHT.replace("now: 1", "now: (1)").replace("\n", "\t\n "),
     ],
 )
@@ -56,7 +55,7 @@ def test_a_right_solution_in_any_layout(text):
 
 
 def test_bare_numbers_and_refusals():
-    assert verify("7", "<think> </think> Final Result: 7").trace_correct
+    assert verify("7", "</think> Final Result: 7").trace_correct
     refusal = verify("5 +", "Error: missing operand </think> Final Result: ERROR")
     assert refusal.trace_correct
     assert (refusal.predicted, refusal.answer) == ("ERROR", "ERROR")
@@ -99,6 +98,19 @@ def test_bare_numbers_and_refusals():
         ("Result: 1", "Result: one", "unparseable", 3),
         ("Result: 1", "Result: 1 Final Result: 1", "unparseable", 3),
         ("Result: 1", "Result: 1 and so on", "unparseable", 3),
+        ("Result: 1", "Result: 1 2", "unparseable", 3),
+        ("Result: 1", "Result: 1 </think>", "unparseable", 3),
+        ("</think>", "</think> </think>", "unparseable", 3),
+        # marks that belong to no solution, wherever they stand
+        ("\nStep 1", f"Evaluate: {PROBLEM} <think>\nStep 1", "unparseable", 0),
+        ("\nStep 1", f"Evaluate: {PROBLEM}\nStep 1", "unparseable", 0),
+        ("\nStep 1", "<think>\nStep 1", "unparseable", 0),
+        ("\nStep 1", "Error: <pad>\nStep 1", "unparseable", 0),
+        ("8 - 5", "8 - <pad>5", "unparseable", 0),
+        ("now: 3 + (4 - 6)", "now: 3 + (4<unk> - 6)", "unparseable", 0),
+        ("now: 3 + -2", "now: 3 + -2 <bos>", "unparseable", 1),
+        ("Result: 1", "Result: <pad>1", "unparseable", 3),
+        ("Result: 1", "Result: 1<eos>", "unparseable", 3),
         ("Final Result: 1", "", "unparseable", 3),
     ],
 )
@@ -111,6 +123,16 @@ def test_the_first_wrong_thing_is_named(old, new, kind, first_error):
     assert verdict.valid_steps == min(first_error, len(verdict.steps))
     assert not verdict.trace_correct
     assert verdict.error == (None if verdict.correct else kind)
+    if kind == "unparseable" and first_error == 3:
+        assert not verdict.parseable
+
+
+@pytest.mark.parametrize("mark", ["<pad>", "<unk>", "<bos>", "<eos>", "<think>", "Evaluate:"])
+@pytest.mark.parametrize("place", ["\nStep 1", "Step 2", "5 = 3", "now: 1", "</think>", "Final"])
+def test_a_text_with_a_mark_of_no_solution_has_no_result(mark, place):
+    assert RIGHT.count(place) == 1
+    verdict = verify(PROBLEM, RIGHT.replace(place, f"{mark} {place}"))
+    assert (verdict.predicted, verdict.error) == (None, "unparseable")
 
 
 def test_a_right_result_by_a_wrong_way_is_right():
@@ -184,20 +206,18 @@ def test_check_step_alone():
 
 def test_a_right_text_cut_off_anywhere_is_cut_off():
     for problem in (PROBLEM, "5 +", "7", "12 + 30"):
-        whole = solve(problem).text
-        for end in range(len("<think>"), len(whole)):
+        whole = right_answer(problem)
+        for end in range(len(whole) + 1):  # at the end only the <eos> is missing
             verdict = verify(problem, whole[:end], cut_off=True)
-            lucky = verdict.correct  # only the <eos> is missing
-            assert verdict.trace_error == (None if lucky else "cut_off"), whole[:end]
-            assert verdict.error == (None if lucky else "cut_off")
-        assert verify(problem, whole, cut_off=True).trace_correct
+            assert verdict.trace_error == verdict.error == "cut_off", whole[:end]
+            assert verdict.predicted is None
 
 
 def test_half_a_number_before_the_limit_is_cut_off_not_wrong():
     verdict = verify(
         "7 + 5", "Step 1: 7 + 5 = 12 Expression now: 12 </think> Final Result: 1", True
     )
-    assert (verdict.error, verdict.predicted) == ("cut_off", 1)
+    assert (verdict.error, verdict.predicted) == ("cut_off", None)
 
 
 def test_a_mistake_before_the_limit_is_a_mistake():
@@ -206,6 +226,24 @@ def test_a_mistake_before_the_limit_is_a_mistake():
     assert verdict.error == "arithmetic"
     assert errors(verdict)[0] == "arithmetic"
     assert verify(PROBLEM, "banana " * 100, cut_off=True).error == "unparseable"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (f"{RIGHT} 2", "unparseable"),
+        (RIGHT.replace("Result: 1", "Result: 2"), "wrong_copy"),
+        (RIGHT.replace("Result: 1", "Result: 12"), "wrong_copy"),
+        (RIGHT.partition("Step 3")[0] + "</think>", "wrong_reduction"),
+        (RIGHT.partition("Step 3")[0] + "Step 2", "wrong_copy"),  # becomes part of what it follows
+        (RIGHT.partition("Step 3")[0] + "Stp", "wrong_copy"),
+        (RIGHT.partition("</think>")[0] + "<th", "wrong_copy"),
+        (RIGHT.partition("</think>")[0] + "<think>", "unparseable"),
+    ],
+)
+def test_an_end_that_could_not_have_become_right_is_wrong(text, kind):
+    verdict = verify(PROBLEM, text, cut_off=True)
+    assert (verdict.error, verdict.predicted) == (kind, None)
 
 
 def test_the_end_of_the_text_without_a_limit_is_unparseable():
@@ -218,7 +256,7 @@ def test_the_end_of_the_text_without_a_limit_is_unparseable():
 
 def same_but_for_layout(text):
     """What the verifier takes for the same: white space, and parentheses around lone numbers."""
-    text = " ".join(text.split()).removeprefix("<think>").strip()
+    text = " ".join(text.split())
     return re.sub(
         r"Expression now:(.*?) ?(?=Step|</think>)",
         lambda match: f"Expression now: {canonicalise(match[1])} ",
@@ -234,7 +272,7 @@ def test_no_mistake_in_one_character_escapes(style):
     for _ in range(1500):
         problem = draw(spec, style, rng)
         expression = problem if style == "invalid" else write(problem, style, rng)
-        right = solve(expression).text
+        right = right_answer(expression)
         place, length = rng.randrange(len(right)), rng.randrange(2)
         wrong = right[:place] + rng.choice("0123456789+-() =:SE/x") + right[place + length :]
         verdict = verify(expression, wrong)
@@ -260,21 +298,24 @@ def test_lines_dropped_doubled_and_swapped_are_noticed(seed):
             assert not verify(expression, "\n".join(changed)).trace_correct
 
 
-WORDS = [*RIGHT.split(), "Error:", "missing operand", "<think>", "Evaluate:", "Step", "7:", "((("]
+WORDS = [*RIGHT.split(), *SPECIAL_TOKENS, "Error:", "missing operand", "Evaluate:", "Step", "7:"]
+ENDINGS = ["", "</think> Final\nResult: 7", "</think> Final Result: ERROR", "Final Result: 1"]
 
 
 @settings(max_examples=1000, deadline=None)
 @given(
     st.one_of(st.text(), st.sampled_from([PROBLEM, "5 +", "7"])),
     st.one_of(st.text(), st.lists(st.sampled_from(WORDS)).map(" ".join)),
+    st.sampled_from(ENDINGS),
     st.booleans(),
 )
-def test_every_text_gets_a_consistent_verdict(expression, text, cut_off):
-    verdict = verify(expression, text, cut_off)
+def test_every_text_gets_a_consistent_verdict(expression, text, ending, cut_off):
+    verdict = verify(expression, f"{text} {ending}", cut_off)
     kinds = {None, *get_args(ErrorKind)}
     assert {verdict.trace_error, verdict.error, *errors(verdict)} <= kinds
     assert (verdict.error is None) == verdict.correct
     assert verdict.trace_correct <= verdict.correct <= verdict.parseable
+    assert verdict.parseable <= (not cut_off)
     assert verdict.trace_correct == (verdict.first_error is None)
     assert 0 <= verdict.valid_steps <= len(verdict.steps)
     if verdict.trace_correct:
