@@ -96,7 +96,10 @@ class TrainingConfig(RunConfig):
         0, "tokens per optimizer step instead of batch_size sequences; 0 = off", at_least=0
     )
     gradient_accumulation_steps: int = opt(
-        1, "micro-batches that a step's batch is computed in; same result, less memory", at_least=1
+        1,
+        "least number of micro-batches that a step's batch is computed in; one that would not fit "
+        "into memory is cut further; same result",
+        at_least=1,
     )
     prompt_loss_weight: float = opt(
         1.0, "loss weight of a prompt token (foundational stage only)", at_least=0.0
@@ -294,7 +297,11 @@ class GRPOConfig(RunConfig, LoRAConfig, AdapterFilesConfig):
         choices=("k3", "k3_plain", "exact"),
     )
     num_iterations: int = opt(1, "updates on each batch of rollouts", at_least=1)
-    micro_batch_size: int = opt(32, "completions in one forward pass of the loss", at_least=1)
+    micro_batch_size: int = opt(
+        32,
+        "most completions in one forward pass of the loss; of long ones fewer fit into memory",
+        at_least=1,
+    )
     sft_replay_coef: float = opt(
         0.0, "weight of a supervised loss on right solutions of as many new prompts", at_least=0.0
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from arithmetic_llm.config import ModelConfig
 from arithmetic_llm.corpus import Record
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.solution import one_line
@@ -16,6 +17,13 @@ from arithmetic_llm.tokenizer import BOS, EOS, PAD, THINK, UNK, ArithmeticTokeni
 
 _CHUNK = 10_000  # records tokenised at a time
 _ROUND_TO = 8  # batch widths are multiples of this: fewer distinct shapes run faster
+# What a micro-batch may hold. Tokens bound what grows with the vocabulary (logits, sampling
+# supports), bytes all else. On the CPU the documented step (--batch-size 32, depth 4, default
+# model) then stays under 1.5 GiB, some 0.5 GiB of which are torch, weights, optimizer and corpus;
+# the recipes' batches are never cut. A GPU has memory of its own and stands idle between small
+# kernels, so its bound leaves half of a card of 8 GiB.
+_MOST_TOKENS = 16_384  # padding included
+_MOST_BYTES_ON_CPU, _MOST_BYTES_ON_GPU = 512 * 2**20, 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,7 @@ class TokenisedSamples:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The named samples as one right-padded batch."""
-        longest = int(self.lengths[indices].max()) - 1
-        width = -(-longest // _ROUND_TO) * _ROUND_TO
+        width = _width(int(self.lengths[indices].max()))
         ids = np.full((len(indices), width + 1), PAD, dtype=np.int64)
         weights = np.zeros((len(indices), width + 1), dtype=np.float32)
         for row, index in enumerate(indices):
@@ -142,6 +149,10 @@ def plan_epoch(
         batch_size: samples a batch, unless
         batch_tokens: tokens a batch, padding included (a longer sample is a batch of its own).
     """
+
+    def fits(rows: int, longest: int) -> bool:
+        return rows * longest <= batch_tokens if batch_tokens else rows <= batch_size
+
     order = rng.permutation(len(lengths))
     per_batch = batch_size if not batch_tokens else max(1, int(batch_tokens / lengths.mean()))
     pool = 50 * per_batch
@@ -149,26 +160,76 @@ def plan_epoch(
     for start in range(0, len(order), pool):
         members = order[start : start + pool]
         members = members[np.argsort(lengths[members], kind="stable")]
-        batches += _cut(members, lengths, batch_size, batch_tokens)
+        batches += _cut(members, lengths, fits)
     rng.shuffle(batches)
     return batches
 
 
-def _cut(
-    members: np.ndarray, lengths: np.ndarray, batch_size: int, batch_tokens: int
+def micro_batches(
+    lengths: np.ndarray,
+    indices: np.ndarray,
+    shape: ModelConfig,
+    device: torch.device,
+    least: int = 1,
+    most_rows: int | None = None,
 ) -> list[np.ndarray]:
-    """Consecutive runs of ``members`` (sorted by length) that fit the batch size."""
-    batches, start = [], 0
+    """Cut a batch into parts that fit into memory; every index once, in order of length.
+
+    A part of several rows has at most 16,384 tokens, padding included, and needs at most
+    512 MiB on the CPU or 4 GiB elsewhere (`working_memory`); a single row is never cut.
+
+    Args:
+        lengths: tokens of each sample of the corpus, ``<bos>`` and ``<eos>`` included.
+        indices: the samples of the batch.
+        shape, device: of the model that reads it.
+        least: parts to make at least, as far as there are rows.
+        most_rows: rows of a part at most.
+    """
+    most_bytes = _MOST_BYTES_ON_CPU if device.type == "cpu" else _MOST_BYTES_ON_GPU
+
+    def fits(rows: int, longest: int) -> bool:
+        return (
+            rows <= (most_rows or rows)
+            and rows * _width(longest) <= _MOST_TOKENS
+            and working_memory(rows, _width(longest), shape) <= most_bytes
+        )
+
+    ordered = indices[np.argsort(lengths[indices], kind="stable")]
+    pieces = np.array_split(ordered, max(1, min(least, len(ordered))))
+    return [part for piece in pieces for part in _cut(piece, lengths, fits)]
+
+
+def working_memory(rows: int, width: int, shape: ModelConfig) -> int:
+    """Bytes, about, that a training step takes for a micro-batch beside weights and optimizer.
+
+    For each position a layer keeps 16 vectors of the model's width, 4 of the feed-forward's and
+    one row of attention weights a head; the backward pass has copies worth about 3 layers more.
+    Measured in fp32 from 64 x 64 to 2 x 1,024 tokens, with 3 to 6 layers, it is 5 to 35 % above
+    the peak (but a quarter below that of one row of 1,536); bf16 takes two thirds.
+    """
+    values = 16 * shape.d_model + 4 * shape.dim_feedforward + shape.nhead * width
+    return 4 * rows * width * (shape.num_layers + 3) * values
+
+
+def _width(longest: int) -> int:
+    """Positions of a batch: the last token is a target only."""
+    return -(-(longest - 1) // _ROUND_TO) * _ROUND_TO
+
+
+def _cut(
+    members: np.ndarray, lengths: np.ndarray, fits: Callable[[int, int], bool]
+) -> list[np.ndarray]:
+    """Consecutive runs of ``members`` (sorted by length), each as long as it fits.
+
+    Args:
+        fits: whether so many rows, the longest of so many tokens, may be together.
+    """
+    runs, start = [], 0
     for end in range(1, len(members) + 1):
-        full = end == len(members)
-        if batch_tokens and not full:
-            full = (end + 1 - start) * lengths[members[end]] > batch_tokens
-        elif not full:
-            full = end - start == batch_size
-        if full:
-            batches.append(members[start:end])
+        if end == len(members) or not fits(end + 1 - start, int(lengths[members[end]])):
+            runs.append(members[start:end])
             start = end
-    return batches
+    return runs
 
 
 def _check(record: Record, ids: list[int]) -> None:

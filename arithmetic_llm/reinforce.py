@@ -33,7 +33,7 @@ from arithmetic_llm.checkpoint import (
 from arithmetic_llm.config import GRPOConfig
 from arithmetic_llm.corpus import solved, test_set
 from arithmetic_llm.coverage import Coverage, coverage, merge
-from arithmetic_llm.data import Batch, LossWeights, TokenisedSamples
+from arithmetic_llm.data import Batch, LossWeights, TokenisedSamples, micro_batches
 from arithmetic_llm.evaluate import room_to_answer, warn_if_too_short
 from arithmetic_llm.generate import GREEDY, Sampling, evaluating
 from arithmetic_llm.grpo import (
@@ -211,10 +211,18 @@ class GRPOTask:
 
     def _batches(self, episodes: list[Episode]) -> list[EpisodeBatch]:
         """Micro-batches of episodes of like length."""
-        size = self.config.micro_batch_size
-        ordered = sorted(episodes, key=lambda e: len(e.prompt) + len(e.completion))
-        starts = range(0, len(ordered), size)
-        return [collate(ordered[i : i + size], self.config) for i in starts]
+        lengths = np.array([len(e.prompt) + len(e.completion) for e in episodes], dtype=int)
+        return [collate([episodes[i] for i in part], self.config) for part in self._parts(lengths)]
+
+    def _parts(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """Which sequences go through the model together."""
+        return micro_batches(
+            lengths,
+            np.arange(len(lengths)),
+            self.model.config,
+            self.model.device,
+            most_rows=self.config.micro_batch_size,
+        )
 
     # -- loss
 
@@ -267,12 +275,11 @@ class GRPOTask:
 
     def _solutions(self, expressions: Sequence[str]) -> list[Solutions]:
         """Micro-batches of right solutions of like length; those beyond the context are counted."""
-        context, size = self.model.config.max_seq_length, self.config.micro_batch_size
+        context = self.model.config.max_seq_length
         records = [solved(expression) for expression in expressions]
         samples = TokenisedSamples(records, self.tokenizer, context, LossWeights(0.0, 1.0))
         self.noted["solutions_dropped"] = len(samples.dropped)
-        order = np.argsort(samples.lengths, kind="stable")
-        batches = [samples.batch(order[i : i + size]) for i in range(0, len(order), size)]
+        batches = [samples.batch(part) for part in self._parts(samples.lengths)]
         return [Solutions(batch, batch.count) for batch in batches]
 
     # -- what is checked, told and kept

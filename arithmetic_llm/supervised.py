@@ -35,7 +35,13 @@ from arithmetic_llm.config import (
 )
 from arithmetic_llm.corpus import Record, read_corpus, test_set
 from arithmetic_llm.coverage import Coverage, coverage, merge
-from arithmetic_llm.data import Batch, LossWeights, TokenisedSamples, plan_epoch
+from arithmetic_llm.data import (
+    Batch,
+    LossWeights,
+    TokenisedSamples,
+    micro_batches,
+    plan_epoch,
+)
 from arithmetic_llm.expression import ExpressionError, parse
 from arithmetic_llm.model import ArithmeticModel, initialise
 from arithmetic_llm.runs import Run, open_run
@@ -50,12 +56,22 @@ from arithmetic_llm.trainer import fit
 
 
 class SupervisedTask:
-    """Next-token prediction over tokenised samples; see `trainer.Task`."""
+    """Next-token prediction over tokenised samples; see `trainer.Task`.
+
+    Args:
+        model: what is trained; its shape decides how batches are cut to fit into memory.
+    """
 
     judges_start = False  # it is random weights, or the stage before has told
 
-    def __init__(self, train: TokenisedSamples, held_out: TokenisedSamples, config: TrainingConfig):
-        self.train, self.held_out, self.config = train, held_out, config
+    def __init__(
+        self,
+        train: TokenisedSamples,
+        held_out: TokenisedSamples,
+        config: TrainingConfig,
+        model: ArithmeticModel,
+    ):
+        self.train, self.held_out, self.config, self.model = train, held_out, config, model
         self.plan: list[np.ndarray] = []
         for epoch in itertools.count() if config.max_steps else range(config.num_epochs):
             rng = np.random.default_rng((config.seed, epoch))
@@ -70,9 +86,8 @@ class SupervisedTask:
         self._tokens_before = np.cumsum([0, *tokens])
 
     def updates(self, step: int) -> list[list[Batch]]:
-        indices = self.plan[step]
-        parts = min(self.config.gradient_accumulation_steps, len(indices))
-        return [[self.train.batch(part) for part in np.array_split(indices, parts)]]
+        least = self.config.gradient_accumulation_steps
+        return [self._batches(self.train, self.plan[step], least)]
 
     def work(self, step: int) -> int:
         """Tokens of the samples before ``step``."""
@@ -86,17 +101,28 @@ class SupervisedTask:
 
         ``eval_loss`` is in nats per solution token. ``eval_exact`` is the share of samples whose
         every solution token is the likeliest one: just those that greedy decoding would write.
+        A sample longer than the context has no loss, but it does count as wrong: it is the
+        deepest ones that do not fit, and leaving them out would flatter the model where it is
+        weakest.
         """
         loss, tokens, exact = 0.0, 0.0, 0
-        for indices in np.array_split(np.argsort(self.held_out.lengths), _parts(self.held_out)):
-            batch = self.held_out.batch(indices).to(model.device)
+        for batch in self._batches(self.held_out, np.arange(len(self.held_out))):
+            batch = batch.to(model.device)
             logits, targets, weights = counted_logits(model, batch)
             losses = F.cross_entropy(logits, targets, reduction="none") * weights
             wrong = torch.zeros(batch.weights.shape, device=model.device, dtype=torch.bool)
             wrong[batch.weights > 0] = logits.argmax(-1) != targets
             loss, tokens = loss + losses.sum().item(), tokens + weights.sum().item()
             exact += int((~wrong.any(dim=1)).sum())
-        return {"eval_loss": loss / tokens, "eval_exact": exact / len(self.held_out)}
+        drawn = len(self.held_out) + len(self.held_out.dropped)
+        return {"eval_loss": loss / tokens, "eval_exact": exact / drawn}
+
+    def _batches(
+        self, samples: TokenisedSamples, indices: np.ndarray, least: int = 1
+    ) -> list[Batch]:
+        shape, device = self.model.config, self.model.device
+        parts = micro_batches(samples.lengths, indices, shape, device, least)
+        return [samples.batch(part) for part in parts]
 
     def badness(self, figures: dict[str, float]) -> float:
         return figures["eval_loss"]
@@ -121,10 +147,6 @@ def counted_logits(model: ArithmeticModel, batch: Batch) -> tuple[Tensor, Tensor
 def summed_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Sum over tokens of weight x negative log-likelihood, in nats."""
     return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
-
-
-def _parts(samples: TokenisedSamples, tokens: int = 16_384) -> int:
-    return max(1, -(-len(samples.ids) // tokens))
 
 
 # ------------------------------------------------------------------------------ the stages
@@ -212,15 +234,15 @@ def _task(
     checkpoint: Checkpoint,
     loss: LossWeights,
 ) -> SupervisedTask:
-    context = checkpoint.model.config.max_seq_length
-    train = TokenisedSamples(read_corpus(corpus_path), checkpoint.tokenizer, context, loss)
-    _report(train, covered, corpus_path, context)
-    held_out = TokenisedSamples(
-        _held_out_records(covered, config), checkpoint.tokenizer, context, LossWeights(0.0, 1.0)
-    )
-    if len(held_out) == 0:
-        raise UserError(f"no held-out sample fits into {context} tokens; raise --max-seq-length")
-    return SupervisedTask(train, held_out, config)
+    tokenizer, context = checkpoint.tokenizer, checkpoint.model.config.max_seq_length
+    warn_of_other_splits(covered, corpus_path)
+    train = TokenisedSamples(read_corpus(corpus_path), tokenizer, context, loss)
+    _report_dropped(train, f"samples of {corpus_path}", context, "left out")
+    records = _held_out_records(covered, config)
+    held_out = TokenisedSamples(records, tokenizer, context, LossWeights(0.0, 1.0))
+    counted = "left out of eval_loss and wrong in eval_exact"
+    _report_dropped(held_out, "held-out samples", context, counted)
+    return SupervisedTask(train, held_out, config, checkpoint.model)
 
 
 def _held_out_records(covered: Coverage, config: TrainingConfig) -> list[Record]:
@@ -239,18 +261,20 @@ def warn_of_other_splits(covered: Coverage, corpus_path: str) -> None:
             )
 
 
-def _report(samples: TokenisedSamples, covered: Coverage, corpus_path: str, context: int) -> None:
-    warn_of_other_splits(covered, corpus_path)
+def _report_dropped(samples: TokenisedSamples, name: str, context: int, so: str) -> None:
+    """Say how many samples of each depth are longer than the context, and what follows.
+
+    Raises:
+        UserError: all of them are.
+    """
     if len(samples) == 0:
-        raise UserError(
-            f"{corpus_path}: every sample is longer than {context} tokens; raise --max-seq-length"
-        )
+        raise UserError(f"all {name} are longer than {context} tokens; raise --max-seq-length")
     if samples.dropped:
         depths = Counter(_depth_name(expression) for expression in samples.dropped)
         shown = ", ".join(f"{count} of depth {depth}" for depth, count in sorted(depths.items()))
         print(
-            f"warning: {len(samples.dropped)} of {len(samples) + len(samples.dropped)} samples are "
-            f"longer than {context} tokens and left out ({shown}); raise --max-seq-length"
+            f"warning: {len(samples.dropped)} of {len(samples) + len(samples.dropped)} {name} are "
+            f"longer than {context} tokens and {so} ({shown}); raise --max-seq-length"
         )
 
 

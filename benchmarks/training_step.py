@@ -42,7 +42,8 @@ def prepare():
     shape = build(ModelConfig, read_json(RECIPE / "model.json"), {})
     samples = TokenisedSamples(records, tokenizer, shape.max_seq_length, LossWeights(0.05, 3.0))
     model = initialise(ArithmeticModel(shape, tokenizer.vocab_size))
-    return model, build_optimizer(model, config), SupervisedTask(samples, samples, config)
+    task = SupervisedTask(samples, samples, config, model)
+    return model, build_optimizer(model, config), task
 
 
 def main(threads=2, steps=120):

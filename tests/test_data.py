@@ -203,7 +203,8 @@ def test_short_and_long_batches_come_in_random_order():
 
 def task(**settings):
     config = FoundationalConfig(tokenizer_path="t", corpus_path="c", **settings)
-    return SupervisedTask(tokenised(), tokenised(RECORDS[:50]), config)
+    model = random_model(TOKENIZER.vocab_size)
+    return SupervisedTask(tokenised(), tokenised(RECORDS[:50]), config, model)
 
 
 def gradient(pieces):
