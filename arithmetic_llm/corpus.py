@@ -75,18 +75,24 @@ def test_set(
 ) -> list[Sample]:
     """Draw distinct problems of a split, as many of each depth (and length of flat sum) as of any.
 
+    No tree occurs twice, in whatever styles: a flat sum or a drill can be a tree that another style
+    has, so trees are drawn first, then flat sums, then drills, each from what is left.
+
     Where a depth has fewer problems than its share, all are used, and deeper ones take up the
-    rest; so the list is shorter than ``num_samples`` only when every depth is exhausted.
+    rest; so a style has fewer samples than its rate asks for only when all its depths or lengths
+    are exhausted.
 
     Raises:
         UserError: a depth has no problem in the split at all; it is named.
     """
     rng = Random(seed)
     counts = spec.style_counts(num_samples)
-    samples = []
+    samples: list[Sample] = []
+    taken: set[Problem] = set()
     for styles in (TREE_STYLES, ("flat",), ("drill",), ("invalid",)):
         order = [*shuffled({style: counts[style] for style in styles}, rng)]
-        problems = draw_distinct(spec, styles[0], len(order), split, rng)
+        problems = draw_distinct(spec, styles[0], len(order), split, rng, taken)
+        taken.update(problems)
         samples += [
             _sample(problem, style, rng) for problem, style in zip(problems, order, strict=False)
         ]

@@ -7,7 +7,7 @@ one problem and belong to the same split.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from random import Random
 from typing import NamedTuple
 
@@ -76,16 +76,24 @@ def draw_any(spec: SampleSpec, style: str, split: str, rng: Random) -> Problem:
         problem = draw(spec, style, rng)
         if split_of_problem(problem) == split:
             return problem
-    raise _no_problem(f"{style} style", spec, split)
+    raise _no_problem(f"{style} style", spec.num_range, split)
 
 
 def draw_distinct(
-    spec: SampleSpec, style: str, wanted: int, split: str, rng: Random
+    spec: SampleSpec,
+    style: str,
+    wanted: int,
+    split: str,
+    rng: Random,
+    taken: Collection[Problem] = (),
 ) -> list[Problem]:
     """That many different problems in random order, spread evenly over depths or lengths.
 
     What a depth with few problems lacks falls to deeper ones; fewer than ``wanted`` come back only
     when all are exhausted.
+
+    Args:
+        taken: problems that are not to be drawn again.
 
     Raises:
         UserError: a depth, a length of flat sum or a style has no problem in the split.
@@ -94,10 +102,8 @@ def draw_distinct(
     found: list[Problem] = []
     for place, stratum in enumerate(strata):
         share = (wanted - len(found)) // (len(strata) - place)
-        problems = _distinct(stratum, share, split, rng)
-        if share and not problems:
-            raise _no_problem(stratum.name, spec, split)
-        found += problems
+        if share:
+            found += _distinct(stratum, share, split, rng, taken)
     rng.shuffle(found)
     return found
 
@@ -106,6 +112,7 @@ class _Stratum(NamedTuple):
     """Problems that are to be drawn equally often; ``every`` lists them if there are few."""
 
     name: str
+    num_range: tuple[int, int]
     draw: Callable[[Random], Problem]
     size: int | None = None  # None: too many to list
     every: Callable[[], Iterator[Problem]] = lambda: iter(())
@@ -115,7 +122,7 @@ def _strata(spec: SampleSpec, style: str) -> list[_Stratum]:
     if style == "flat":
         return [_flat_stratum(terms, spec.num_range) for terms in range(2, spec.flat_terms + 1)]
     if style in ("drill", "invalid"):
-        return [_Stratum(f"{style} style", lambda rng: draw(spec, style, rng))]
+        return [_Stratum(f"{style} style", spec.num_range, lambda rng: draw(spec, style, rng))]
     depths = range(spec.min_depth, spec.max_depth + 1)
     return [_depth_stratum(depth, spec.num_range) for depth in depths]
 
@@ -123,6 +130,7 @@ def _strata(spec: SampleSpec, style: str) -> list[_Stratum]:
 def _depth_stratum(depth: int, num_range: tuple[int, int]) -> _Stratum:
     return _Stratum(
         f"depth {depth}",
+        num_range,
         lambda rng: exact_tree(depth, num_range, rng),
         count_trees(depth, num_range),
         lambda: all_trees(depth, num_range),
@@ -132,35 +140,50 @@ def _depth_stratum(depth: int, num_range: tuple[int, int]) -> _Stratum:
 def _flat_stratum(terms: int, num_range: tuple[int, int]) -> _Stratum:
     return _Stratum(
         f"{terms} numbers in a flat sum",
+        num_range,
         lambda rng: flat_sum(terms, num_range, rng),
         count_flat_sums(terms, num_range),
         lambda: all_flat_sums(terms, num_range),
     )
 
 
-def _distinct(stratum: _Stratum, wanted: int, split: str, rng: Random) -> list[Problem]:
+def _distinct(
+    stratum: _Stratum, wanted: int, split: str, rng: Random, taken: Collection[Problem]
+) -> list[Problem]:
     """That many different problems, or all there are; small strata are listed, not searched."""
     if stratum.size is not None and stratum.size <= 100 * wanted:
-        problems = [p for p in stratum.every() if split_of_problem(p) == split]
-        return rng.sample(problems, min(wanted, len(problems)))
-    return _search(stratum, wanted, split, rng)
+        met = [problem for problem in stratum.every() if split_of_problem(problem) == split]
+        free = [problem for problem in met if problem not in taken]
+        found = rng.sample(free, min(wanted, len(free)))
+    else:
+        met = _search(stratum, wanted, split, rng, taken)
+        found = [problem for problem in met if problem not in taken]
+    if not met:  # a stratum whose problems are all taken has at least been met
+        raise _no_problem(stratum.name, stratum.num_range, split)
+    return found
 
 
-def _search(stratum: _Stratum, wanted: int, split: str, rng: Random) -> list[Problem]:
-    found: dict[Problem, None] = {}  # a set that keeps its order
+def _search(
+    stratum: _Stratum, wanted: int, split: str, rng: Random, taken: Collection[Problem]
+) -> list[Problem]:
+    """Problems of the split in the order in which they turned up, ``wanted`` of them not taken."""
+    met: dict[Problem, None] = {}  # a set that keeps its order
     misses = 0
-    while len(found) < wanted and misses < _MAX_DRAWS:
+    while wanted and misses < _MAX_DRAWS:
         problem = stratum.draw(rng)
-        if problem not in found and split_of_problem(problem) == split:
-            found[problem] = None
-            misses = 0
-        else:
+        if problem in met or split_of_problem(problem) != split:
             misses += 1
-    return list(found)
+            continue
+        met[problem] = None
+        if problem in taken:
+            misses += 1
+        else:
+            wanted, misses = wanted - 1, 0
+    return list(met)
 
 
-def _no_problem(what: str, spec: SampleSpec, split: str) -> UserError:
-    low, high = spec.num_range
+def _no_problem(what: str, num_range: tuple[int, int], split: str) -> UserError:
+    low, high = num_range
     return UserError(
         f"the {split} split has no problem of {what} with numbers {low} to {high}; "
         "widen --num-range or choose other depths"

@@ -6,6 +6,7 @@ import json
 import random
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -34,6 +35,15 @@ MIXED = SampleSpec(
 )
 ALL_DEPTH_1 = [f"{a} {op} {b}" for a, b in itertools.product(range(1, 21), repeat=2) for op in "+-"]
 GOLDEN_SHA256 = "d2fb38269e11804359e3b823c6efb5d26df18fbe2b0ee3c4c37b8e51249e0abc"
+
+
+PUBLISHED_TEST_SHA256 = "5a04afbad14ce723ba93c80a28fa0f9111084483099c5da30dd09a406b5f35bd"
+PUBLISHED_STYLES_SHA256 = "9875a75e52d3e0d83f63b985534c14a3beef992880c549888c59d1596b7b32c9"
+
+
+def file_hash(samples):
+    text = "".join(json_line(sample.record) for sample in samples)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def tree_of(sample):
@@ -157,6 +167,56 @@ def test_test_problems_are_distinct_and_of_the_test_split():
     assert len(trees) == len(set(trees)) == 900
     invalid = [sample.record.expression for sample in samples if sample.style == "invalid"]
     assert len(invalid) == len(set(invalid)) == 100
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"typed_rate": 0.2, "flat_rate": 0.2, "drill_rate": 0.3, "flat_terms": 4},
+        {"num_range": (0, 5), "flat_rate": 0.3, "drill_rate": 0.2, "flat_terms": 3},
+        {"num_range": (-2, 2), "max_depth": 2, "padded_rate": 0.2, "drill_rate": 0.5},
+        {"max_depth": 1, "flat_rate": 0.5, "flat_terms": 3, "num_range": (-9, 9)},
+    ],
+)
+def test_no_problem_is_in_a_file_twice_in_whatever_styles(settings, split):
+    """1 + 2 - 3 is a flat sum and a typed tree, 1 + 2 can also be a drill."""
+    spec = SampleSpec(**{"max_depth": 3, "invalid_rate": 0.1} | settings)
+    samples = corpus.test_set(spec, 400, 7, split)
+    assert {s.style for s in samples} == {s for s, n in spec.style_counts(400).items() if n}
+    valid = [tree_of(sample) for sample in samples if sample.style != "invalid"]
+    invalid = [sample.record.expression for sample in samples if sample.style == "invalid"]
+    assert len({*valid, *invalid}) == len(samples)
+    assert {split_of(sample.record.expression) for sample in samples} == {split}
+    assert samples == corpus.test_set(spec, 400, 7, split)
+
+
+def test_other_styles_take_nothing_from_trees():
+    spec = SampleSpec(max_depth=3, flat_rate=0.2, flat_terms=4, drill_rate=0.3, invalid_rate=0.0)
+    mixed = corpus.test_set(spec, 400, seed=1)
+    trees = Counter(s.depth for s in mixed if s.style in TREE_STYLES)
+    assert sum(trees.values()) == 200
+    assert max(trees.values()) - min(trees.values()) > 0  # depth 1 has about 40 problems
+    assert trees[2] - trees[3] in (0, -1)
+    assert {s.terms for s in mixed if s.style == "flat"} == {3, 4}  # those of 2 numbers are taken
+
+
+def test_a_style_whose_problems_are_all_taken_is_left_out():
+    spec = SampleSpec(max_depth=1, drill_rate=0.5, invalid_rate=0.0, typed_rate=0.0)
+    samples = corpus.test_set(spec, 100, seed=1)
+    everything = {text for text in ALL_DEPTH_1 if split_of(text) == "test"}
+    assert {sample.record.expression for sample in samples} == everything
+    assert {sample.style for sample in samples} == {"nested"}
+    with pytest.raises(UserError, match="test split has no problem of drill style"):
+        corpus.test_set(replace(spec, num_range=(3, 3), drill_rate=1.0), 10, seed=1)
+
+
+def test_test_files_of_trees_stay_as_they_were_published():
+    """The quickstart's test file, and what a validation draws; made before styles were compared."""
+    recipe = SampleSpec(max_depth=4, invalid_rate=0.0, typed_rate=0.0)
+    styles = SampleSpec(max_depth=5)
+    assert file_hash(corpus.test_set(recipe, 1000, 42)) == PUBLISHED_TEST_SHA256
+    assert file_hash(corpus.test_set(styles, 400, 42, "validation")) == PUBLISHED_STYLES_SHA256
 
 
 def test_a_small_depth_is_exhausted_and_the_others_share_the_rest():
