@@ -48,6 +48,8 @@ from arithmetic_llm.runtime import (
 from arithmetic_llm.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.trainer import fit
 
+MORE_ROOM = "raise --max-seq-length, or make a corpus of shallower problems"
+
 
 class SupervisedTask:
     """Next-token prediction over tokenised samples; see `trainer.Task`."""
@@ -219,7 +221,7 @@ def _task(
         _held_out_records(covered, config), checkpoint.tokenizer, context, LossWeights(0.0, 1.0)
     )
     if len(held_out) == 0:
-        raise UserError(f"no held-out sample fits into {context} tokens; raise --max-seq-length")
+        raise UserError(f"no held-out sample fits into {context} tokens; {MORE_ROOM}")
     return SupervisedTask(train, held_out, config)
 
 
@@ -242,15 +244,13 @@ def warn_of_other_splits(covered: Coverage, corpus_path: str) -> None:
 def _report(samples: TokenisedSamples, covered: Coverage, corpus_path: str, context: int) -> None:
     warn_of_other_splits(covered, corpus_path)
     if len(samples) == 0:
-        raise UserError(
-            f"{corpus_path}: every sample is longer than {context} tokens; raise --max-seq-length"
-        )
+        raise UserError(f"{corpus_path}: every sample is longer than {context} tokens; {MORE_ROOM}")
     if samples.dropped:
         depths = Counter(_depth_name(expression) for expression in samples.dropped)
         shown = ", ".join(f"{count} of depth {depth}" for depth, count in sorted(depths.items()))
         print(
             f"warning: {len(samples.dropped)} of {len(samples) + len(samples.dropped)} samples are "
-            f"longer than {context} tokens and left out ({shown}); raise --max-seq-length"
+            f"longer than {context} tokens and left out ({shown}); {MORE_ROOM}"
         )
 
 

@@ -141,7 +141,7 @@ def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) 
         loss.backward()
         loss_sum += loss.item()
     if not math.isfinite(loss_sum):
-        raise UserError(f"the loss is {loss_sum} at step {run.step}; lower --learning-rate")
+        raise UserError(f"the loss is {loss_sum} at step {run.step}; lower {run.config.rate_flags}")
     if run.config.gradient_clip:
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.gradient_clip)
     run.optimizer.step(scale)
@@ -167,7 +167,9 @@ class FirstUpdate:
         if moved & frozen:
             raise RuntimeError(f"frozen weights have moved: {sorted(moved & frozen)[:3]}")
         if not moved:
-            raise UserError("the first update moved no weight; raise --learning-rate")
+            raise UserError(
+                "the first update moved no weight; raise --learning-rate, under muon --muon-learning-rate"
+            )
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
@@ -181,7 +183,9 @@ def evaluate(run: Run, task: Task, log: MetricsLog, bar: Progress) -> None:
     with torch.no_grad():
         figures = task.evaluate(run.model)
     if math.isnan(task.badness(figures)):
-        raise UserError(f"the held-out loss is nan at step {run.step}; lower --learning-rate")
+        raise UserError(
+            f"the held-out loss is nan at step {run.step}; lower {run.config.rate_flags}"
+        )
     run.model.train()
     log.append(step=run.step, **figures)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
