@@ -8,6 +8,7 @@ Each stage is one command, printed before it runs; paste it to run that stage al
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def evaluation(stage, model, name):
     return stage, f"run_evaluation.py --model-path {model} {TEST} --output-dir {folder}", folder
 
 
-# name, command, and where its evaluation lands if it is one; {recipe} is the folder of configs
+# name, command, and where its evaluation lands if it is one; {recipe} is the folder of configs,
+# put in when the command has been cut into words, so that it may hold spaces and backslashes
 STAGES = (
     (
         "1 foundational corpus",
@@ -101,7 +103,7 @@ def main(argv=None):
     recipe = parse(Config, argv, __doc__).recipe
     done = []
     for name, command, results in STAGES:
-        seconds = run(name, command.format(recipe=recipe))
+        seconds = run(name, words(command, recipe))
         done.append((name, newest_metrics(results) if results else None, seconds))
 
     from arithmetic_llm.report import stage_table
@@ -111,10 +113,20 @@ def main(argv=None):
     print(f"  {sys.executable} run_interactive.py --model-path {INSTRUCTION}")
 
 
-def run(name, command):
+def words(command, recipe):
+    """The arguments of a stage's command, whatever characters the recipe's path has."""
+    return [word.format(recipe=recipe) for word in command.split()]
+
+
+def quoted(arguments):
+    """Arguments as they can be pasted into this system's shell."""
+    return subprocess.list2cmdline(arguments) if os.name == "nt" else shlex.join(arguments)
+
+
+def run(name, arguments):
     """One stage as a process of its own; returns its seconds."""
-    print(f"\n== {name}\n$ python {command}", flush=True)
-    script, *flags = shlex.split(command)
+    print(f"\n== {name}\n$ python {quoted(arguments)}", flush=True)
+    script, *flags = arguments
     started = time.monotonic()
     here = Path(__file__).resolve().parent
     code = subprocess.run([sys.executable, str(here / script), *flags]).returncode

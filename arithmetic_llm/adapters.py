@@ -147,7 +147,10 @@ def load_peft_checkpoint(folder: Path, base_checkpoint: str | Path = "") -> Chec
     elif base_checkpoint:  # PEFT itself does not write what it was trained on
         base = load_checkpoint(base_checkpoint)
     else:
-        raise UserError(f"{folder}: does not say what its base is; name it with --base-checkpoint")
+        raise UserError(
+            f"{folder}: does not say what its base is; name it with --base-checkpoint, if need be "
+            "in merge_lora_adapter.py"
+        )
     return replace(base, model=merge_adapter(load_peft(folder, base.model)))
 
 

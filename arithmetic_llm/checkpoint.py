@@ -137,7 +137,9 @@ def load_checkpoint(
         return checkpoint
     content = read_checkpoint(path)
     if base_checkpoint and not content.adapter:
-        raise UserError(f"{path}: is a whole model, not an adapter; leave --base-checkpoint out")
+        raise UserError(
+            f"{path}: is a whole model, not an adapter; it needs no --base-checkpoint and no merging"
+        )
     try:
         if content.adapter:
             model = _merged(content, path, base_checkpoint)
@@ -194,7 +196,7 @@ def find_base(adapter: dict[str, Any], path: Path, base_checkpoint: str | Path) 
                 return load_checkpoint(candidate)
     raise UserError(
         f"{path}: its base model {adapter['base_path']} is not there and none near it has the "
-        "same weights; say where it is with --base-checkpoint"
+        "same weights; say where it is with --base-checkpoint, if need be in merge_lora_adapter.py"
     )
 
 
@@ -286,8 +288,7 @@ def check_tokenizer(checkpoint: Checkpoint, path: str, checkpoint_path: str) -> 
 
     if path and ArithmeticTokenizer.load(path).hash != checkpoint.tokenizer.hash:
         raise UserError(
-            f"{path}: not the tokenizer that {checkpoint_path} was trained with; "
-            "name that one, or leave --tokenizer-path out"
+            f"{path}: not the tokenizer that {checkpoint_path} was trained with; name that one"
         )
 
 

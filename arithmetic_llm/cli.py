@@ -1,7 +1,8 @@
 """Flags, JSON configs and defaults are one thing: a dataclass, read here.
 
 Precedence: command line, then the JSON file, then the field's default. Flags accept dashes and
-underscores alike. Every refusal is one line and exit code 2.
+underscores alike. A setting that can have no effect beside the others is refused, or gives way to
+the command line. Every refusal is one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -15,23 +16,53 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from arithmetic_llm.runtime import UserError, require_file
 
 Config = TypeVar("Config")
+Clause = Mapping[str, Any]  # settings by name, and what one of them must be; see `opt`
+OUT_OF_MEMORY = "out of memory; use a smaller batch (--help says which flags cut it) or model"
+COMMAND_LINE, DEFAULT = "the command line", "the default"  # where a value comes from, if not a file
+
+
+class Above(NamedTuple):
+    """In ``needs``: any number greater than the bound."""
+
+    bound: float
 
 
 def opt(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field with the help text that its flag shows.
 
-    ``required=True`` marks a value that flag or JSON must give; ``choices`` lists what is allowed;
-    ``at_least``, ``above`` and ``at_most`` bound a number; ``weights=True`` marks a text of weights
-    by name, which JSON may give as an object.
+    ``required=True`` marks a value that flag or JSON must give wherever it has an effect;
+    ``choices`` lists what is allowed; ``at_least``, ``above`` and ``at_most`` bound a number;
+    ``weights=True`` marks a text of weights by name, which JSON may give as an object; ``unset``
+    says what a default of None stands for.
+
+    ``needs`` lists what must hold for the setting to have any effect. Each entry maps other
+    settings to what they must be, and one of them must be so: the value itself, one of a tuple of
+    values, or `Above` a bound. A setting that the script does not have stands in nobody's way.
+
+        needs=[{"data_mode": "generated"}]             prompts must be generated
+        needs=[{"max_steps": 0}]                       max_steps overrides it
+        needs=[{"test_file": "", "temperature": Above(0)}, {"style": ("typed", "padded")}]
+                                                       (no file or sampling) and a style of the two
+
+    ``never`` gives the reason why a setting that a stage inherits has no effect there at all; its
+    flag is not shown.
     """
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def like(config_class: type, name: str, *default: Any, **metadata: Any) -> Any:
+    """The field of another config class; its default or some of its metadata may change."""
+    field = config_class.__dataclass_fields__[name]
+    (default,) = default or (field.default,)
+    return dataclasses.field(default=default, metadata={**field.metadata, **metadata})
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -54,13 +85,17 @@ def parse_many(
     """One instance of each config class; section ``model_config`` reads ``--model-config FILE``.
 
     Raises:
-        UserError: unknown flag or key, wrong type, value out of bounds, missing required value.
+        UserError: unknown flag or key, wrong type, value out of bounds, missing required value, a
+            setting that can have no effect.
     """
     given = read_flags(sections, argv, description)
-    return tuple(
-        build(cls, _section_json(given, name), {k: given[k] for k in _names(cls) if k in given})
-        for name, cls in sections.items()
-    )
+    settings: dict[str, Setting] = {}
+    for name, cls in sections.items():
+        file = given.get(name, "")
+        flags = {key: given[key] for key in _names(cls) if key in given}
+        settings |= settings_of(cls, read_json(file) if name in given else {}, flags, file)
+    settings = without_void(settings)
+    return tuple(construct(cls, settings) for cls in sections.values())
 
 
 def parse_run(
@@ -79,8 +114,9 @@ def parse_run(
         return configs
     for name in sections:
         if name in given:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag}: {folder} has its own settings; leave it out with --resume")
+            raise UserError(
+                f"{flag_of(name)}: {folder} has its own settings; leave it out with --resume"
+            )
     files = {"config": "training_config.json", "model_config": "model_config.json"}
     configs = []
     for name, cls in sections.items():
@@ -88,8 +124,8 @@ def parse_run(
         for key in _names(cls):
             if key in given and _typed(key, given[key], _hints(cls)[key]) != getattr(saved, key):
                 raise UserError(
-                    f"--{key.replace('_', '-')} {given[key]}: {folder} runs with "
-                    f"{getattr(saved, key)}; leave it out, or start anew with --init-from"
+                    f"{flag_of(key)} {shown(given[key])}: {folder} runs with "
+                    f"{shown(getattr(saved, key))}; leave it out, or start a new run"
                 )
         configs.append(saved)
     configs[0] = dataclasses.replace(configs[0], resume=folder)
@@ -106,10 +142,11 @@ def read_flags(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, cls in sections.items():
-        _add_flag(parser, name, str, {"help": f"JSON file with values for these flags ({name})"})
+        _add_flag(parser, name, str, {}, f"JSON file with values for these flags ({name})")
         group = parser.add_argument_group(_heading(cls))
         for field in dataclasses.fields(cls):
-            _add_flag(group, field.name, _hints(cls)[field.name], field.metadata, field.default)
+            text = _help(field, sections.values())
+            _add_flag(group, field.name, _hints(cls)[field.name], field.metadata, text)
     arguments = [_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
     namespace, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -126,45 +163,138 @@ def _dashes(word: str) -> str:
     return flag.replace("_", "-") + equals + value
 
 
-def _add_flag(parser: Any, name: str, hint: Any, metadata: Any, default: Any = None) -> None:
+def _add_flag(parser: Any, name: str, hint: Any, metadata: Any, help: str) -> None:
     kind, count = _scalar(hint)
-    flag = "--" + name.replace("_", "-")
-    text = metadata["help"].replace("%", "%%") + _shown_default(metadata, default)
+    text = argparse.SUPPRESS if "never" in metadata else help.replace("%", "%%")
     common = {"dest": name, "help": text, "default": argparse.SUPPRESS}
     if kind is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        parser.add_argument(flag_of(name), action=argparse.BooleanOptionalAction, **common)
     else:
         choices = metadata.get("choices")
         metavar = None if choices else kind.__name__.upper()
         parser.add_argument(
-            flag, type=kind, nargs=count, choices=choices, metavar=metavar, **common
+            flag_of(name), type=kind, nargs=count, choices=choices, metavar=metavar, **common
         )
 
 
-def _shown_default(metadata: Any, default: Any) -> str:
-    if metadata.get("required"):
-        return " (required)"
-    if default is None or default == "" or isinstance(default, bool):
-        return ""
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    return f" (default: {shown})"
+# ------------------------------------------------------------------- what --help and the docs say
+
+
+def flag_of(name: str) -> str:
+    """``batch_size`` -> ``--batch-size``."""
+    return "--" + name.replace("_", "-")
+
+
+def shown(value: Any) -> str:
+    """A value as it stands on a command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def default_of(field: dataclasses.Field, sections: Iterable[type]) -> str:
+    """What a flag is without being given: ``32``, ``off``, ``required``, or nothing."""
+    if field.metadata.get("required"):
+        return f"required {_needed(field, sections)}".rstrip()
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    return field.metadata.get("unset", "") if field.default is None else shown(field.default)
+
+
+def needs_of(field: dataclasses.Field, sections: Iterable[type]) -> str:
+    """``; only with --data-mode generated``, if the field is void without; or nothing."""
+    needed = "" if field.metadata.get("required") else _needed(field, sections)
+    return needed and f"; only {needed}"
+
+
+def _help(field: dataclasses.Field, sections: Iterable[type]) -> str:
+    text, default = field.metadata["help"], default_of(field, sections)
+    label = "" if field.metadata.get("required") else "default: "
+    return text + needs_of(field, sections) + (f" ({label}{default})" if default else "")
+
+
+def _needed(field: dataclasses.Field, sections: Iterable[type]) -> str:
+    """``with --data-mode generated``: each clause of ``needs`` that can fail, in words."""
+    fields = {f.name: f for cls in sections for f in dataclasses.fields(cls)}
+    clauses = [
+        " or ".join(_in_words(name, wanted) for name, wanted in clause.items())
+        for clause in field.metadata.get("needs", ())
+        if clause.keys() <= fields.keys()
+        and not any(_always(fields[name], wanted) for name, wanted in clause.items())
+    ]
+    return ", and ".join(clauses)
+
+
+def _always(field: dataclasses.Field, wanted: Any) -> bool:
+    """Whether no value that the field may have is another than wanted."""
+    return isinstance(wanted, Above) and field.metadata.get("at_least", -math.inf) > wanted.bound
+
+
+def _in_words(name: str, wanted: Any) -> str:
+    """``with --schedule cosine or linear``, ``without --max-steps``."""
+    if isinstance(wanted, Above):
+        return f"with {flag_of(name)} above {wanted.bound}"
+    if isinstance(wanted, tuple):
+        return f"with {flag_of(name)} {' or '.join(wanted)}"
+    return f"with {flag_of(name)} {wanted}" if wanted else f"without {flag_of(name)}"
 
 
 # ---------------------------------------------------------------------------------- building
 
 
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A field, its value, and where that comes from: `COMMAND_LINE`, `DEFAULT` or a JSON file."""
+
+    field: dataclasses.Field
+    value: Any
+    source: str = DEFAULT
+
+    def __str__(self) -> str:
+        """As the user wrote it: ``--batch-size 16``, or ``batch_size 16 (from recipe.json)``."""
+        name = self.field.name
+        if self.source != COMMAND_LINE:
+            return f"{name} {shown(self.value)} (from {self.source})"
+        if isinstance(self.value, bool):
+            return flag_of(name if self.value else f"no_{name}")
+        return f"{flag_of(name)} {shown(self.value)}"
+
+
 def build(config_class: type[Config], from_json: dict, from_flags: dict) -> Config:
     """Merge, check every value, construct; ``from_json`` may hold wrong types or unknown keys."""
-    names = _names(config_class)
+    return construct(config_class, settings_of(config_class, from_json, from_flags))
+
+
+def settings_of(
+    config_class: type, from_json: dict, from_flags: dict, file: str = ""
+) -> dict[str, Setting]:
+    """Every field of a config class with its value, by name; types and bounds are checked."""
+    names, hints = _names(config_class), _hints(config_class)
     for key in from_json:
         if key not in names:
             raise UserError(f"unknown config key {key!r}{_did_you_mean(key, names)}")
-    hints = _hints(config_class)
     from_json = {key: _as_flag(config_class, key, value) for key, value in from_json.items()}
-    values = {key: _typed(key, value, hints[key]) for key, value in from_json.items()}
-    values.update({key: _typed(key, value, hints[key]) for key, value in from_flags.items()})
-    for field in dataclasses.fields(config_class):
-        _check(field, values.get(field.name, field.default))
+    fields = config_class.__dataclass_fields__
+    settings = {name: Setting(fields[name], fields[name].default) for name in names}
+    for values, source in ((from_json, file), (from_flags, COMMAND_LINE)):
+        for key, value in values.items():
+            settings[key] = Setting(fields[key], _typed(key, value, hints[key]), source)
+    for setting in settings.values():
+        _check(setting.field, setting.value)
+    return settings
+
+
+def construct(config_class: type[Config], settings: Mapping[str, Setting]) -> Config:
+    """A config of the settings that are its own.
+
+    Raises:
+        UserError: a required value is missing; the config itself refuses its values.
+    """
+    values = {name: settings[name].value for name in _names(config_class)}
+    for name, value in values.items():
+        field = settings[name].field
+        required = field.metadata.get("required") and not unmet(field, settings)
+        if required and value in (None, ""):
+            where = _needed(field, [config_class])
+            raise UserError(f"{f'{flag_of(name)} is required {where}'.rstrip()}; see --help")
     return config_class(**values)
 
 
@@ -195,10 +325,6 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def _section_json(given: dict[str, Any], name: str) -> dict[str, Any]:
-    return read_json(given[name]) if name in given else {}
-
-
 def _typed(key: str, value: Any, hint: Any) -> Any:
     """JSON has one kind of list and loose numbers; a config field has exactly one type."""
     kind, count = _scalar(hint)
@@ -217,10 +343,7 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
-    metadata = field.metadata
-    flag = "--" + field.name.replace("_", "-")
-    if metadata.get("required") and value in (None, ""):
-        raise UserError(f"{flag} is required; see --help")
+    metadata, flag = field.metadata, flag_of(field.name)
     if value is None:
         return
     if "choices" in metadata and value not in metadata["choices"]:
@@ -261,6 +384,89 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else "; see --help"
 
 
+# ------------------------------------------------------------------ settings that need others
+
+
+def without_void(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+    """The settings, those that can have no effect at their defaults.
+
+    What a file says gives way, in one printed line, to the command line; so does what a run has
+    saved, because it was void there, too.
+
+    Raises:
+        UserError: a void flag; a void value that its own file, or a default, makes void.
+    """
+    kept, given_way = dict(settings), defaultdict(list)
+    for name, setting in settings.items():
+        default = setting.field.default
+        why = unmet(setting.field, settings)
+        if not why or (setting.source != COMMAND_LINE and setting.value == default):
+            continue
+        if not _gives_way(setting, why, settings):
+            raise UserError(f"{setting} has no effect {_because(why, settings)}; {_remedy(why)}")
+        kept[name] = Setting(setting.field, default)
+        given_way[_because(why, settings)].append(str(setting))
+    for because, void in given_way.items():
+        print(
+            f"note: no effect {because}, so left at the default: {', '.join(void)}", file=sys.stderr
+        )
+    return kept
+
+
+def unmet(field: dataclasses.Field, settings: Mapping[str, Setting]) -> Clause | str:
+    """Why a field can have no effect: ``never``'s reason, or the clause of ``needs`` that fails."""
+    if reason := field.metadata.get("never"):
+        return reason
+    for clause in field.metadata.get("needs", ()):
+        if clause.keys() <= settings.keys() and not any(
+            _is(settings[name].value, wanted) for name, wanted in clause.items()
+        ):
+            return clause
+    return {}
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, Above):
+        return value is not None and value > wanted.bound
+    return value in wanted if isinstance(wanted, tuple) else value == wanted
+
+
+def _gives_way(setting: Setting, why: Clause | str, settings: Mapping[str, Setting]) -> bool:
+    """Whether a void setting is dropped and not refused."""
+    if setting.source == COMMAND_LINE:
+        return False
+    of_a_run = Path(setting.source).with_name("run.json").is_file()
+    causes = () if isinstance(why, str) else why
+    return of_a_run or any(settings[name].source == COMMAND_LINE for name in causes)
+
+
+def _because(why: Clause | str, settings: Mapping[str, Setting]) -> str:
+    """``while batch_tokens is 2048 (from recipe.json)``."""
+    if isinstance(why, str):
+        return f"here, because {why}"
+    causes = [settings[name] for name in why]
+    return "while " + " and ".join(
+        f"{s.field.name} is {shown(s.value)} "
+        f"({s.source if s.source == DEFAULT else f'from {s.source}'})"
+        for s in causes
+    )
+
+
+def _remedy(why: Clause | str) -> str:
+    """``leave it out, or set --batch-tokens 0``."""
+    if isinstance(why, str):
+        return "leave it out"
+    return " or ".join(["leave it out,", *(_to_set(name, wanted) for name, wanted in why.items())])
+
+
+def _to_set(name: str, wanted: Any) -> str:
+    if isinstance(wanted, Above):
+        return f"set {flag_of(name)} above {wanted.bound}"
+    if wanted is False or wanted == "":
+        return f"leave {flag_of(name)} out"
+    return f"set {flag_of(name)} {' or '.join(wanted) if isinstance(wanted, tuple) else wanted}"
+
+
 # ------------------------------------------------------------------------------ running a script
 
 
@@ -280,10 +486,8 @@ def run_main(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoRet
     except RuntimeError as error:  # torch's out-of-memory errors have no common base class
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        print(
-            "error: out of memory; use a smaller --batch-size or model, or --device cpu",
-            file=sys.stderr,
-        )
+        on_device = "" if "can't allocate memory" in str(error) else ", or --device cpu"
+        print(f"error: {OUT_OF_MEMORY}{on_device}", file=sys.stderr)
         code = 2
     _let_go_of_output()
     sys.exit(code)
@@ -301,5 +505,5 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError):
-        return "out of memory; use a smaller --batch-size or a smaller model"
+        return OUT_OF_MEMORY
     return " ".join(str(error).split())

@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from arithmetic_llm.cli import opt
+from arithmetic_llm.cli import Above, like, opt
 from arithmetic_llm.runtime import UserError
+
+# What settings need; see `opt`.
+NO_STEP_LIMIT = {"max_steps": 0}
+ADAMW, MUON = {"optimizer": "adamw"}, {"optimizer": "muon"}
+ADAPTER, ALL_WEIGHTS = {"lora_rank": Above(0)}, {"lora_rank": 0}
+DRAWN = {"test_file": ""}
+TREES = {"style": ("nested", "typed", "padded"), "invalid_rate": Above(0)}  # not flat sums alone
+SAMPLED = {"temperature": Above(0)}
+GENERATED = {"data_mode": "generated"}
+ATTEMPTS = {"learn_from": "attempts"}
+SEVERAL_UPDATES = {"num_iterations": Above(1)}  # in the first, the ratio to clip is 1
+
+
+def _shape(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of a model that starts from random weights; another brings its own shape."""
+    return opt(default, help, needs=[{"init_from": ""}], **metadata)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Model architecture."""
 
-    d_model: int = opt(256, "embedding dimension", at_least=2, at_most=65_536)
-    nhead: int = opt(8, "number of attention heads; must divide d_model", at_least=1)
-    num_layers: int = opt(6, "number of transformer layers", at_least=1, at_most=1000)
-    dim_feedforward: int = opt(
+    d_model: int = _shape(256, "embedding dimension", at_least=2, at_most=65_536)
+    nhead: int = _shape(8, "number of attention heads; must divide d_model", at_least=1)
+    num_layers: int = _shape(6, "number of transformer layers", at_least=1, at_most=1000)
+    dim_feedforward: int = _shape(
         1024, "width of the SwiGLU feed-forward layer", at_least=1, at_most=1_000_000
     )
-    dropout: float = opt(0.1, "dropout on each residual branch", at_least=0.0, at_most=0.99)
-    max_seq_length: int = opt(
+    dropout: float = _shape(0.1, "dropout on each residual branch", at_least=0.0, at_most=0.99)
+    max_seq_length: int = _shape(
         1536,
         "context in tokens; a longer sample is dropped, counted and reported",
         at_least=8,
     )
-    rope_theta: float = opt(10000.0, "base of the rotary position frequencies", above=0.0)
-    tie_embeddings: bool = opt(False, "share the input embedding with the output head")
+    rope_theta: float = _shape(10000.0, "base of the rotary position frequencies", above=0.0)
+    tie_embeddings: bool = _shape(False, "share the input embedding with the output head")
 
     def __post_init__(self) -> None:
         if self.d_model % self.nhead:
@@ -46,8 +63,10 @@ class ModelConfig:
 class RunConfig:
     """Training, common to every stage."""
 
+    START_FLAG: ClassVar[str] = "--init-from"  # what a new run from old weights is started with
+
     output_dir: str = opt("models", "the run folder is made in here")
-    num_epochs: int = opt(10, "passes over the data", at_least=1)
+    num_epochs: int = opt(10, "passes over the data", at_least=1, needs=[NO_STEP_LIMIT])
     max_steps: int = opt(0, "stop after this many steps; 0 = when the epochs are over", at_least=0)
     learning_rate: float = opt(1e-4, "peak learning rate", above=0.0)
     warmup_steps: int = opt(
@@ -57,14 +76,20 @@ class RunConfig:
         "cosine", "learning rate after the warm-up", choices=("cosine", "linear", "constant")
     )
     final_lr_ratio: float = opt(
-        0.0, "learning rate at the last step as a share of the peak", at_least=0.0, at_most=1.0
+        0.0,
+        "learning rate at the last step as a share of the peak",
+        at_least=0.0,
+        at_most=1.0,
+        needs=[{"schedule": ("cosine", "linear")}],
     )
     optimizer: str = opt(
         "adamw",
         "muon = Muon for the layers' matrices, AdamW for the rest",
         choices=("adamw", "muon"),
     )
-    muon_learning_rate: float = opt(0.02, "peak rate of the matrices under muon", above=0.0)
+    muon_learning_rate: float = opt(
+        0.02, "peak rate of the layers' matrices", above=0.0, needs=[MUON]
+    )
     adam_beta2: float = opt(0.95, "memory of AdamW's squared gradients", above=0.0, at_most=0.99999)
     weight_decay: float = opt(0.01, "decoupled weight decay of the matrices", at_least=0.0)
     gradient_clip: float = opt(1.0, "clip the gradient norm to this; 0 = off", at_least=0.0)
@@ -85,13 +110,23 @@ class RunConfig:
     )
     resume: str = opt("", "continue the run in this folder from its last checkpoint")
 
+    @property
+    def rate_flags(self) -> str:
+        """The flags of the learning rates that are in use."""
+        if self.optimizer != "muon":
+            return "--learning-rate"
+        adapter = getattr(self, "lora_rank", 0)  # which has nothing but matrices of the layers
+        return "--muon-learning-rate" + ("" if adapter else " or --learning-rate")
+
 
 @dataclass(frozen=True)
 class TrainingConfig(RunConfig):
     """Training, common to every supervised stage."""
 
     tokenizer_path: str = opt("", "tokenizer directory (or its tokenizer.json)", required=True)
-    batch_size: int = opt(32, "sequences per optimizer step", at_least=1)
+    batch_size: int = opt(
+        32, "sequences per optimizer step", at_least=1, needs=[{"batch_tokens": 0}]
+    )
     batch_tokens: int = opt(
         0, "tokens per optimizer step instead of batch_size sequences; 0 = off", at_least=0
     )
@@ -101,9 +136,7 @@ class TrainingConfig(RunConfig):
         "into memory is cut further; same result",
         at_least=1,
     )
-    prompt_loss_weight: float = opt(
-        1.0, "loss weight of a prompt token (foundational stage only)", at_least=0.0
-    )
+    prompt_loss_weight: float = opt(1.0, "loss weight of a prompt token", at_least=0.0)
     result_loss_weight: float = opt(
         1.0,
         "loss weight of a step's result: its digits, its sign and the token that ends it",
@@ -117,12 +150,20 @@ class LoRAConfig:
     """LoRA adapter."""
 
     lora_rank: int = opt(8, "rank of the adapter", at_least=1)
-    lora_alpha: float = opt(16.0, "the adapter is scaled by alpha / rank", above=0.0)
-    lora_target_modules: str = opt(
-        "attention", "comma-separated: attention, feedforward, or single names such as q_proj"
+    lora_alpha: float = opt(
+        16.0, "the adapter is scaled by alpha / rank", above=0.0, needs=[ADAPTER]
     )
-    lora_dropout: float = opt(0.0, "dropout on the adapter's input", at_least=0.0, at_most=0.99)
-    use_rslora: bool = opt(False, "scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023)")
+    lora_target_modules: str = opt(
+        "attention",
+        "comma-separated: attention, feedforward, or single names such as q_proj",
+        needs=[ADAPTER],
+    )
+    lora_dropout: float = opt(
+        0.0, "dropout on the adapter's input", at_least=0.0, at_most=0.99, needs=[ADAPTER]
+    )
+    use_rslora: bool = opt(
+        False, "scale by alpha / sqrt(rank) instead (Kalajdzievski, 2023)", needs=[ADAPTER]
+    )
 
     @property
     def scale(self) -> float:
@@ -134,8 +175,12 @@ class LoRAConfig:
 class AdapterFilesConfig:
     """Adapter files."""
 
-    save_merged_model: bool = opt(False, "also write merged_model.pt, a model like any other")
-    save_peft_adapter: bool = opt(False, "also write peft_adapter/, which PEFT loads as it is")
+    save_merged_model: bool = opt(
+        False, "also write merged_model.pt, a model like any other", needs=[ADAPTER]
+    )
+    save_peft_adapter: bool = opt(
+        False, "also write peft_adapter/, which PEFT loads as it is", needs=[ADAPTER]
+    )
 
 
 @dataclass(frozen=True)
@@ -152,14 +197,21 @@ class InstructionConfig(TrainingConfig):
     instruction_corpus_path: str = opt(
         "", "instruction corpus (JSON Lines or plain text)", required=True
     )
-    foundational_checkpoint: str = opt("", "foundational model to start from", required=True)
-    num_epochs: int = opt(5, "passes over the corpus", at_least=1)
+    foundational_checkpoint: str = opt(
+        "", "foundational model to start from", required=True, needs=[{"init_from": ""}]
+    )
+    num_epochs: int = opt(5, "passes over the corpus", at_least=1, needs=[NO_STEP_LIMIT])
     learning_rate: float = opt(5e-5, "peak learning rate", above=0.0)
     warmup_steps: int = opt(
         500, "linear warm-up; at most a tenth of the run's steps is used", at_least=0
     )
     save_every: int = opt(500, "steps between checkpoints", at_least=1)
     max_seq_length: int = opt(0, "context in tokens; 0 = the foundational model's own", at_least=0)
+    prompt_loss_weight: float = like(
+        TrainingConfig,
+        "prompt_loss_weight",
+        never="instruction tuning learns from the tokens after the prompt alone",
+    )
 
 
 @dataclass(frozen=True)
@@ -171,25 +223,40 @@ class EvaluationConfig:
     tokenizer_path: str = opt(
         "", "tokenizer directory; not needed, but if given it must be the checkpoint's own"
     )
-    num_samples: int = opt(1000, "test problems, spread evenly over the depths", at_least=1)
-    min_depth: int = opt(1, "least exact depth", at_least=1)
-    max_depth: int = opt(5, "greatest exact depth", at_least=1)
-    num_range: tuple[int, int] = opt((1, 20), "smallest and largest number in a problem")
+    num_samples: int = opt(
+        1000, "test problems, spread evenly over the depths", at_least=1, needs=[DRAWN]
+    )
+    min_depth: int = opt(1, "least exact depth", at_least=1, needs=[DRAWN, TREES])
+    max_depth: int = opt(5, "greatest exact depth", at_least=1, needs=[DRAWN, TREES])
+    num_range: tuple[int, int] = opt(
+        (1, 20), "smallest and largest number in a problem", needs=[DRAWN]
+    )
     style: str = opt(
         "nested",
         "how problems are written: with exactly the parentheses of the tree, as people type, with "
         "needless pairs, or as flat sums",
         choices=("nested", "typed", "padded", "flat"),
+        needs=[DRAWN],
     )
-    flat_terms: int = opt(20, "most numbers in a flat sum", at_least=2)
+    flat_terms: int = opt(
+        20, "most numbers in a flat sum", at_least=2, needs=[DRAWN, {"style": "flat"}]
+    )
     invalid_rate: float = opt(
-        0.0, "fraction of invalid expressions; only ERROR is right", at_least=0.0, at_most=1.0
+        0.0,
+        "fraction of invalid expressions; only ERROR is right",
+        at_least=0.0,
+        at_most=1.0,
+        needs=[DRAWN],
     )
     test_file: str = opt("", "evaluate all problems of this corpus file instead of drawing some")
-    seed: int = opt(42, "seed of the problems drawn, and of sampling", at_least=0)
+    seed: int = opt(
+        42, "seed of the problems drawn, and of sampling", at_least=0, needs=[DRAWN | SAMPLED]
+    )
     temperature: float = opt(0.0, "0 = greedy", at_least=0.0)
-    top_k: int = opt(0, "sample among the k likeliest tokens; 0 = all", at_least=0)
-    top_p: float = opt(1.0, "sample among the likeliest this much", above=0.0, at_most=1.0)
+    top_k: int = opt(0, "sample among the k likeliest tokens; 0 = all", at_least=0, needs=[SAMPLED])
+    top_p: float = opt(
+        1.0, "sample among the likeliest this much", above=0.0, at_most=1.0, needs=[SAMPLED]
+    )
     max_gen_length: int = opt(
         0,
         "most new tokens of an answer; 0 = the longest right answer of the test and a quarter more "
@@ -205,10 +272,16 @@ class EvaluationConfig:
 class LoRAInstructionConfig(InstructionConfig, LoRAConfig, AdapterFilesConfig):
     """Instruction tuning with LoRA."""
 
+    # Muon takes every matrix of an adapter, and an adapter has nothing else.
+    learning_rate: float = like(InstructionConfig, "learning_rate", needs=[ADAMW])
+    adam_beta2: float = like(InstructionConfig, "adam_beta2", needs=[ADAMW])
+
 
 @dataclass(frozen=True)
 class GRPOConfig(RunConfig, LoRAConfig, AdapterFilesConfig):
     """Group relative policy optimization."""
+
+    START_FLAG: ClassVar[str] = "--sft-checkpoint"
 
     tokenizer: str = opt("", "tokenizer directory (or its tokenizer.json)", required=True)
     sft_checkpoint: str = opt("", "the model to start from; an adapter will do", required=True)
@@ -220,27 +293,45 @@ class GRPOConfig(RunConfig, LoRAConfig, AdapterFilesConfig):
         "prompts from an instruction corpus, or generated as they are needed",
         choices=("instruction", "generated"),
     )
-    instruction_corpus: str = opt("", "instruction corpus (required in instruction mode)")
+    instruction_corpus: str = opt(
+        "",
+        "instruction corpus (JSON Lines or plain text)",
+        required=True,
+        needs=[{"data_mode": "instruction"}],
+    )
     num_samples: int = opt(
         1024, "prompts an epoch; in instruction mode at most the corpus", at_least=1
     )
-    num_epochs: int = opt(3, "passes over the prompts", at_least=1)
+    num_epochs: int = opt(3, "passes over the prompts", at_least=1, needs=[NO_STEP_LIMIT])
     batch_size: int = opt(8, "prompts sampled at a time", at_least=1)
     gradient_accumulation_steps: int = opt(
         1, "batches of prompts whose gradients make one optimizer update", at_least=1
     )
-    min_depth: int = opt(1, "least depth of generated prompts", at_least=1)
-    max_depth: int = opt(4, "greatest depth of generated prompts", at_least=1, at_most=20)
-    num_range: tuple[int, int] = opt((1, 20), "numbers in generated prompts")
+    min_depth: int = opt(1, "least depth of a prompt", at_least=1, needs=[GENERATED])
+    max_depth: int = opt(4, "greatest depth of a prompt", at_least=1, at_most=20, needs=[GENERATED])
+    num_range: tuple[int, int] = opt((1, 20), "numbers in the prompts", needs=[GENERATED])
     adaptive_difficulty: bool = opt(
         False,
-        "draw the depths of generated prompts in proportion to p (1 - p), p = the pass rate so far",
+        "draw the depths of the prompts in proportion to p (1 - p), p = the pass rate so far",
+        needs=[ATTEMPTS, GENERATED],
     )
     # rollouts
-    num_candidates: int = opt(4, "completions of each prompt: one group", at_least=2)
-    temperature: float = opt(0.8, "of the rollouts and of the loss alike", above=0.0)
-    top_k: int = opt(0, "sample from the k likeliest tokens only; 0 = off", at_least=0)
-    top_p: float = opt(1.0, "sample from the nucleus of this mass; 1 = off", above=0.0, at_most=1.0)
+    num_candidates: int = opt(
+        4, "completions of each prompt: one group", at_least=2, needs=[ATTEMPTS]
+    )
+    temperature: float = opt(
+        0.8, "of the rollouts and of the loss alike", above=0.0, needs=[ATTEMPTS]
+    )
+    top_k: int = opt(
+        0, "sample from the k likeliest tokens only; 0 = off", at_least=0, needs=[ATTEMPTS]
+    )
+    top_p: float = opt(
+        1.0,
+        "sample from the nucleus of this mass; 1 = off",
+        above=0.0,
+        at_most=1.0,
+        needs=[ATTEMPTS],
+    )
     max_gen_length: int = opt(
         0,
         "most new tokens of a completion; 0 = the longest right solution of some prompts and a "
@@ -255,7 +346,10 @@ class GRPOConfig(RunConfig, LoRAConfig, AdapterFilesConfig):
         choices=("keep", "mask", "penalise"),
     )
     refill_rounds: int = opt(
-        0, "replace groups whose rewards are all alike by new prompts, so many times", at_least=0
+        0,
+        "replace groups whose rewards are all alike by new prompts, so many times",
+        at_least=0,
+        needs=[ATTEMPTS],
     )
     # reward and loss
     learn_from: str = opt(
@@ -274,39 +368,57 @@ class GRPOConfig(RunConfig, LoRAConfig, AdapterFilesConfig):
         "what advantages are measured from: the group's mean reward, or none, which for rewards of "
         "0 and 1 is rejection-sampling fine-tuning",
         choices=("group", "none"),
+        needs=[ATTEMPTS],
     )
     scale_rewards: str = opt(
         "none",
         "divide the advantages by the standard deviation of the group or the batch; the learning "
         "rate must follow",
         choices=("none", "group", "batch"),
+        needs=[ATTEMPTS, {"baseline": "group"}],
     )
     loss_type: str = opt(
         "dapo",
         "how token losses are averaged: dapo = over all tokens, grpo = over each completion and "
         "then over completions, dr_grpo = over completions x length limit",
         choices=("dapo", "grpo", "dr_grpo"),
+        needs=[ATTEMPTS],
     )
-    epsilon_low: float = opt(0.2, "clip range of the ratio below 1", above=0.0, at_most=1.0)
-    epsilon_high: float = opt(0.28, "clip range of the ratio above 1", above=0.0)
-    kl_penalty_coef: float = opt(0.05, "weight of the KL divergence to the start", at_least=0.0)
+    epsilon_low: float = opt(
+        0.2,
+        "clip range of the ratio below 1",
+        above=0.0,
+        at_most=1.0,
+        needs=[ATTEMPTS, SEVERAL_UPDATES],
+    )
+    epsilon_high: float = opt(
+        0.28, "clip range of the ratio above 1", above=0.0, needs=[ATTEMPTS, SEVERAL_UPDATES]
+    )
+    kl_penalty_coef: float = opt(
+        0.05, "weight of the KL divergence to the start", at_least=0.0, needs=[ATTEMPTS]
+    )
     kl_estimator: str = opt(
         "k3",
         "k3 = from the sampled token, times the importance ratio; k3_plain = without the ratio; "
         "exact = summed over the vocabulary",
         choices=("k3", "k3_plain", "exact"),
+        needs=[ATTEMPTS, {"kl_penalty_coef": Above(0)}],
     )
-    num_iterations: int = opt(1, "updates on each batch of rollouts", at_least=1)
+    num_iterations: int = opt(1, "updates on each batch of rollouts", at_least=1, needs=[ATTEMPTS])
     micro_batch_size: int = opt(
         32,
         "most completions in one forward pass of the loss; of long ones fewer fit into memory",
         at_least=1,
     )
     sft_replay_coef: float = opt(
-        0.0, "weight of a supervised loss on right solutions of as many new prompts", at_least=0.0
+        0.0,
+        "weight of a supervised loss on right solutions of as many new prompts",
+        at_least=0.0,
+        needs=[ATTEMPTS],
     )
     # the run
-    learning_rate: float = opt(1e-4, "peak learning rate", above=0.0)
+    learning_rate: float = opt(1e-4, "peak learning rate", above=0.0, needs=[ADAMW | ALL_WEIGHTS])
+    adam_beta2: float = like(RunConfig, "adam_beta2", needs=[ADAMW | ALL_WEIGHTS])
     warmup_steps: int = opt(10, "linear warm-up; at most a tenth of the run's steps", at_least=0)
     schedule: str = opt(
         "constant", "learning rate after the warm-up", choices=("cosine", "linear", "constant")
@@ -322,3 +434,6 @@ class GRPOConfig(RunConfig, LoRAConfig, AdapterFilesConfig):
         choices=("auto", "fp32", "bf16"),
     )
     lora_rank: int = opt(0, "train a fresh adapter of this rank; 0 = all weights", at_least=0)
+    lora_dropout: float = like(
+        LoRAConfig, "lora_dropout", never="GRPO computes its loss without dropout"
+    )

@@ -6,12 +6,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from arithmetic_llm.cli import opt
+from arithmetic_llm.cli import Above, like, opt
 from arithmetic_llm.drawing import SPLITS, Problem, draw_any, draw_distinct, shuffled
 from arithmetic_llm.expression import tree_depth
 from arithmetic_llm.runtime import (
@@ -143,11 +143,7 @@ class CorpusConfig(SampleSpec):
         "which problems: no two splits share one; test and validation files repeat none either",
         choices=SPLITS,
     )
-
-
-def _with_default(name: str, default: float) -> Any:
-    """A field of SampleSpec with another default."""
-    return field(default=default, metadata=SampleSpec.__dataclass_fields__[name].metadata)
+    flat_terms: int = like(SampleSpec, "flat_terms", needs=[{"flat_rate": Above(0)}])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +154,10 @@ class FoundationalCorpusConfig(CorpusConfig):
     shares are those of the CPU recipe, the best of what docs/LOG.md has measured.
     """
 
-    typed_rate: float = _with_default("typed_rate", 0.1)
-    padded_rate: float = _with_default("padded_rate", 0.05)
-    flat_rate: float = _with_default("flat_rate", 0.0)
-    drill_rate: float = _with_default("drill_rate", 0.3)
+    typed_rate: float = like(SampleSpec, "typed_rate", 0.1)
+    padded_rate: float = like(SampleSpec, "padded_rate", 0.05)
+    flat_rate: float = like(SampleSpec, "flat_rate", 0.0)
+    drill_rate: float = like(SampleSpec, "drill_rate", 0.3)
 
 
 def make_corpus(config: CorpusConfig, path: str, as_text: Callable[[Record], str]) -> None:

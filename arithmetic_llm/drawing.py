@@ -186,5 +186,5 @@ def _no_problem(what: str, num_range: tuple[int, int], split: str) -> UserError:
     low, high = num_range
     return UserError(
         f"the {split} split has no problem of {what} with numbers {low} to {high}; "
-        "widen --num-range or choose other depths"
+        "widen --num-range (that of the corpus, if it comes from one) or choose other depths"
     )

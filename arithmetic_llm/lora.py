@@ -57,7 +57,7 @@ class LoRALinear(nn.Module):
         delta = self.lora_B.weight.float() @ self.lora_A.weight.float()
         weight = base.weight.float() + self.scale * delta
         if not weight.isfinite().all():
-            raise UserError("the merged weights are not finite; lower --lora-alpha")
+            raise UserError("the merged weights are not finite; train with a lower --lora-alpha")
         layer.weight = nn.Parameter(weight)
         return layer
 

@@ -354,11 +354,16 @@ class GRPOTask:
                 f"WARNING: {self.dead_steps} steps in a row without any signal: in each group all "
                 "rewards are alike, or what differs is cut off and masked. Attempts teach nothing "
                 f"(accuracy {self.noted['accuracy']:.3f}, cut off "
-                f"{self.noted['completions/clipped_ratio']:.3f}). Choose depths that succeed "
-                "sometimes, a higher --temperature, more --num-candidates, --adaptive-difficulty "
-                "or --refill-rounds.",
+                f"{self.noted['completions/clipped_ratio']:.3f}). Choose {self._easier()}, a higher "
+                "--temperature, more --num-candidates or --refill-rounds.",
                 file=sys.stderr,
             )
+
+    def _easier(self) -> str:
+        """Which problems to ask, in the words of the data mode."""
+        if self.config.data_mode == "instruction":
+            return "a corpus of problems that succeed sometimes"
+        return "depths that succeed sometimes (--max-depth, --adaptive-difficulty)"
 
     def evaluate(self, model: ArithmeticModel) -> dict[str, float]:
         """Greedy on held-out prompts: reward, exact match, and exact match at each depth."""
@@ -452,28 +457,9 @@ def train_grpo(config: GRPOConfig) -> Path:
 
 
 def _check(config: GRPOConfig) -> None:
-    """Refuse settings that contradict each other."""
+    """Refuse what only shows when it is used, before anything is loaded."""
     parse_rewards(config.rewards)
     nested(config)
-    if config.learn_from == "solutions":
-        _check_unused(config)
-    if not config.lora_rank and (config.save_merged_model or config.save_peft_adapter):
-        raise UserError("there is no adapter to save; ask for one with --lora-rank")
-    if config.data_mode == "generated":
-        return
-    if not config.instruction_corpus:
-        raise UserError("--instruction-corpus is required; or use --data-mode generated")
-    if config.adaptive_difficulty:
-        raise UserError("--adaptive-difficulty chooses depths; use it with --data-mode generated")
-
-
-def _check_unused(config: GRPOConfig) -> None:
-    """Refuse what only rollouts can do: the run would not be what it says."""
-    default = GRPOConfig()
-    for name in ("adaptive_difficulty", "refill_rounds", "num_iterations", "sft_replay_coef"):
-        if getattr(config, name) != getattr(default, name):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} needs attempts; leave it out with --learn-from solutions")
 
 
 def _start(config: GRPOConfig) -> Checkpoint:

@@ -124,7 +124,10 @@ def open_run(config: RunConfig, checkpoint: Checkpoint, **sources: str) -> Run:
         )
     folder = Path(config.resume)
     if (folder / FINISHED).exists():
-        raise UserError(f"{folder}: is finished; start a new run with --init-from")
+        raise UserError(
+            f"{folder}: is finished; start a new run with "
+            f"{config.START_FLAG} {folder / 'final_model.pt'}"
+        )
     before = read_json(folder / "run.json")
     for name, value in {**sources, "tokenizer_hash": checkpoint.tokenizer.hash}.items():
         if before.get(name) != value:

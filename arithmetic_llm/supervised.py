@@ -54,6 +54,8 @@ from arithmetic_llm.runtime import (
 from arithmetic_llm.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.trainer import fit
 
+MORE_ROOM = "raise --max-seq-length, or make a corpus of shallower problems"
+
 
 class SupervisedTask:
     """Next-token prediction over tokenised samples; see `trainer.Task`.
@@ -268,13 +270,13 @@ def _report_dropped(samples: TokenisedSamples, name: str, context: int, so: str)
         UserError: all of them are.
     """
     if len(samples) == 0:
-        raise UserError(f"all {name} are longer than {context} tokens; raise --max-seq-length")
+        raise UserError(f"all {name} are longer than {context} tokens; {MORE_ROOM}")
     if samples.dropped:
         depths = Counter(_depth_name(expression) for expression in samples.dropped)
         shown = ", ".join(f"{count} of depth {depth}" for depth, count in sorted(depths.items()))
         print(
             f"warning: {len(samples.dropped)} of {len(samples) + len(samples.dropped)} {name} are "
-            f"longer than {context} tokens and {so} ({shown}); raise --max-seq-length"
+            f"longer than {context} tokens and {so} ({shown}); {MORE_ROOM}"
         )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from arithmetic_llm.checkpoint import FINISHED
 from arithmetic_llm.model import ArithmeticModel
-from arithmetic_llm.optim import MuonAdamW, learning_rate_factor, learning_rates
+from arithmetic_llm.optim import learning_rate_factor, learning_rates
 from arithmetic_llm.runs import MetricsLog, Run
 from arithmetic_llm.runtime import Progress, UserError, readable_seconds
 
@@ -173,7 +173,7 @@ def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) 
     norm = clip_gradients(run.model, run.config.gradient_clip)
     for name, value in (("loss", loss_sum), ("gradient norm", norm)):
         if not math.isfinite(value):
-            flags = rate_flags(run.optimizer)
+            flags = run.config.rate_flags
             raise UserError(f"the {name} is {value} at step {run.step}; lower {flags}")
     run.optimizer.step(scale)
     return Update(loss_sum, norm)
@@ -182,12 +182,6 @@ def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) 
 def clip_gradients(model: ArithmeticModel, limit: float) -> float:
     """Scale all gradients down to a common norm of ``limit``, 0 = none; returns what it was."""
     return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf))
-
-
-def rate_flags(optimizer: MuonAdamW) -> str:
-    """The flags of the learning rates that act, for an error message."""
-    names = learning_rates(optimizer, 1.0)
-    return " and ".join("--" + name.replace("_", "-") for name in names)
 
 
 class FirstUpdate:
@@ -219,13 +213,13 @@ class FirstUpdate:
         if all(p.grad is None for p in parameters.values()):
             raise UserError("the first update trains nothing: no weight has a gradient")
         if not moved:
-            flags = rate_flags(run.optimizer)
+            flags = run.config.rate_flags
             raise UserError(f"the first update moved no weight; raise {flags}")
         for name, p in parameters.items():
             if name not in moved and should_move(p, before[name], min(step.rates.values())):
                 raise UserError(
                     f"the first update did not move {name}, which has a gradient; "
-                    f"raise {rate_flags(run.optimizer)}"
+                    f"raise {run.config.rate_flags}"
                 )
 
 
@@ -253,7 +247,7 @@ def evaluate(run: Run, task: Task, log: MetricsLog, bar: Progress) -> None:
     with torch.no_grad():
         figures = task.evaluate(run.model)
     if math.isnan(task.badness(figures)):
-        flags = rate_flags(run.optimizer)
+        flags = run.config.rate_flags
         raise UserError(f"the held-out loss is nan at step {run.step}; lower {flags}")
     run.model.train()
     log.append(step=run.step, **figures)

@@ -1,6 +1,6 @@
 """Write docs/FLAGS.md from the configs of all scripts.
 
-    python docs/flags.py
+python docs/flags.py
 """
 
 import dataclasses
@@ -12,10 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from arithmetic_llm import config as stages  # noqa: E402
+from arithmetic_llm.cli import default_of, flag_of, needs_of  # noqa: E402
 from arithmetic_llm.runtime import atomic_write_text  # noqa: E402
 
 SCRIPTS = {
-    "generate_corpus": "FoundationalConfig",
+    "generate_corpus": "Config",
     "generate_foundational_plaintext": "Config",
     "generate_instruction_corpus_mixed": "Config",
     "train_tokenizer": "Config",
@@ -39,30 +40,26 @@ def reference():
         if isinstance(configs, str):
             configs = getattr(importlib.import_module(script), configs)
         configs = configs if isinstance(configs, tuple) else (configs,)
-        rows = [row(field) for cls in configs for field in dataclasses.fields(cls)]
+        fields = [field for cls in configs for field in dataclasses.fields(cls)]
+        rows = [row(field, configs) for field in fields if "never" not in field.metadata]
         parts.append(f"## {script}.py\n\n| flag | default | |\n|---|---|---|\n" + "\n".join(rows))
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
-def row(field):
+def row(field, configs):
     """One flag as a line of a Markdown table."""
-    flag = "--" + field.name.replace("_", "-")
-    help_text = field.metadata["help"].replace("|", "\\|")
+    text = field.metadata["help"]
     if choices := field.metadata.get("choices"):
-        help_text += f" ({', '.join(choices)})"
-    return f"| `{flag}` | {default(field)} | {help_text} |"
+        text += f" ({', '.join(choices)})"
+    text = (text + needs_of(field, configs)).replace("|", "\\|")
+    return f"| `{flag_of(field.name)}` | {default(field, configs)} | {text} |"
 
 
-def default(field):
-    """What the flag is without being given."""
-    value = field.default
-    if field.metadata.get("required"):
-        return "required"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if value is None or value == "":
-        return ""
-    return f"`{' '.join(map(str, value)) if isinstance(value, tuple) else value}`"
+def default(field, configs):
+    """What the flag is without being given; a value that could be typed is set as code."""
+    text = default_of(field, configs)
+    in_words = field.metadata.get("required") or field.default is None
+    return text if in_words or isinstance(field.default, bool) or not text else f"`{text}`"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from mutants import Mutant
 
 GRPO, STAGE = "test_wiring_grpo.py", "test_wiring_supervised.py"
+WITH_AUTOCAST = "autocast(self.model.device, self.precision):\n            distribution"
 
 MUTANTS = [
     # ------------------------------------------------------------------------------ GRPO's stage
@@ -34,10 +35,8 @@ MUTANTS = [
     ),
     Mutant(
         "GRPO: old log-probs with dropout on",
-        "        with evaluating(self.model), autocast(self.model.device, self.precision):\n"
-        "            distribution = policy_distribution(self.model, batch, self.config.temperature)",
-        "        with autocast(self.model.device, self.precision):\n"
-        "            distribution = policy_distribution(self.model, batch, self.config.temperature)",
+        f"        with evaluating(self.model), {WITH_AUTOCAST} = policy_distribution(self.model, batch, ",
+        f"        with {WITH_AUTOCAST} = policy_distribution(self.model, batch, ",
         GRPO,
     ),
     Mutant(
