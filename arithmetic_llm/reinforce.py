@@ -354,8 +354,8 @@ class GRPOTask:
                 f"WARNING: {self.dead_steps} steps in a row without any signal: in each group all "
                 "rewards are alike, or what differs is cut off and masked. Attempts teach nothing "
                 f"(accuracy {self.noted['accuracy']:.3f}, cut off "
-                f"{self.noted['completions/clipped_ratio']:.3f}). Choose {self._easier()}, a higher "
-                "--temperature, more --num-candidates or --refill-rounds.",
+                f"{self.noted['completions/clipped_ratio']:.3f}). Choose {self._easier()}, "
+                "a higher --temperature, more --num-candidates or --refill-rounds.",
                 file=sys.stderr,
             )
 

@@ -3,7 +3,6 @@
 from mutants import Mutant
 
 GRPO, STAGE = "test_wiring_grpo.py", "test_wiring_supervised.py"
-WITH_AUTOCAST = "autocast(self.model.device, self.precision):\n            distribution"
 
 MUTANTS = [
     # ------------------------------------------------------------------------------ GRPO's stage
@@ -35,8 +34,12 @@ MUTANTS = [
     ),
     Mutant(
         "GRPO: old log-probs with dropout on",
-        f"        with evaluating(self.model), {WITH_AUTOCAST} = policy_distribution(self.model, batch, ",
-        f"        with {WITH_AUTOCAST} = policy_distribution(self.model, batch, ",
+        '"""(M,) from the same forward that trains."""\n'
+        "        batch = batch.to(self.model.device)\n"
+        "        with evaluating(self.model), ",
+        '"""(M,) from the same forward that trains."""\n'
+        "        batch = batch.to(self.model.device)\n"
+        "        with ",
         GRPO,
     ),
     Mutant(
@@ -47,8 +50,8 @@ MUTANTS = [
     ),
     Mutant(
         "GRPO: replay at full weight",
-        "scale = self.config.sft_replay_coef * share",
-        "scale = share",
+        "scale = self.config.sft_replay_coef * divisor / own",
+        "scale = divisor / own",
         GRPO,
     ),
     Mutant(
@@ -83,8 +86,8 @@ MUTANTS = [
     ),
     Mutant(
         "GRPO: one update instead of several",
-        "for _ in range(self.config.num_iterations):",
-        "for _ in range(1):",
+        "range(self.config.num_iterations if micro_batches else 0)",
+        "range(1 if micro_batches else 0)",
         GRPO,
     ),
     Mutant(
@@ -109,11 +112,16 @@ MUTANTS = [
     ),
     Mutant(
         "GRPO: cut-off completions are not masked",
-        'and not (config.cutoff == "mask" and rollout.cut_off)',
+        'and not (config.cutoff == "mask" and rollout.outcome.cut_off)',
         "",
-        "test_grpo_stage.py",
+        "test_grpo_stage.py -k cut",
     ),
-    Mutant("GRPO: cut-off completions cost nothing", "reward = -1.0", "pass", "test_grpo_stage.py"),
+    Mutant(
+        "GRPO: cut-off completions cost nothing",
+        "reward = -1.0",
+        "pass",
+        "test_grpo_stage.py -k cut",
+    ),
     # ------------------------------------------------------------------------- GRPO's mathematics
     Mutant(
         "GRPO: advantages without their baseline",
@@ -154,8 +162,8 @@ MUTANTS = [
     # -------------------------------------------------------------------------- the training loop
     Mutant(
         "loop: no gradient clipping",
-        "    if run.config.gradient_clip:\n",
-        "    if False:\n",
+        "model.parameters(), limit or math.inf)",
+        "model.parameters(), math.inf)",
         STAGE,
     ),
     Mutant(
@@ -413,8 +421,8 @@ MUTANTS = [
     ),
     Mutant(
         "corpus: test problems of any split",
-        "problems = [p for p in stratum.every() if split_of_problem(p) == split]",
-        "problems = [p for p in stratum.every()]",
+        "stratum.every() if split_of_problem(problem) == split]",
+        "stratum.every()]",
         "test_corpus.py",
     ),
     Mutant(
