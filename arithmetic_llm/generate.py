@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from arithmetic_llm.model import ArithmeticModel, KVCache
@@ -36,6 +37,8 @@ class Sampling:
 
 GREEDY = Sampling()
 COMPACT_AT = 1 / 8  # share of finished rows from which copying the cache without them pays
+GUESSED, LOOKED_UP = 48, 8  # most tokens of a draft: a guess may be right to its end
+LONGEST_MATCH = 4  # tokens; longer matches draft no better in traces of depth 4
 
 
 @dataclass
@@ -77,24 +80,27 @@ def generate(
     sampling: Sampling = GREEDY,
     batch_size: int = 64,
     on_done: Callable[[int, Completion], None] = lambda row, completion: None,
+    guesses: Sequence[Sequence[int]] | None = None,
 ) -> list[Completion]:
     """Complete every prompt; results stand in the order of the prompts.
 
-    Prompts of similar length share a batch, the longest first. ``batch_size`` changes the speed and
-    the memory, never a result: rows do not see each other, and each row draws its own random
-    numbers from ``(seed, row)``.
+    Prompts of similar length share a batch, the longest first. ``batch_size`` and ``guesses``
+    change the speed and the memory, never a result: rows do not see each other, and each row draws
+    its own random numbers from ``(seed, row)``.
 
     Args:
         prompts: token ids, each non-empty, of any lengths.
         max_new_tokens: most tokens written after a prompt, ``<eos>`` included.
         on_done: called with the row of each prompt and its completion as soon as that is finished.
+        guesses: what each row might write, right or wrong; see `decode`.
     """
     completions = [Completion() for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = [prompts[row] for row in rows]
-        for emission in decode(model, batch, max_new_tokens, sampling, rows):
+        guessed = [guesses[row] for row in rows] if guesses else None
+        for emission in decode(model, batch, max_new_tokens, sampling, rows, guessed):
             for place, row in enumerate(emission.rows):
                 completions[row].add(emission, place)
                 if completions[row].finish_reason == "eos":
@@ -111,46 +117,169 @@ def decode(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     row_ids: Sequence[int] | None = None,
+    guesses: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Emission]:
-    """Write all prompts at once, yielding each step's tokens as they come.
+    """Write all prompts at once, yielding the tokens as they come.
 
-    A row stops after ``<eos>``; the iterator ends when all rows have stopped
-    or ``max_new_tokens`` are written. ``row_ids`` name the rows in what is yielded and in the
-    random streams (default 0, 1, 2, ...).
+    A row stops after ``<eos>`` or ``max_new_tokens``; the iterator ends when all have stopped.
+
+    The next tokens of a row are drafted (Leviathan et al., 2023): from its guess as long as it
+    writes just that, else by looking up what followed when its last tokens stood in its text
+    before. One forward pass checks a whole draft: the token of each place is chosen as ever, and
+    the first choice that is not the drafted one is the last that counts. So drafts decide how many
+    passes a text takes, and never the text, be it greedy or sampled.
+
+    Args:
+        row_ids: the rows' names in what is yielded and in the random streams (default 0, 1, ...).
+        guesses: tokens that each row might write, for instance a right solution.
     """
     row_ids = list(range(len(prompts)) if row_ids is None else row_ids)
     draws = _uniforms(sampling, row_ids, max_new_tokens)
+    texts = Texts(prompts, max_new_tokens, guesses or [[]] * len(prompts))
     cache = model.new_cache(len(prompts))
     with evaluating(model):
-        logits = _prefill(model, prompts, cache)
-        index = torch.arange(len(prompts))  # which prompt each row of the cache belongs to
-        done = torch.zeros(len(prompts), dtype=torch.bool)
-        for step in range(max_new_tokens):
-            choice = _choose(logits, sampling, draws[index, step])
-            yield _emission(choice, [row_ids[i] for i in index.tolist()], ~done)
-            tokens = choice.tokens
-            done |= tokens.cpu() == EOS
-            if done.all() or step == max_new_tokens - 1:
-                return
-            if done.float().mean() > COMPACT_AT:
-                going = (~done).nonzero().flatten()
-                index, done = index[going], done[going]
-                going = going.to(tokens.device)
-                tokens = tokens[going]
-                cache.keep(going)
-            logits = _forward(model, tokens[:, None], cache, None)
+        _read_prompts(model, prompts, cache)
+        while not texts.done.all():
+            if texts.done.float().mean() > COMPACT_AT:
+                cache.keep(texts.drop_finished().to(model.device))
+            drafts = texts.drafts()
+            logits = _forward(model, torch.cat((texts.last, drafts.clamp(min=PAD)), dim=1), cache)
+            choice = _choose(logits, sampling, texts.of_places(draws, logits.shape[1]))
+            counts = texts.accept(choice.tokens.cpu(), drafts)
+            # The cache holds every token but the last, whatever else the pass has left in it.
+            cache.lengths = cache.lengths + counts.to(model.device)
+            yield from _emissions(choice, [row_ids[i] for i in texts.index.tolist()], counts)
 
 
-def _emission(choice: Choice, names: list[int], live: Tensor) -> Emission:
-    """What the rows that are still being written have got."""
-    live = live.to(choice.tokens.device)
-    return Emission(
-        [name for name, alive in zip(names, live.tolist(), strict=True) if alive],
-        choice.tokens[live].tolist(),
-        choice.logprobs[live].tolist(),
-        choice.margins[live].tolist(),
-        None if choice.support is None else choice.support[live].cpu(),
-    )
+class Texts:
+    """What is being written: B rows of tokens, prompt and all, each of its own length.
+
+    All tensors are on the CPU; what happens to the tokens there is small beside a forward pass.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        guesses: Sequence[Sequence[int]],
+    ):
+        self.limit = max_new_tokens
+        self.index = torch.arange(len(prompts))  # which prompt each row belongs to
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long)
+        self.written = torch.zeros_like(self.lengths)
+        self.done = self.written >= max_new_tokens
+        longest = max(map(len, prompts), default=0)
+        self.ids = _padded(prompts, longest + max_new_tokens)
+        self.guesses = _padded(guesses, max(map(len, guesses), default=0) + 1)
+        self.on_guess = torch.tensor([bool(guess) for guess in guesses], dtype=torch.bool)
+
+    @property
+    def last(self) -> Tensor:
+        """(B, 1) the last token of each row."""
+        return self.ids.gather(1, self.lengths[:, None] - 1)
+
+    def drafts(self) -> Tensor:
+        """(B, T) what might come next; -1 where nothing is drafted."""
+        guessing = (self.on_guess & ~self.done).any()
+        left = int((self.limit - self.written[~self.done]).max()) - 1
+        most = min(GUESSED if guessing else LOOKED_UP, left)
+        looked_up = F.pad(
+            look_up(self.ids, self.lengths, min(most, LOOKED_UP)), (0, most), value=-1
+        )
+        if not guessing:
+            return looked_up[:, :most]
+        places = self.written[:, None] + torch.arange(most)
+        guessed = self._guess_at(places, torch.arange(len(places))[:, None])
+        return torch.where(self.on_guess[:, None], guessed, looked_up[:, :most])
+
+    def _guess_at(self, places: Tensor, rows: Tensor) -> Tensor:
+        """The guessed tokens; -1, which ends every guess, behind it."""
+        return self.guesses[rows, places.clamp(max=self.guesses.shape[1] - 1)]
+
+    def of_places(self, draws: Tensor, width: int) -> Tensor:
+        """(B, width) the random numbers of each row's next tokens, of (prompts, tokens)."""
+        places = self.written[:, None] + torch.arange(width)
+        return draws[self.index[:, None], places.clamp(max=draws.shape[1] - 1)]
+
+    def accept(self, tokens: Tensor, drafts: Tensor) -> Tensor:
+        """Append the tokens that count: to the first that was not drafted, or ends the row.
+
+        Args:
+            tokens: (B, T + 1) the choice after the last token, and after each drafted one.
+            drafts: (B, T).
+
+        Returns:
+            (B,) how many of each row count; 0 for finished rows.
+        """
+        counts = 1 + (tokens[:, :-1] == drafts).cumprod(dim=1).sum(dim=1)
+        ends = (tokens == EOS).long()
+        counts = torch.minimum(counts, (ends.cumsum(dim=1) == ends).sum(dim=1))  # none before it
+        counts = torch.minimum(counts, self.limit - self.written).masked_fill(self.done, 0)
+        steps = torch.arange(tokens.shape[1])
+        rows, places = (steps < counts[:, None]).nonzero(as_tuple=True)
+        new = tokens[rows, places]
+        self.ids[rows, self.lengths[rows] + places] = new
+        missed = self._guess_at(self.written[rows] + places, rows) != new
+        self.on_guess[rows[missed]] = False
+        self.lengths, self.written = self.lengths + counts, self.written + counts
+        ended = (counts > 0) & (self.last[:, 0] == EOS)
+        self.done = self.done | ended | (self.written == self.limit)
+        return counts
+
+    def drop_finished(self) -> Tensor:
+        """Forget the rows that are done; returns the places of those that stay."""
+        going = (~self.done).nonzero()[:, 0]
+        for name in ("index", "lengths", "written", "done", "ids", "guesses", "on_guess"):
+            setattr(self, name, getattr(self, name)[going])
+        return going
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int) -> Tensor:
+    """(B, width) token ids, -1 behind the end of each row."""
+    ids = torch.full((len(rows), width), -1)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+    return ids
+
+
+def look_up(ids: Tensor, lengths: Tensor, most: int) -> Tensor:
+    """What followed where a row's last tokens stood before, the longest match and then the latest.
+
+    ``7 + 3 = 10 , 7 +`` with ``most`` = 3 gives ``3 = 10``.
+
+    Args:
+        ids: (B, W) tokens; lengths: (B,) how many of each row count.
+
+    Returns:
+        (B, most) tokens, -1 where there is no match, or none of its followers is known.
+    """
+    ids = ids[:, : int(lengths.max())]
+    width, last = ids.shape[1], lengths[:, None] - 1
+    place = torch.arange(width)
+    matching, matched = place < last, torch.zeros_like(ids)  # up to each place, in tokens
+    for back in range(min(LONGEST_MATCH, width)):
+        same = ids == ids.gather(1, (last - back).clamp(min=0))
+        matching = matching & F.pad(same, (back, 0))[:, :width]
+        matched += matching
+    best = (matched * width + place).argmax(dim=1, keepdim=True)
+    following = best + 1 + torch.arange(most)
+    known = (following <= last) & (matched.gather(1, best) > 0)
+    return torch.where(known, ids.gather(1, following.clamp(max=width - 1)), -1)
+
+
+def _emissions(choice: Choice, names: Sequence[int], counts: Tensor) -> Iterator[Emission]:
+    """The tokens that count, those of one place at a time."""
+    for place in range(int(counts.max())):
+        live = counts > place
+        rows = live.nonzero()[:, 0].tolist()
+        at = live.to(choice.tokens.device)
+        yield Emission(
+            [names[row] for row in rows],
+            choice.tokens[at, place].tolist(),
+            choice.logprobs[at, place].tolist(),
+            choice.margins[at, place].tolist(),
+            None if choice.support is None else choice.support[at, place].cpu(),
+        )
 
 
 @contextlib.contextmanager
@@ -164,21 +293,20 @@ def evaluating(model: ArithmeticModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _prefill(model: ArithmeticModel, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    ids = torch.full((len(prompts), int(lengths.max())), PAD)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-    return _forward(model, ids.to(model.device), cache, lengths.to(model.device))
+@torch.no_grad()
+def _read_prompts(model: ArithmeticModel, prompts: Sequence[Sequence[int]], cache: KVCache) -> None:
+    """Fill the cache with every prompt but its last token, which the first pass reads."""
+    lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
+    if len(prompts) and (longest := int(lengths.max())):
+        ids = _padded([prompt[:-1] for prompt in prompts], longest).clamp(min=PAD)
+        model.hidden_states(ids.to(model.device), cache, lengths)
 
 
 @torch.no_grad()
-def _forward(model: ArithmeticModel, ids: Tensor, cache: KVCache, lengths: Tensor | None) -> Tensor:
-    """Logits (B, vocabulary) after each row's last real token."""
-    hidden = model.hidden_states(ids, cache, lengths)
-    if lengths is not None:
-        hidden = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
-    return model.lm_head(hidden.flatten(0, -2)).float()
+def _forward(model: ArithmeticModel, ids: Tensor, cache: KVCache) -> Tensor:
+    """Logits (B, T, vocabulary) after each token; how many of them the cache keeps is up to you."""
+    nothing = torch.zeros_like(cache.lengths)
+    return model.lm_head(model.hidden_states(ids.to(model.device), cache, nothing)).float()
 
 
 def _uniforms(sampling: Sampling, rows: Sequence[int], steps: int) -> Tensor:
@@ -190,15 +318,16 @@ def _uniforms(sampling: Sampling, rows: Sequence[int], steps: int) -> Tensor:
 
 
 class Choice(NamedTuple):
-    """The next token of each row (B,), its log-probability, and how close the runner-up was."""
+    """The next tokens (B, T), their log-probabilities, and how close the runners-up were."""
 
     tokens: Tensor
     logprobs: Tensor
     margins: Tensor
-    support: Tensor | None  # (B, vocabulary)
+    support: Tensor | None  # (B, T, vocabulary)
 
 
 def _choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Choice:
+    """Choose by ``logits`` (B, T, vocabulary) and, unless greedy, random numbers (B, T)."""
     best = logits.topk(2, dim=-1).values
     logprobs = truncated_logprobs(logits, sampling)
     if sampling.greedy:
@@ -206,11 +335,11 @@ def _choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Choice:
     else:
         cumulative = logprobs.double().exp().cumsum(dim=-1)
         # Scaled to the last sum, which rounding may leave a little off 1.
-        threshold = uniform.to(logits.device)[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
+        threshold = uniform.to(logits.device)[..., None] * cumulative[..., -1:]
+        tokens = torch.searchsorted(cumulative, threshold, right=True)[..., 0]
+    chosen = logprobs.gather(-1, tokens[..., None])[..., 0]
     support = logprobs > -torch.inf if sampling.truncated else None
-    return Choice(tokens, chosen, best[:, 0] - best[:, 1], support)
+    return Choice(tokens, chosen, best[..., 0] - best[..., 1], support)
 
 
 def truncated_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -13,6 +13,7 @@ from arithmetic_llm.generate import (
     Sampling,
     decode,
     generate,
+    look_up,
     truncated_logprobs,
 )
 from arithmetic_llm.sampling import SampleSpec
@@ -151,14 +152,13 @@ def test_every_row_is_reported_once_when_it_is_done():
 def test_tokens_stream_as_they_are_written_and_finished_rows_leave():
     expected = generate(MODEL, PROMPTS[:12], LIMIT)
     streamed = [[] for _ in range(12)]
-    counts = []
     for emission in decode(MODEL, PROMPTS[:12], LIMIT):
-        counts.append(len(emission.rows))
+        assert emission.rows  # some row has something new
         for row, token in zip(emission.rows, emission.tokens, strict=True):
+            assert EOS not in streamed[row]
             streamed[row].append(token)
     assert streamed == [completion.tokens for completion in expected]
-    assert counts == sorted(counts, reverse=True)
-    assert counts[-1] < counts[0]
+    assert len({len(tokens) for tokens in streamed}) > 3
 
 
 def test_a_stream_that_is_left_early_leaves_the_model_as_it_was():
@@ -169,6 +169,87 @@ def test_a_stream_that_is_left_early_leaves_the_model_as_it_was():
     stream.close()
     assert MODEL.training
     MODEL.eval()
+
+
+# ------------------------------------------------------------------------------------ drafts
+
+
+class Passes:
+    """Counts the forward passes of a model inside a block."""
+
+    def __init__(self, model):
+        self.model, self.count = model, 0
+
+    def __enter__(self):
+        self.hook = self.model.model.register_forward_hook(self.add)
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
+
+    def add(self, *_):
+        self.count += 1
+
+
+def guesses_of_all_kinds(completions):
+    """Right, right at first, wrong at once, too short, too long, and none."""
+    kinds = [
+        lambda tokens: tokens,
+        lambda tokens: [*tokens[:5], 7, *tokens[6:]],
+        lambda tokens: [9, *tokens[1:]],
+        lambda tokens: tokens[: len(tokens) // 2],
+        lambda tokens: [*tokens, *range(6, 60), EOS],
+        lambda tokens: [],
+    ]
+    return [kinds[row % 6](completion.tokens) for row, completion in enumerate(completions)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_guesses_change_no_token_and_no_logprob(sampling, batch_size):
+    plain = generate(MODEL, PROMPTS, LIMIT, sampling, batch_size=64)
+    guesses = guesses_of_all_kinds(plain)
+    guessed = generate(MODEL, PROMPTS, LIMIT, sampling, batch_size, guesses=guesses)
+    for one, other in zip(plain, guessed, strict=True):
+        assert one.tokens == other.tokens
+        assert one.finish_reason == other.finish_reason
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert len(one.support) == len(other.support)
+        assert all(map(torch.equal, one.support, other.support))
+
+
+def test_a_right_guess_takes_few_passes_and_a_wrong_one_no_more_than_none():
+    completions = generate(MODEL, PROMPTS, 20)
+    pairs = zip(PROMPTS, completions, strict=True)
+    prompt, plain = next((p, c) for p, c in pairs if len(p) > 1 and len(c.tokens) == 20)
+    passes = {}
+    for name, guess in {"right": plain.tokens, "wrong": [9] * 20, "none": []}.items():
+        with Passes(MODEL) as counter:
+            generate(MODEL, [prompt], 20, guesses=[guess])
+        passes[name] = counter.count
+    assert passes["right"] == 2  # the prompt, and all of the text at once
+    assert passes["right"] < passes["wrong"] <= passes["none"] + 1 <= 20 + 2
+
+
+def test_what_repeats_itself_is_looked_up(trained_model, tokenizer):
+    """A solution copies its own expression; the naive loop takes a pass for each token."""
+    prompt = tokenizer.prompt_ids("(7 - 2) + (3 - (4 + 1))")
+    with Passes(trained_model) as counter:
+        (completion,) = generate(trained_model, [prompt], 80)
+    assert completion.tokens == naive_greedy(trained_model, prompt, 80)
+    assert counter.count < 0.8 * len(completion.tokens)
+
+
+def test_looking_up_by_hand():
+    ids = torch.tensor([[7, 1, 2, 3, 9, 1, 2, 8, 1, 2], [5, 5, 5, 0, 0, 0, 0, 0, 0, 0]])
+    lengths = torch.tensor([10, 3])
+    assert look_up(ids, lengths, 3).tolist() == [
+        [8, 1, 2],  # the later of two matches of the same length
+        [5, -1, -1],  # behind the latest match only one token is known
+    ]
+    longer = torch.tensor([[4, 1, 2, 3, 9, 1, 2, 8, 4, 1, 2]])
+    assert look_up(longer, torch.tensor([11]), 2).tolist() == [[3, 9]]  # the longer match
+    assert look_up(torch.tensor([[1, 2, 3]]), torch.tensor([3]), 2).tolist() == [[-1, -1]]
 
 
 # -------------------------------------------------------------------------- log-probabilities
