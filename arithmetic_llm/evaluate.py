@@ -44,7 +44,7 @@ from arithmetic_llm.runtime import (
 )
 from arithmetic_llm.sampling import SampleSpec
 from arithmetic_llm.solution import one_line, solve
-from arithmetic_llm.tokenizer import ArithmeticTokenizer
+from arithmetic_llm.tokenizer import EOS, ArithmeticTokenizer
 
 CONTEXTS_TO_WRITE = 4  # how far beyond the trained context decoding goes unless told otherwise
 
@@ -142,6 +142,9 @@ def evaluate(
 ) -> EvaluationResult:
     """Put every problem to the model and judge what it writes, with a progress bar.
 
+    The right answers are the decoder's guesses: they save passes where the model writes just them,
+    and change nothing that it writes.
+
     Args:
         trained_on: what the checkpoint says of its training; empty if nothing is known.
         max_new_tokens: 0 = as `room_to_answer` gives.
@@ -164,7 +167,8 @@ def evaluate(
             show(outcome)
 
         started = time.monotonic()
-        generate(model, prompts, limit, sampling, batch_size, on_done)
+        guesses = right_answers(problems, tokenizer)
+        generate(model, prompts, limit, sampling, batch_size, on_done, guesses)
         seconds = time.monotonic() - started
     in_order = tuple(outcomes[row] for row in range(len(problems)))
     settings = {**(settings or {}), **_decoding(model, sampling, limit, batch_size)}
@@ -201,11 +205,16 @@ def _scoreboard(progress: Progress) -> Callable[[Outcome], None]:
     return show
 
 
+def right_answers(problems: Sequence[Problem], tokenizer: ArithmeticTokenizer) -> list[list[int]]:
+    """The tokens of a right answer to each problem: what follows the prompt, ``<eos>`` included."""
+    texts = [one_line(solve(problem.expression).text) for problem in problems]
+    # The first token is <think>, which belongs to the prompt.
+    return [[*ids[1:], EOS] for ids in tokenizer.encode_batch(texts)]
+
+
 def answer_lengths(problems: Sequence[Problem], tokenizer: ArithmeticTokenizer) -> list[int]:
     """How many tokens a right answer to each problem takes, ``<eos>`` included."""
-    texts = (one_line(solve(problem.expression).text) for problem in problems)
-    # <think> belongs to the prompt, and <eos> takes its place.
-    return [len(tokenizer.encode(text)) for text in texts]
+    return [len(answer) for answer in right_answers(problems, tokenizer)]
 
 
 def room_to_answer(

@@ -12,6 +12,7 @@ from typing import Any
 from arithmetic_llm.config import GRPOConfig
 from arithmetic_llm.corpus import Record, read_corpus
 from arithmetic_llm.drawing import draw_any
+from arithmetic_llm.evaluate import right_answers
 from arithmetic_llm.expression import spell
 from arithmetic_llm.generate import Completion, Sampling, generate
 from arithmetic_llm.judging import Outcome, Row, judge, problem_from
@@ -144,15 +145,18 @@ def roll_out(
     config: GRPOConfig,
     weights: dict[str, float],
 ) -> list[list[Rollout]]:
-    """``copies`` completions of each expression, in one batch; a group for each expression."""
-    problems = [problem_from(expression) for expression in expressions]
-    asked = [(problem, tokenizer.prompt_ids(problem.expression)) for problem in problems]
-    asked = [pair for pair in asked for _ in range(copies)]
-    prompts = [prompt for _, prompt in asked]
+    """``copies`` completions of each expression, in one batch; a group for each expression.
+
+    As in an evaluation, right answers are guesses: they save passes and change no text.
+    """
+    asked = [problem_from(expression) for expression in expressions for _ in range(copies)]
+    prompts = [tokenizer.prompt_ids(problem.expression) for problem in asked]
+    guesses = right_answers(asked, tokenizer)
     limit, context = config.max_gen_length, model.config.max_seq_length
-    written = generate(model, prompts, limit, sampling, config.rollout_batch_size)
+    size = config.rollout_batch_size
+    written = generate(model, prompts, limit, sampling, size, guesses=guesses)
     rollouts = []
-    for (problem, prompt), completion in zip(asked, written, strict=True):
+    for problem, prompt, completion in zip(asked, prompts, written, strict=True):
         outcome = judge(problem, completion, len(prompt), tokenizer, context)
         rollouts.append(rewarded(outcome, prompt, completion, config, weights))
     return [rollouts[start : start + copies] for start in range(0, len(rollouts), copies)]
