@@ -1,11 +1,13 @@
 # Two commands do everything on a fresh machine, set-up included:
 #     make quickstart     the whole pipeline on the CPU recipe, ending in a table of results
 #     make test           lint and tests
+# and for developers
+#     make mutants        wrong edits of the package, one at a time: do the tests notice?
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test mutants clean
 
 quickstart: $(VENV)/ready
 	$(RUN) quickstart.py
@@ -13,6 +15,9 @@ quickstart: $(VENV)/ready
 test: $(VENV)/ready-to-test
 	$(RUN) -m ruff check .
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+mutants: $(VENV)/ready-to-test
+	$(RUN) tests/mutants.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
