@@ -358,6 +358,16 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{flag}: must be at most {metadata['at_most']}, not {value}")
 
 
+def check_fields(config: Any) -> None:
+    """Hold a config to the bounds and choices of its own fields, wherever it was made.
+
+    Raises:
+        UserError: the first value that is out of bounds, by the name of its flag.
+    """
+    for field in dataclasses.fields(config):
+        _check(field, getattr(config, field.name))
+
+
 def _scalar(hint: Any) -> tuple[type, int | None]:
     """``int | None`` -> (int, None); ``tuple[int, int]`` -> (int, 2)."""
     if isinstance(hint, types.UnionType):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -11,10 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from arithmetic_llm.corpus import Record, read_corpus
-from arithmetic_llm.drawing import split_of
-from arithmetic_llm.expression import ExpressionError, parse
+from arithmetic_llm.drawing import split_of_problem
+from arithmetic_llm.expression import Expression, ExpressionError, parse, spell
 from arithmetic_llm.runtime import sha256_file
-from arithmetic_llm.sampling import TREE_STYLES, SampleSpec
+from arithmetic_llm.sampling import (
+    LARGEST_NUMBER,
+    MAX_DEPTH,
+    MAX_FLAT_TERMS,
+    STYLES,
+    TREE_STYLES,
+    SampleSpec,
+)
 
 
 @dataclass(frozen=True)
@@ -39,17 +47,31 @@ class Coverage:
         """Plain lists and numbers, as a checkpoint stores them in ``trained_on``."""
         return json.loads(json.dumps(asdict(self)))
 
+    @property
+    def exceeds_sampler(self) -> bool:
+        """Whether `held_out_spec` falls short of the corpus: the sampler has limits."""
+        spec = self.held_out_spec()
+        return (
+            min(self.depths, default=1) < spec.min_depth
+            or max(self.depths, default=1) > spec.max_depth
+            or max(self.flat_terms, default=2) > spec.flat_terms
+            or self.num_range != spec.num_range
+        )
+
     def held_out_spec(self) -> SampleSpec:
-        """How to draw problems like the corpus's own: trees if it has any, else what it has."""
+        """How to draw problems like the corpus's own: trees if it has any, else what it has.
+
+        What lies beyond the sampler's limits is replaced by the limit.
+        """
         only = {}
         if not self.depths:
             only = {next((s for s in ("flat", "drill") if s in self.styles), "invalid"): 1.0}
         rates = {f"{style}_rate": only.get(style, 0.0) for style in ("flat", "drill", "invalid")}
         return SampleSpec(
-            num_range=self.num_range,
-            min_depth=min(self.depths, default=1),
-            max_depth=max(self.depths, default=1),
-            flat_terms=max(self.flat_terms, default=2),
+            num_range=tuple(_within(-LARGEST_NUMBER, n, LARGEST_NUMBER) for n in self.num_range),
+            min_depth=_within(1, min(self.depths, default=1), MAX_DEPTH),
+            max_depth=_within(1, max(self.depths, default=1), MAX_DEPTH),
+            flat_terms=_within(2, max(self.flat_terms, default=2), MAX_FLAT_TERMS),
             typed_rate=0.0,
             padded_rate=0.0,
             **rates,
@@ -57,15 +79,38 @@ class Coverage:
 
 
 def coverage(corpus_path: str | Path) -> Coverage:
-    """From the corpus's sidecar if that describes this very file, else by reading all of it."""
-    sidecar = Path(f"{corpus_path}.meta.json")
+    """From the corpus's sidecar if that describes this very file, else by reading all of it.
+
+    Prints a line if the text has to do, and one if held-out problems cannot be like all of it.
+    """
+    records = read_corpus(corpus_path)  # refuses what is no file
+    covered = _told_by_sidecar(corpus_path) or survey(records)
+    if covered.exceeds_sampler:
+        print(
+            f"{corpus_path}: has problems that the sampler does not draw; held-out problems have "
+            f"depths 1 to {MAX_DEPTH}, flat sums up to {MAX_FLAT_TERMS} numbers"
+        )
+    return covered
+
+
+def _told_by_sidecar(corpus_path: str | Path) -> Coverage | None:
+    """None, and a printed line, unless there is a sidecar and it describes this very file."""
+    sidecar, state = Path(f"{corpus_path}.meta.json"), "is missing"
     if sidecar.is_file():
+        state = f"does not describe {corpus_path}"
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # damaged
             meta = json.loads(sidecar.read_text(encoding="utf-8"))
             if meta["sha256"] == sha256_file(corpus_path):
                 return _from_sidecar(meta)
-        print(f"{sidecar}: does not describe {corpus_path}; reading the corpus instead")
-    return survey(read_corpus(corpus_path))
+    print(
+        f"{sidecar}: {state}; depths, styles and numbers are read from the text itself, where a "
+        "drill with small numbers is a problem of depth 1"
+    )
+    return None
+
+
+def _within(least: int, value: int, most: int) -> int:
+    return max(least, min(value, most))
 
 
 def merge(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
@@ -83,26 +128,106 @@ def merge(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
 
 
 def survey(records: Iterable[Record]) -> Coverage:
-    """Coverage by parsing every expression; a drill cannot be told from a tree of depth 1."""
-    styles, splits = Counter(), Counter()
-    depths, flat_terms, numbers = set(), set(), set()
+    """Coverage by parsing every expression, see `_Texts` for what its text cannot tell."""
+    texts = _Texts()
     for record in records:
-        splits[split_of(record.expression)] += 1
+        texts.add(record.expression)
+    return texts.coverage()
+
+
+class _Texts:
+    """What the texts of a corpus show; sums and pairs can be told apart only when all are seen.
+
+    - A sum of three or more numbers without parentheses is a typed tree if the corpus has other
+      typed trees and trees of its depth, else a flat sum.
+    - A pair, ``31 - -12``, is a drill if its numbers leave the range of all other expressions and
+      are in reach of their results. A drill within that range counts as a tree of depth 1.
+    - A sum of two numbers is a flat sum if the corpus has flat sums and no trees but pairs.
+    """
+
+    def __init__(self) -> None:
+        self.styles: Counter[str] = Counter()
+        self.splits: Counter[str] = Counter()
+        self.depths: set[int] = set()
+        self.sums: Counter[int] = Counter()  # by terms
+        self.pairs: Counter[tuple[int, int]] = Counter()  # by numbers, the smaller first
+        self.numbers: set[int] = set()  # of all but the pairs
+
+    def add(self, text: str) -> None:
+        """Take in one expression, valid or not."""
         try:
-            tree = parse(record.expression)
+            tree = parse(text)
         except ExpressionError:
-            styles["invalid"] += 1
-            continue
-        styles["flat" if tree.is_flat else "nested"] += 1
-        (flat_terms if tree.is_flat else depths).add(tree.terms if tree.is_flat else tree.depth)
-        numbers.update(symbol for symbol in tree.postfix if isinstance(symbol, int))
-    return Coverage(
-        dict(styles),
-        tuple(sorted(depths)),
-        tuple(sorted(flat_terms)),
-        (min(numbers, default=0), max(numbers, default=0)),
-        dict(splits),
-    )
+            self.styles["invalid"] += 1
+            self.splits[split_of_problem(text)] += 1
+            return
+        self.splits[split_of_problem(tree.postfix)] += 1
+        numbers = sorted(symbol for symbol in tree.postfix if isinstance(symbol, int))
+        if tree.depth == 1 and "(" not in tree.canonical:
+            self.pairs[numbers[0], numbers[1]] += 1
+            return
+        self.numbers.update(numbers)
+        if tree.is_flat:
+            self.sums[tree.terms] += 1
+        else:
+            self.styles[_style(tree)] += 1
+            self.depths.add(tree.depth)
+
+    def coverage(self) -> Coverage:
+        """All that has been taken in; sums and pairs get the style that fits the rest."""
+        styles, depths, flat_terms = self.styles.copy(), {*self.depths}, set()
+        for terms, count in self.sums.items():
+            typed = "typed" in self.styles and terms - 1 in self.depths
+            styles["typed" if typed else "flat"] += count
+            flat_terms |= set() if typed else {terms}
+        num_range = self._num_range()
+        drills = self._beyond(num_range)
+        if pairs := self.pairs.total() - drills:
+            flat = bool(flat_terms) and not depths
+            styles["flat" if flat else "nested"] += pairs
+            (flat_terms if flat else depths).add(2 if flat else 1)
+        styles["drill"] += drills
+        in_order = {style: styles[style] for style in STYLES if styles[style]}
+        return Coverage(
+            in_order, tuple(sorted(depths)), tuple(sorted(flat_terms)), num_range, dict(self.splits)
+        )
+
+    def _num_range(self) -> tuple[int, int]:
+        """Smallest and largest number of all but the drills."""
+        deepest = max({*self.depths, *(terms - 1 for terms in self.sums)}, default=0)
+        largest = max(map(abs, self.numbers), default=0)
+        # The steps of a tree of depth 1 are that tree: no drills can be told from it.
+        reach = largest * 2 ** (deepest - 1) if deepest > 1 else -1
+        out_of_reach = (pair for pair in self.pairs if max(map(abs, pair)) > reach)
+        numbers = self.numbers.union(*out_of_reach)
+        return min(numbers, default=0), max(numbers, default=0)
+
+    def _beyond(self, num_range: tuple[int, int]) -> int:
+        """How many pairs have a number outside of a range."""
+        low, high = num_range
+        return sum(n for (least, most), n in self.pairs.items() if least < low or most > high)
+
+
+def _style(tree: Expression) -> str:
+    """How a tree with parentheses is written; where two styles spell it alike it is nested."""
+    if tree.canonical == spell(tree.postfix):
+        return "nested"
+    return "typed" if _lacks_parentheses(tree.canonical) else "padded"
+
+
+def _lacks_parentheses(canonical: str) -> bool:
+    """Whether two operators share a pair of parentheses, or stand outside of all."""
+    operators = [0]
+    for piece in re.findall(r"[()]| [+-] ", canonical):
+        if piece == "(":
+            operators.append(0)
+        elif piece == ")":
+            operators.pop()
+        else:
+            operators[-1] += 1
+            if operators[-1] > 1:
+                return True
+    return False
 
 
 def _from_sidecar(meta: dict[str, Any]) -> Coverage:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-from arithmetic_llm.cli import opt
+from arithmetic_llm.cli import check_fields, opt
 from arithmetic_llm.corruption import corrupt
 from arithmetic_llm.expression import Postfix, apply, spell
 from arithmetic_llm.runtime import UserError
@@ -20,7 +20,11 @@ from arithmetic_llm.runtime import UserError
 LEAF_PROBABILITY = 0.3  # that the free side of an operation stops growing, at every level
 TREE_STYLES = ("nested", "typed", "padded")
 STYLES = (*TREE_STYLES, "flat", "drill", "invalid")
-MAX_DEPTH = 20  # a tree of depth 20 already has some 3,000 numbers
+# A solution grows with the square of the numbers in its expression. At these limits there are some
+# 200 numbers, and solutions of 50,000 to 200,000 tokens: more than any context here. Each level of
+# depth doubles that. At depth 20 one solution had 32 million tokens and took 12 GB to encode.
+MAX_DEPTH = 10
+MAX_FLAT_TERMS = 200
 LARGEST_NUMBER = 10**100
 MANY = 10**15
 
@@ -52,9 +56,10 @@ class SampleSpec:
     drill_rate: float = _rate(
         0.0, "fraction of one-step drills: single steps of trees of --max-depth, as 31 - -12"
     )
-    flat_terms: int = opt(20, "most numbers in a flat sum", at_least=2, at_most=1000)
+    flat_terms: int = opt(20, "most numbers in a flat sum", at_least=2, at_most=MAX_FLAT_TERMS)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         low, high = self.num_range
         if low > high:
             raise UserError(f"--num-range {low} {high}: the smaller number comes first")

@@ -1,12 +1,17 @@
 """What a corpus covers: from its sidecar, or from its text alone; and over two stages."""
 
 import json
+from dataclasses import replace
+from random import Random
 
 import pytest
-from helpers import call, records
+from helpers import ROOT, call, records
 
+from arithmetic_llm.corpus import json_line, solved
 from arithmetic_llm.corpus import test_set as draw_test_set
 from arithmetic_llm.coverage import coverage, merge, survey
+from arithmetic_llm.expression import parse
+from arithmetic_llm.sampling import MAX_DEPTH, MAX_FLAT_TERMS, exact_tree, write
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +37,112 @@ def test_the_sidecar_and_the_text_tell_the_same(corpus, tmp_path):
     assert {*told.flat_terms} - {2} == {*read.flat_terms} == {3, 4, 5, 6}
     assert told.num_range == read.num_range == (-9, 9)
     assert told.splits == read.splits == {"train": 300}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_recipes_corpus_needs_no_sidecar_for_its_held_out_problems(tmp_path, capsys, seed):
+    made = call(
+        "generate_foundational_plaintext.py",
+        *("--config", ROOT / "configs" / "cpu" / "foundational_corpus.json"),
+        *("--num-samples", 3000, "--seed", seed, "--output-txt", tmp_path / "c.txt"),
+    )
+    assert made.code == 0
+    told = coverage(tmp_path / "c.txt")
+    assert capsys.readouterr().out == ""
+    (tmp_path / "c.txt.meta.json").unlink()
+    read = coverage(tmp_path / "c.txt")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path / 'c.txt.meta.json'}: is missing; ")
+    assert (read.num_range, read.depths, read.flat_terms) == ((1, 20), (1, 2, 3, 4), ())
+    assert read.num_range == told.num_range
+    assert read.depths == told.depths
+    assert {*read.styles} == {*told.styles} == {"nested", "typed", "padded", "drill", "invalid"}
+    assert read.splits == told.splits
+    assert read.held_out_spec() == told.held_out_spec()
+    # Only what spells alike is lost: small drills, and typed trees that need all their parentheses.
+    assert read.styles["padded"] == told.styles["padded"]
+    assert read.styles["invalid"] == told.styles["invalid"]
+    assert 0.35 * told.styles["drill"] < read.styles["drill"] < told.styles["drill"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "styles", "depths", "flat_terms", "num_range"),
+    [
+        # Depth 1 alone, and drills alone, which look the same.
+        (["1 + 2", "9 - 4"], {"nested": 2}, (1,), (), (1, 9)),
+        (["31 - -12", "1 + 2"], {"nested": 2}, (1,), (), (-12, 31)),
+        # Beside deeper trees: a drill if beyond their range, unless beyond their results as well.
+        (["(1 + 9) - 3", "10 - -2", "2 + 3"], {"nested": 2, "drill": 1}, (1, 2), (), (1, 9)),
+        (["(1 + 9) - 3", "19 - 2"], {"nested": 2}, (1, 2), (), (1, 19)),
+        (["(1 + 9) - 3", "-18 - 2"], {"nested": 1, "drill": 1}, (2,), (), (1, 9)),
+        (["(1 + 9) - 3", "((10 - -2))"], {"nested": 1, "padded": 1}, (1, 2), (), (-2, 10)),
+        # Without parentheses: as typed only beside other typed trees, and trees as deep.
+        (["1 + 2 + 3", "1 - 2"], {"flat": 2}, (), (2, 3), (1, 3)),
+        (["1 + 2 + 3", "(1 - 2) + 3"], {"nested": 1, "flat": 1}, (2,), (3,), (1, 3)),
+        (["1 + 2 + 3", "1 - 2 - (3 + 4)"], {"typed": 2}, (2,), (), (1, 4)),
+        (["1 + 2 + 3 + 4", "1 - 2 - (3 + 4)"], {"typed": 1, "flat": 1}, (2,), (4,), (1, 4)),
+        (["1 + 2 + 3", "2 - -3"], {"flat": 1, "drill": 1}, (), (3,), (1, 3)),
+        # By hand: some parentheses kept and some dropped; spaces and lone numbers change nothing.
+        (["(1 + 2) + 3 - 4"], {"typed": 1}, (3,), (), (1, 4)),
+        (["((1 + 2)) - 3", "(1 - (2 + 3))"], {"padded": 2}, (2,), (), (1, 3)),
+        (["(1+2)-(3)", "1-( 2+3 )"], {"nested": 2}, (2,), (), (1, 3)),
+        (["7", "12"], {"nested": 2}, (0,), (), (7, 12)),
+        (["1 +", "+"], {"invalid": 2}, (), (), (0, 0)),
+        ([], {}, (), (), (0, 0)),
+    ],
+)
+def test_what_texts_tell(texts, styles, depths, flat_terms, num_range):
+    read = survey(map(solved, texts))
+    assert read.styles == styles
+    assert (read.depths, read.flat_terms, read.num_range) == (depths, flat_terms, num_range)
+
+
+@pytest.mark.parametrize("style", ["nested", "typed", "padded"])
+def test_styles_are_told_apart_wherever_their_spellings_differ(style):
+    rng = Random(3)
+    for _ in range(300):
+        tree = exact_tree(rng.randint(2, 4), (1, 20), rng)
+        texts = {other: write(tree, other, rng) for other in ("nested", "typed", "padded")}
+        alone = survey([solved(texts[style])])
+        told = "nested" if texts[style] == texts["nested"] else style
+        told = "flat" if "(" not in texts[style] else told
+        assert alone.styles == {told: 1}
+
+
+def test_held_out_problems_keep_to_the_limits_of_the_sampler():
+    covered = survey(map(solved, ["1 + 2", "(1 - 2) + 3"]))
+    assert not covered.exceeds_sampler
+    assert replace(covered, flat_terms=(3, 999)).held_out_spec().flat_terms == MAX_FLAT_TERMS
+    for depths, limits in (((1, 60), (1, MAX_DEPTH)), ((60,), (MAX_DEPTH,) * 2), ((0,), (1, 1))):
+        beyond = replace(covered, depths=depths)
+        spec = beyond.held_out_spec()
+        assert (spec.min_depth, spec.max_depth) == limits
+        assert beyond.exceeds_sampler
+    huge = survey([solved(f"1 - {10**300}")])
+    assert huge.held_out_spec().num_range == (1, 10**100)
+    assert huge.exceeds_sampler
+
+
+def chain(depth: int) -> str:
+    """A left-nested chain of ones and twos."""
+    return "(" * (depth - 1) + "1 + 2" + "".join(f") - {1 + n % 2}" for n in range(depth - 1))
+
+
+def test_a_corpus_deeper_than_the_sampler_trains(workshop, tmp_path):
+    assert parse(chain(60)).depth == 60
+    texts = [chain(depth) for depth in (1, 2, 3, 60)] * 8
+    (tmp_path / "c.jsonl").write_text("".join(json_line(solved(text)) for text in texts))
+    ended = call(
+        "run_foundational_training.py",
+        *("--corpus-path", tmp_path / "c.jsonl", "--tokenizer-path", workshop / "tokenizer"),
+        *("--output-dir", tmp_path / "runs", "--max-steps", 2, "--eval-samples", 20),
+        *("--d-model", 32, "--nhead", 2, "--num-layers", 1, "--dim-feedforward", 48),
+        *("--threads", 1, "--device", "cpu", "--batch-size", 4),
+    )
+    assert ended.code == 0, ended.err
+    (line,) = [line for line in ended.out.splitlines() if "sampler" in line]
+    assert line.startswith(f"{tmp_path / 'c.jsonl'}: ")
+    assert f"depths 1 to {MAX_DEPTH}" in line
 
 
 def test_a_sidecar_of_another_file_is_not_believed(corpus, tmp_path, capsys):

@@ -30,7 +30,7 @@ from arithmetic_llm.judging import (
     wilson_interval,
 )
 from arithmetic_llm.runtime import UserError, atomic_write_text
-from arithmetic_llm.sampling import SampleSpec
+from arithmetic_llm.sampling import MAX_DEPTH, SampleSpec
 from arithmetic_llm.tokenizer import END_THINK, EOS, SPECIAL_TOKENS, ArithmeticTokenizer
 
 test_set.__test__ = False  # a function of the package, not a test
@@ -602,6 +602,8 @@ def refusals(tmp_path, checkpoint):
         ((*model, "--output-dir", tmp_path / "bad.jsonl" / "x"), "name a directory"),
         ((*model, "--num-range", 5, 5, "--max-depth", 1), "depth 1"),
         ((*model, "--min-depth", 3, "--max-depth", 2), "--min-depth 3"),
+        ((*model, "--max-depth", 60), f"--max-depth: must be at most {MAX_DEPTH}, not 60"),
+        ((*model, "--style", "flat", "--flat-terms", 10**6), "--flat-terms: must be at most"),
         ((*model, "--style", "prose"), "--style"),
         ((*model, "--device", "quantum"), "quantum"),
         ((*model, "--nun-samples", 5), "--num-samples"),

@@ -156,6 +156,12 @@ def test_counts_are_exact(num_samples, rates):
         ({"num_range": (1, 10**101)}, "--num-range"),
         ({"min_depth": 4, "max_depth": 3}, "--min-depth 4"),
         ({"drill_rate": 0.7, "flat_rate": 0.4}, "drill 0.7"),
+        ({"max_depth": 11}, "--max-depth: must be at most 10, not 11"),
+        ({"min_depth": 0}, "--min-depth: must be at least 1, not 0"),
+        ({"flat_terms": 201}, "--flat-terms: must be at most 200, not 201"),
+        ({"flat_terms": 1}, "--flat-terms: must be at least 2, not 1"),
+        ({"drill_rate": -0.1}, "--drill-rate: must be at least 0"),
+        ({"invalid_rate": float("nan")}, "--invalid-rate: must be a finite number"),
     ],
 )
 def test_impossible_specs_are_refused(wrong, named):
