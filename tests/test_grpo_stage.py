@@ -589,6 +589,16 @@ def test_what_is_rewarded_is_what_the_model_wrote_itself(tokenizer, ending, room
     assert judged.as_dict()["correct"] == bool(reward)
 
 
+def test_rollouts_stand_in_groups_of_their_prompts(tokenizer):
+    config, expressions = settings(max_gen_length=100), ["1 + 2", "(3 - 4) + 5", "6 +"]
+    groups = roll_out(Oracle(tokenizer), tokenizer, expressions, 2, GREEDY, config, {"correct": 1})
+    assert [[r.outcome.expression for r in group] for group in groups] == [
+        [expression] * 2 for expression in expressions
+    ]
+    assert [rollout.prompt for rollout, _ in groups] == [*map(tokenizer.prompt_ids, expressions)]
+    assert {rollout.reward for group in groups for rollout in group} == {1.0}
+
+
 @pytest.mark.parametrize("room", [20, 25, 35, 60])
 def test_validation_judges_as_an_evaluation_does(trained_model, tokenizer, room):
     problems = problems_from(test_set(SMALL_WORLD, 60, 3, "validation"))

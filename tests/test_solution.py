@@ -110,6 +110,7 @@ def test_reductions_are_made_one_at_a_time():
         ("Final Result: 12 </think>", None),
         ("Final Result: 12 Final Result: 13", None),
         ("Final Result: 12 Final Result: 12", None),
+        ("Final Result: 12Final Result: 12", None),
         ("Final\tResult: 12 Final Result: 12", None),
         ("Final Result: Final Result: 12", None),
         ("Final Result:12", None),

@@ -237,6 +237,7 @@ def test_a_mistake_before_the_limit_is_a_mistake():
         (RIGHT.partition("Step 3")[0] + "</think>", "wrong_reduction"),
         (RIGHT.partition("Step 3")[0] + "Step 2", "wrong_copy"),  # becomes part of what it follows
         (RIGHT.partition("Step 3")[0] + "Stp", "wrong_copy"),
+        (RIGHT.partition("\nStep 3")[0] + "S", "wrong_copy"),
         (RIGHT.partition("</think>")[0] + "<th", "wrong_copy"),
         (RIGHT.partition("</think>")[0] + "<think>", "unparseable"),
     ],
