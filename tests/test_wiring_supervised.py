@@ -556,22 +556,43 @@ def test_a_frozen_weight_that_moves_ends_the_run(world, tmp_path, monkeypatch):
         start(world, "lora", tmp_path)
 
 
-def test_what_has_no_gradient_or_cannot_show_may_stay(world, tmp_path):
-    """An adapter's A at first; and norms at 1, which are not changed by steps of 1e-8."""
-    run(world, "lora", tmp_path / "lora", max_steps=1, weight_decay=0.0)
-    model = random_model(load_checkpoint(world.base).model.vocab_size)
-    for parameter in model.parameters():
-        if parameter.ndim < 2:
-            torch.nn.init.ones_(parameter)
+def test_an_update_may_leave_what_has_no_gradient_yet(world, tmp_path):
+    """An adapter's A, as its B is zero."""
+    run(world, "lora", tmp_path, max_steps=1, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("settings", [{"learning_rate": 1e-8}, {"gradient_clip": 1e-20}])
+def test_an_update_may_leave_what_it_is_too_small_for(world, tmp_path, settings):
+    """Norms at 1: a rate below their rounding, or gradients far below AdamW's epsilon."""
     tokenizer = ArithmeticTokenizer.load(world.tokenizer)
+    model = random_model(tokenizer.vocab_size)
+    norms = {name: p for name, p in model.named_parameters() if p.ndim < 2}
+    for norm in norms.values():
+        torch.nn.init.ones_(norm)
     save_checkpoint(tmp_path / "base.pt", checkpoint_of(model, tokenizer))
     other = World(world.corpora, world.tokenizer, tmp_path / "base.pt")
-    folder = run(other, "instruction", tmp_path / "slow", max_steps=1, learning_rate=1e-8)
+    folder = run(other, "instruction", tmp_path / "runs", max_steps=1, **settings)
     after = read_checkpoint(folder / "final_model.pt").weights
-    assert {name for name, weight in after.items() if (weight == 1.0).all()}
+    assert all((after[name] == 1.0).all() for name in norms)
 
 
 def test_a_loss_without_gradients_ends_the_run(world, tmp_path, monkeypatch):
     monkeypatch.setattr(SupervisedTask, "loss", lambda *args: torch.ones((), requires_grad=True))
     line = refused(world, "foundational", tmp_path)
     assert line == "error: the first update trains nothing: no weight has a gradient"
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(world, tmp_path, monkeypatch):
+    """The loss is finite; without a limit such a gradient would only be divided by itself."""
+    original = SupervisedTask.loss
+
+    def overflow(*args):
+        loss = original(*args)
+        loss.register_hook(lambda gradient: gradient * math.inf)
+        return loss
+
+    monkeypatch.setattr(SupervisedTask, "loss", overflow)
+    line = refused(world, "instruction", tmp_path, optimizer="muon", gradient_clip=0.0)
+    rates = {"--learning-rate", "--muon-learning-rate"}
+    assert re.match("error: the gradient norm is (nan|inf) at step 0; lower ", line)
+    assert set(line.partition("lower ")[2].split(" and ")) == rates
