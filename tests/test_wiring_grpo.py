@@ -483,6 +483,7 @@ def test_prompts_and_replay_are_of_the_train_split(opened, world, tokenizer, dec
         for ids in replayed(tokenizer, batches)
     ]
     assert len(solutions) == 16
+    assert len({*solutions}) > 8  # drawn anew, not the same ones again
     assert {split_of(expression) for expression in prompts | {*solutions}} == {"train"}
     if source == "instruction":
         lines = map(json.loads, (world / "i.jsonl").read_text().splitlines())
