@@ -138,7 +138,8 @@ def load_checkpoint(
     content = read_checkpoint(path)
     if base_checkpoint and not content.adapter:
         raise UserError(
-            f"{path}: is a whole model, not an adapter; it needs no --base-checkpoint and no merging"
+            f"{path}: is a whole model, not an adapter; "
+            "it needs no --base-checkpoint and no merging"
         )
     try:
         if content.adapter:

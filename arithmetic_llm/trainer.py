@@ -168,7 +168,8 @@ class FirstUpdate:
             raise RuntimeError(f"frozen weights have moved: {sorted(moved & frozen)[:3]}")
         if not moved:
             raise UserError(
-                "the first update moved no weight; raise --learning-rate, under muon --muon-learning-rate"
+                "the first update moved no weight; "
+                "raise --learning-rate, under muon --muon-learning-rate"
             )
 
 
