@@ -54,10 +54,13 @@ class Config(CorpusConfig):
     def __post_init__(self):
         if self.foundational_only and self.instruction_only:
             raise UserError("--foundational-only and --instruction-only leave nothing to write")
-        if self.output_foundational == self.output_instruction:
+        both = not (self.foundational_only or self.instruction_only)
+        if both and self.output_foundational == self.output_instruction:
             raise UserError(f"{self.output_instruction}: both corpora cannot go to one file")
-        for kind in (FoundationalCorpusConfig, CorpusConfig):
-            self.of(kind)
+        if not self.instruction_only:
+            self.of(FoundationalCorpusConfig)
+        if not self.foundational_only:
+            self.of(CorpusConfig)
 
     def of(self, kind):
         """The settings of one kind of corpus, with its own defaults for what is not given."""

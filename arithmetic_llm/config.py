@@ -308,7 +308,7 @@ class GRPOConfig(RunConfig, LoRAConfig, AdapterFilesConfig):
         1, "batches of prompts whose gradients make one optimizer update", at_least=1
     )
     min_depth: int = opt(1, "least depth of a prompt", at_least=1, needs=[GENERATED])
-    max_depth: int = opt(4, "greatest depth of a prompt", at_least=1, at_most=20, needs=[GENERATED])
+    max_depth: int = opt(4, "greatest depth of a prompt", at_least=1, at_most=10, needs=[GENERATED])
     num_range: tuple[int, int] = opt((1, 20), "numbers in the prompts", needs=[GENERATED])
     adaptive_difficulty: bool = opt(
         False,
