@@ -14,15 +14,19 @@ from torch import Tensor
 from arithmetic_llm.checkpoint import (
     Checkpoint,
     Content,
+    build_model,
+    checked,
+    description,
     find_base,
+    load_adapter,
     load_checkpoint,
-    load_weights,
     read_checkpoint,
+    reason,
     save_checkpoint,
     weights_hash,
 )
 from arithmetic_llm.cli import build, read_json
-from arithmetic_llm.config import AdapterFilesConfig, LoRAConfig
+from arithmetic_llm.config import AdapterFilesConfig, LoRAConfig, ModelConfig
 from arithmetic_llm.lora import (
     add_lora,
     lora_config,
@@ -39,19 +43,38 @@ if TYPE_CHECKING:
 BASE_MODEL = "base_model.pt"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
-# Settings of PEFT's that would compute something else from weights of the same names and shapes.
-_PEFT_UNSUPPORTED = (
-    "alpha_pattern",
-    "alora_invocation_tokens",
-    "fan_in_fan_out",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "rank_pattern",
-    "target_parameters",
-    "use_dora",
-    "use_qalora",
-)
+_PEFT_READ = {  # settings of PEFT's that have a meaning here
+    "base_model_name_or_path",
+    "bias",
+    "init_lora_weights",
+    "lora_alpha",
+    "lora_dropout",
+    "peft_type",
+    "r",
+    "target_modules",
+    "use_rslora",
+}
+# Settings that change nothing in what a plain LoRA adapter on linear layers computes, whatever they
+# say; those of an initialisation act only beside an `init_lora_weights` that is refused, or on the
+# adapter's own weights. Any other setting, one of a later PEFT included, must be empty.
+_PEFT_IDLE = {
+    "auto_mapping",
+    "corda_config",
+    "ensure_weight_tying",  # of embedding and head, which are never targets
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+# Ways to begin, beside true and false, that leave the base's weights alone. The others (pissa,
+# olora, corda, lora_ga, loftq) train beside a changed base, which the adapter's file does not hold.
+_PEFT_INITS = ("eva", "gaussian", "mica", "orthogonal")
 
 
 def with_adapter(checkpoint: Checkpoint, config: LoRAConfig, base_path: str) -> Checkpoint:
@@ -105,16 +128,30 @@ def save_adapter_files(run: Run, config: AdapterFilesConfig) -> None:
 def save_peft(folder: Path, content: Content) -> None:
     """Write the adapter of a checkpoint as PEFT does: a JSON config and a safetensors file.
 
-    The metadata of the weights, which PEFT passes over, hold the hash of their base.
+    What a checkpoint says beside its weights is in their metadata, which PEFT passes over.
     """
     config, adapter = build(LoRAConfig, content.adapter["config"], {}), content.adapter
     weights = {_PEFT_PREFIX + name: t.contiguous() for name, t in content.weights.items()}
-    metadata = {"format": "pt", "base_hash": adapter["base_hash"]}
-    data = _safetensors("safetensors.torch").save(weights, metadata=metadata)
+    data = _safetensors("safetensors.torch").save(weights, metadata=_metadata(content))
     with atomic_write(folder / PEFT_WEIGHTS) as file:
         file.write(data)
     text = json.dumps(peft_config(config, adapter["base_path"]), indent=2)
     atomic_write_text(folder / PEFT_CONFIG, text + "\n")
+
+
+def _metadata(content: Content) -> dict[str, str]:
+    """Texts, as safetensors has them: the hash of the base, and the training as one JSON object."""
+    training = {
+        "stage": content.stage,
+        "step": content.step,
+        "trained_on": content.trained_on,
+        "model_config": dataclasses.asdict(content.config),  # the base's context may be another
+    }
+    return {
+        "format": "pt",
+        "base_hash": content.adapter["base_hash"],
+        "training": json.dumps(training),
+    }
 
 
 def peft_config(config: LoRAConfig, base_path: str) -> dict[str, Any]:
@@ -137,11 +174,18 @@ def peft_config(config: LoRAConfig, base_path: str) -> dict[str, Any]:
 def load_peft_checkpoint(folder: Path, base_checkpoint: str | Path = "") -> Checkpoint:
     """A base with a PEFT folder's adapter merged into it.
 
+    Stage, step, model config and ``trained_on`` are those of the adapter's training. A folder that
+    PEFT itself wrote tells none of them: its stage is ``adapter``, its step 0, its config the
+    base's, and ``trained_on`` is empty, which means unknown. The base's ``trained_on`` would call
+    problems unseen that the adapter may have been trained on.
+
     Raises:
-        UserError: as `load_peft`; no base, or another one than the folder remembers.
+        UserError: as `load_peft`; damaged metadata; no base, or another one than the folder
+            remembers.
     """
-    base_path = read_json(folder / PEFT_CONFIG).get("base_model_name_or_path")
-    if base_hash := _base_hash(folder):
+    metadata = _peft_weights(folder)[1]
+    if base_hash := metadata.get("base_hash"):
+        base_path = read_json(folder / PEFT_CONFIG).get("base_model_name_or_path")
         adapter = {"base_hash": base_hash, "base_path": str(base_path)}
         base = find_base(adapter, folder, base_checkpoint)
     elif base_checkpoint:  # PEFT itself does not write what it was trained on
@@ -151,7 +195,27 @@ def load_peft_checkpoint(folder: Path, base_checkpoint: str | Path = "") -> Chec
             f"{folder}: does not say what its base is; name it with --base-checkpoint, if need be "
             "in merge_lora_adapter.py"
         )
-    return replace(base, model=merge_adapter(load_peft(folder, base.model)))
+    try:
+        trained = _as_in_training(base, metadata.get("training"))
+    except (KeyError, RecursionError, ValueError, UserError) as error:
+        raise UserError(
+            f"{folder / PEFT_WEIGHTS}: damaged metadata ({reason(error)}); use another copy"
+        ) from None
+    return replace(trained, model=merge_adapter(load_peft(folder, trained.model)))
+
+
+def _as_in_training(base: Checkpoint, text: str | None) -> Checkpoint:
+    """The base with what the metadata of a PEFT folder say of the adapter's training.
+
+    Raises:
+        KeyError, RecursionError, ValueError, UserError: they are damaged.
+    """
+    if text is None:
+        return replace(base, stage="adapter", step=0, trained_on={})
+    said = checked(dict, json.loads(text), "training")
+    config = build(ModelConfig, checked(dict, said["model_config"], "model_config"), {})
+    model = build_model(config, base.tokenizer.vocab_size, base.model.state_dict())
+    return replace(base, model=model, **description(said))
 
 
 def load_peft(folder: str | Path, base: ArithmeticModel) -> ArithmeticModel:
@@ -164,17 +228,35 @@ def load_peft(folder: str | Path, base: ArithmeticModel) -> ArithmeticModel:
     config = _from_peft(read_json(folder / PEFT_CONFIG), folder)
     weights, _ = _peft_weights(folder)
     try:
-        return _with_weights(base, config, weights)
+        ours = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in weights.items()}
+        return load_adapter(base, config, ours)
     except ValueError as error:
         raise UserError(f"{folder}: does not fit this model ({error})") from None
 
 
-def _with_weights(
-    base: ArithmeticModel, config: LoRAConfig, weights: dict[str, Tensor]
-) -> ArithmeticModel:
-    model = add_lora(base, config)
-    load_weights(model, {n.removeprefix(_PEFT_PREFIX): t for n, t in weights.items()})
-    return model
+def _check_plain(settings: dict[str, Any], folder: Path) -> None:
+    """Refuse PEFT's settings of an adapter that would not compute here what it does there."""
+    if settings.get("peft_type") != "LORA" or settings.get("bias", "none") != "none":
+        raise UserError(f"{folder}: not a plain LoRA adapter without biases; train one")
+    others = settings.keys() - _PEFT_READ - _PEFT_IDLE
+    if names := ", ".join(sorted(name for name in others if not _is_empty(settings[name]))):
+        raise UserError(f"{folder}: not a plain LoRA adapter, it uses {names}; train one without")
+    start = settings.get("init_lora_weights")
+    if not (start is None or isinstance(start, bool) or start in _PEFT_INITS):
+        raise UserError(
+            f"{folder}: init_lora_weights {start!r} is not known to leave the base's weights as "
+            "they are; save the adapter with PEFT's path_initial_model_for_weight_conversion, or "
+            "train it with another initialisation"
+        )
+
+
+def _comma_separated(targets: Any) -> str:
+    return ",".join(sorted(map(str, targets))) if isinstance(targets, list) else str(targets)
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a setting is off; 0 is not, it may be the number of a layer."""
+    return value is None or value is False or value in ("", [], {})
 
 
 def _from_peft(settings: dict[str, Any], folder: Path) -> LoRAConfig:
@@ -183,30 +265,22 @@ def _from_peft(settings: dict[str, Any], folder: Path) -> LoRAConfig:
     Raises:
         UserError: a kind of adapter that would not compute here what it does there.
     """
-    if settings.get("peft_type") != "LORA" or settings.get("bias", "none") != "none":
-        raise UserError(f"{folder}: not a plain LoRA adapter without biases")
-    if used := [name for name in _PEFT_UNSUPPORTED if settings.get(name)]:
-        raise UserError(f"{folder}: not a plain LoRA adapter, it uses {', '.join(used)}")
+    _check_plain(settings, folder)
     targets = settings.get("target_modules")
     values = {
         "lora_rank": settings.get("r"),
         "lora_alpha": settings.get("lora_alpha"),
-        "lora_target_modules": ",".join(sorted(targets)) if isinstance(targets, list) else targets,
+        "lora_target_modules": _comma_separated(targets),
         "lora_dropout": settings.get("lora_dropout", 0.0),
         "use_rslora": settings.get("use_rslora", False),
     }
     try:
-        target_names(str(values["lora_target_modules"]))
+        target_names(values["lora_target_modules"])
         return build(LoRAConfig, values, {})
     except (TypeError, UserError) as error:
         raise UserError(
             f"{folder / PEFT_CONFIG}: not settings of a LoRA adapter ({error})"
         ) from None
-
-
-def _base_hash(folder: Path) -> str:
-    """What the folder remembers of its base; empty if it is not ours."""
-    return _peft_weights(folder)[1].get("base_hash", "")
 
 
 def _peft_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

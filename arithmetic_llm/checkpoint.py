@@ -8,11 +8,12 @@ import datetime
 import hashlib
 import io
 import re
+import reprlib
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from arithmetic_llm.cli import build
 from arithmetic_llm.config import LoRAConfig, ModelConfig
@@ -33,6 +34,15 @@ FINISHED = "training_summary.json"  # written last: a run folder that holds it i
 # ------------------------------------------------------------------------------ checkpoints
 
 
+TRAINED_ON = {  # the form of coverage.Coverage.as_dict
+    "styles": dict[str, int],
+    "depths": list[int],
+    "flat_terms": list[int],
+    "num_range": tuple[int, int],
+    "splits": dict[str, int],
+}
+
+
 @dataclass
 class Checkpoint:
     """Everything a model is: weights, shape, tokenizer, and what it was trained on."""
@@ -40,7 +50,7 @@ class Checkpoint:
     model: ArithmeticModel
     tokenizer: ArithmeticTokenizer
     stage: str  # "foundational", "instruction", ...
-    trained_on: dict[str, Any]  # as coverage.Coverage.as_dict gives it
+    trained_on: dict[str, Any]  # of the form `TRAINED_ON`; empty if nothing is known
     step: int = 0
     training: dict[str, Any] = field(default_factory=dict)  # what --resume needs; else empty
     adapter: dict[str, Any] | None = None  # of a model with LoRA: its config and its base
@@ -95,7 +105,7 @@ def read_checkpoint(path: str | Path) -> Content:
 
     Raises:
         UserError: no file, truncated, not a checkpoint of this package, code instead of data,
-            parts missing, weights that are not finite.
+            parts missing or of another form, weights that are not finite.
     """
     from arithmetic_llm.tokenizer import ArithmeticTokenizer
 
@@ -103,17 +113,65 @@ def read_checkpoint(path: str | Path) -> Content:
     raw = _read(path)
     try:
         return Content(
-            config=build(ModelConfig, raw["model_config"], {}),
+            config=build(ModelConfig, checked(dict, raw["model_config"], "model_config"), {}),
             weights=_finite(raw["weights"]),
-            tokenizer=ArithmeticTokenizer(raw["tokenizer"]),
-            stage=str(raw["stage"]),
-            trained_on=dict(raw["trained_on"]),
-            step=int(raw["step"]),
-            training=dict(raw["training"]),
-            adapter=raw["adapter"] and dict(raw["adapter"]),
+            tokenizer=_with_hash(ArithmeticTokenizer(raw["tokenizer"]), raw["tokenizer_hash"]),
+            training=checked(dict, raw["training"], "training"),
+            adapter=_adapter(raw["adapter"]),
+            **description(raw),
         )
     except (AttributeError, KeyError, TypeError, ValueError, UserError) as error:
         raise _damaged(path, error) from None
+
+
+def description(said: Any) -> dict[str, Any]:
+    """Stage, step and ``trained_on`` of what a file says of a model, checked.
+
+    Raises:
+        KeyError, TypeError, ValueError: missing, or of another form.
+    """
+    stage, step = checked(str, said["stage"], "stage"), checked(int, said["step"], "step")
+    if step < 0:
+        raise ValueError(f"step is {step}")
+    trained_on = checked(dict, said["trained_on"], "trained_on")
+    for key, form in TRAINED_ON.items() if trained_on else ():
+        checked(form, trained_on[key], f"trained_on {key}")
+    return {"stage": stage, "step": step, "trained_on": trained_on}
+
+
+def _with_hash(tokenizer: ArithmeticTokenizer, expected: str) -> ArithmeticTokenizer:
+    if tokenizer.hash != expected:
+        raise ValueError("its tokenizer is another than it was trained with")
+    return tokenizer
+
+
+def _adapter(said: Any) -> dict[str, Any] | None:
+    if said is None:
+        return None
+    for key, form in {"config": dict, "base_hash": str, "base_path": str}.items():
+        checked(form, checked(dict, said, "adapter")[key], f"adapter {key}")
+    return said
+
+
+def checked(form: Any, value: Any, name: str) -> Any:
+    """The value, if it has a form: a type, ``list[T]``, ``dict[K, V]`` or ``tuple[T, T]``.
+
+    A float may be whole; a bool is no number; a list of as many values will do for a tuple.
+
+    Raises:
+        ValueError: it has another one; the message has the name.
+    """
+    kind, parts = get_origin(form) or form, get_args(form)
+    kinds = {float: (float, int), list: (list, tuple), tuple: (list, tuple)}.get(kind, kind)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not of type {kind.__name__}")
+    if kind is tuple and len(value) != len(parts):
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not {len(parts)} values")
+    columns = (value, value.values()) if kind is dict else zip(value) if kind is tuple else (value,)
+    for part, column in zip(parts, columns, strict=False):  # a bare type has no parts
+        for item in column:
+            checked(part, item, name)
+    return value
 
 
 def load_checkpoint(
@@ -159,13 +217,12 @@ def load_checkpoint(
 
 
 def _merged(content: Content, path: str | Path, base_checkpoint: str | Path) -> ArithmeticModel:
-    from arithmetic_llm.lora import add_lora, merge_adapter
+    from arithmetic_llm.lora import merge_adapter
 
     base = find_base(content.adapter, Path(path), base_checkpoint)
     # The shape as it was in training: the base's own context may have been another.
     model = build_model(content.config, content.tokenizer.vocab_size, base.model.state_dict())
-    load_weights(add_lora(model, _adapter_config(content.adapter)), content.weights)
-    return merge_adapter(model)
+    return merge_adapter(load_adapter(model, _adapter_config(content.adapter), content.weights))
 
 
 def _adapter_config(adapter: dict[str, Any]) -> LoRAConfig:
@@ -201,6 +258,23 @@ def find_base(adapter: dict[str, Any], path: Path, base_checkpoint: str | Path) 
     )
 
 
+def load_adapter(
+    model: ArithmeticModel, config: LoRAConfig, weights: dict[str, Tensor]
+) -> ArithmeticModel:
+    """Put an adapter of these weights on a model, in place; returns the model.
+
+    Raises:
+        ValueError: the weights are of another rank, or their names or shapes differ.
+    """
+    from arithmetic_llm.lora import add_lora
+
+    ranks = {w.shape[0] for name, w in weights.items() if name.endswith("lora_A.weight") and w.ndim}
+    if ranks != {config.lora_rank}:  # before a huge rank takes all memory
+        raise ValueError(f"rank {config.lora_rank} in its settings, {sorted(ranks)} in its weights")
+    load_weights(add_lora(model, config), weights)
+    return model
+
+
 def load_weights(model: ArithmeticModel, weights: dict[str, Tensor]) -> None:
     """Copy weights into a model, or an adapter's into a model with that adapter.
 
@@ -228,7 +302,7 @@ def _read(path: Path) -> dict[str, Any]:
         if "Weights only load failed" in str(error):
             why = "it holds code, not only weights, and was not executed"
         else:
-            why = f"damaged: {_reason(error)}"
+            why = f"damaged: {reason(error)}"
         raise UserError(f"{path}: refused ({why}); use a checkpoint of this toolkit") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this toolkit; train one, or name another")
@@ -254,7 +328,11 @@ def build_model(
 
 def _finite(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights in fp32, in whatever they are stored."""
-    for name, tensor in weights.items():
+    import torch
+
+    for name, tensor in checked(dict[str, torch.Tensor], weights, "weights").items():
+        if tensor.layout is not torch.strided or not tensor.is_floating_point():
+            raise ValueError(f"weight {name} is no plain tensor of fractions")
         if not tensor.isfinite().all():
             raise ValueError(f"weight {name} holds NaN or infinity")
     return {name: tensor.float() for name, tensor in weights.items()}
@@ -294,10 +372,11 @@ def check_tokenizer(checkpoint: Checkpoint, path: str, checkpoint_path: str) -> 
 
 
 def _damaged(path: str | Path, error: BaseException) -> UserError:
-    return UserError(f"{path}: damaged checkpoint ({_reason(error)}); use another")
+    return UserError(f"{path}: damaged checkpoint ({reason(error)}); use another")
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line."""
     if isinstance(error, KeyError):
         return f"{error.args[0]} is missing"
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from arithmetic_llm.checkpoint import (
     FINISHED,
     Checkpoint,
     Content,
+    checked,
     load_weights,
     new_run_folder,
     read_checkpoint,
+    reason,
     save_checkpoint,
     step_checkpoints,
 )
@@ -28,6 +31,15 @@ from arithmetic_llm.optim import MuonAdamW, build_optimizer
 from arithmetic_llm.runtime import UserError, atomic_write_text, multiplies_bf16, versions
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
+TRAINING = {  # the form of what a resumable checkpoint holds beside its weights
+    "optimizer": dict,
+    "best": float,
+    "task": dict,
+    "rng": Tensor,
+    "cuda_rng": list[Tensor],
+    "threads": int,
+    "precision": str,
+}
 
 
 @dataclass
@@ -82,15 +94,21 @@ class Run:
         }
 
     def restore(self, saved: Content) -> None:
-        """Continue from a resumable checkpoint: weights, optimizer, random state, best so far."""
+        """Continue from a resumable checkpoint: weights, optimizer, random state, best so far.
+
+        Raises:
+            LookupError, RuntimeError, TypeError, ValueError: it is not resumable, damaged, or
+                another run's; then nothing of this run has changed.
+        """
         state = saved.training
+        self._check(state)
         load_weights(self.model, saved.weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.task_state = state["task"]
         self.step, self.best = saved.step, state["best"]
         torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available() and state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if torch.cuda.is_available():  # a run may go on where there are fewer devices
+            torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
         if state["threads"] != torch.get_num_threads():
             torch.set_num_threads(state["threads"])
             print(f"using {state['threads']} CPU threads, as this run did before")
@@ -100,6 +118,52 @@ class Run:
                 f"{self.precision}; its weights will not be bit-identical",
                 file=sys.stderr,
             )
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Refuse a training state that could not be taken up whole."""
+        if not state:
+            raise ValueError("it holds a model, but not what training goes on with")
+        for name, form in TRAINING.items():
+            checked(form, state[name], f"training {name}")
+        if state["threads"] < 1:
+            raise ValueError(f"training threads is {state['threads']}")
+        check_optimizer_state(self.optimizer, state["optimizer"])
+        check_random_state("cpu", state["rng"])
+        for rng in state["cuda_rng"] if torch.cuda.is_available() else []:
+            check_random_state("cuda", rng)
+
+
+def check_random_state(device: str, state: Tensor) -> None:
+    """Try a state on a generator that nothing draws from.
+
+    Raises:
+        RuntimeError, TypeError: it is none of such a device.
+    """
+    torch.Generator(device).set_state(state)
+
+
+def check_optimizer_state(optimizer: MuonAdamW, saved: dict[str, Any]) -> None:
+    """Compare a saved state with the parameters that it is for.
+
+    Raises:
+        LookupError, RuntimeError, TypeError, ValueError: other groups of parameters, or tensors of
+            another shape.
+    """
+    ours = optimizer.state_dict()["param_groups"]
+    theirs = checked(list[dict], saved["param_groups"], "optimizer groups")
+    if _layout(theirs) != _layout(ours):
+        raise ValueError("its optimizer has other groups of parameters")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, state in checked(dict[int, dict], saved["state"], "optimizer state").items():
+        for name, value in state.items():
+            expected = () if name == "step" else parameters[index].shape
+            if torch.as_tensor(value).shape != expected:
+                raise ValueError(f"optimizer state {name} does not fit the weights")
+
+
+def _layout(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parameters of each group, and the types of its settings."""
+    return [{k: v if k == "params" else type(v) for k, v in group.items()} for group in groups]
 
 
 def resolve_precision(name: str, device: torch.device) -> torch.dtype:
@@ -166,19 +230,28 @@ def continue_run(folder: Path, config: RunConfig, checkpoint: Checkpoint) -> Run
     run = Run(folder, config, checkpoint, build_optimizer(checkpoint.model, config))
     for half_written in folder.glob(".*.tmp"):  # what a kill interrupted
         half_written.unlink()
-    for path in reversed(step_checkpoints(folder)):
-        try:
-            run.restore(read_checkpoint(path))
-        except UserError as error:
-            print(f"warning: {error}; trying the one before", file=sys.stderr)
-            continue
+    paths = step_checkpoints(folder)
+    if any(restored(run, path) for path in reversed(paths)):
         print(f"resuming {folder} at step {run.step}")
-        break
     else:
-        print(f"resuming {folder}: it has no checkpoint yet, so it starts over")
+        none = "none of its checkpoints will do" if paths else "it has no checkpoint yet"
+        print(f"resuming {folder}: {none}, so it starts over")
     for name in (METRICS, ROLLOUTS):
         MetricsLog(folder, name).truncate(run.step)
     return run
+
+
+def restored(run: Run, path: Path) -> bool:
+    """Whether the run now stands at this checkpoint; if it cannot, a warning says why."""
+    try:
+        run.restore(read_checkpoint(path))
+        return True
+    except UserError as error:
+        why = str(error)
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        why = f"{path}: cannot be resumed from ({reason(error)})"
+    print(f"warning: {why}; trying the one before", file=sys.stderr)
+    return False
 
 
 class MetricsLog:
@@ -193,8 +266,10 @@ class MetricsLog:
 
     def read(self) -> list[dict[str, Any]]:
         """All lines so far; one that a kill left unfinished is passed over."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [values for values in map(_values, lines) if values]
 
     def truncate(self, step: int) -> None:
         """Forget what came after ``step``; a resumed run will write it again, at 0 all of it."""
@@ -202,3 +277,13 @@ class MetricsLog:
             return
         kept = [line for line in self.read() if line["step"] <= step and step > 0]
         atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _values(line: str) -> dict[str, Any] | None:
+    """The values of a line of metrics; None if it is not one, or not a whole one."""
+    try:
+        values = json.loads(line)
+        checked(int, checked(dict, values, "line")["step"], "step")
+    except (KeyError, RecursionError, ValueError):
+        return None
+    return values

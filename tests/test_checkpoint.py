@@ -168,16 +168,47 @@ HEAD = "lm_head.weight"
         (_set("model_config", "rope_theta", float("nan")), "rope-theta"),
         (_set("model_config", "d_modle", 32), "did you mean d_model"),
         (_set("tokenizer", "{}"), "tokenizer"),
-        (_set("tokenizer", make_tokenizer(120).serialized), "shape"),
+        (_set("tokenizer", make_tokenizer(120).serialized), "its tokenizer is another"),
+        (_set("tokenizer_hash", None), "its tokenizer is another"),
         (_set("tokenizer", None), ""),
-        (_set("trained_on", 5), ""),
-        (_set("step", "many"), ""),
+        (_set("trained_on", 5), "trained_on is 5, not of type dict"),
+        (_set("trained_on", {"depths": 3}), "styles is missing"),
+        (_set("trained_on", "depths", 3), "trained_on depths is 3, not of type list"),
+        (_set("trained_on", "depths", ["1"]), "trained_on depths is '1', not of type int"),
+        (
+            _set("trained_on", "flat_terms", [True]),
+            "trained_on flat_terms is True, not of type int",
+        ),
+        (_set("trained_on", "num_range", [1]), "trained_on num_range is [1], not 2 values"),
+        (
+            _set("trained_on", "num_range", [1, None]),
+            "trained_on num_range is None, not of type int",
+        ),
+        (
+            _set("trained_on", "styles", {"nested": "all"}),
+            "trained_on styles is 'all', not of type int",
+        ),
+        (_set("trained_on", "splits", {5: 1}), "trained_on splits is 5, not of type str"),
+        (_drop("trained_on", "splits"), "splits is missing"),
+        (_set("stage", None), "stage is None, not of type str"),
+        (_set("step", "many"), "step is 'many', not of type int"),
+        (_set("step", 2.5), "step is 2.5, not of type int"),
+        (_set("step", -1), "step is -1"),
+        (_set("adapter", {}), "config is missing"),
+        (_set("adapter", 0), "adapter is 0, not of type dict"),
+        (_set("weights", HEAD, torch.zeros(3).to_sparse()), "no plain tensor"),
+        (_set("weights", HEAD, torch.zeros(3, dtype=torch.int64)), "no plain tensor"),
         (_set("format", "another program's"), "not a checkpoint of this toolkit"),
     ],
 )
 def test_content_that_does_not_fit_is_refused(saved, change, named):
     edit(saved, change)
     assert named in refusal(saved)
+
+
+def test_nothing_known_of_the_training_is_no_damage(saved):
+    edit(saved, _set("trained_on", {}))
+    assert load_checkpoint(saved).trained_on == {}
 
 
 def test_weights_of_another_kind_of_number_still_give_an_fp32_model(saved, tiny_model):

@@ -1,5 +1,6 @@
 """Adapters: the same numbers as PEFT's, in memory and as files; and a base that nothing moves."""
 
+import dataclasses
 import json
 import shutil
 
@@ -133,6 +134,107 @@ def test_an_adapter_that_peft_saved_loads_here(config, tmp_path):
         assert torch.equal(loaded(IDS), model(IDS))
 
 
+def trained_by_peft(folder, **settings):
+    """PEFT's own model of an adapter that changes much, saved by PEFT; and its logits."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    defaults = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
+    theirs = get_peft_model(of_transformers(fresh_model()), LoraConfig(**{**defaults, **settings}))
+    convertible = folder / "start"  # what a later conversion subtracts
+    start = theirs.peft_config["default"].init_lora_weights
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(convertible)
+    theirs.peft_config["default"].init_lora_weights = start
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        logits = theirs.eval()(input_ids=IDS).logits
+    theirs.save_pretrained(folder / "as_it_is")
+    return theirs, logits
+
+
+def logits_here(folder):
+    with torch.no_grad():
+        return load_peft(folder, fresh_model()).eval()(IDS)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"init_lora_weights": start} for start in (True, False, None)),
+        *({"init_lora_weights": start} for start in ("gaussian", "eva", "orthogonal", "mica")),
+        {"lora_dropout": 0.3, "use_rslora": True},
+        {"ensure_weight_tying": True, "qalora_group_size": 4, "task_type": "CAUSAL_LM"},
+    ],
+    ids=str,
+)
+def test_what_peft_trained_beside_an_unchanged_base_computes_here_what_it_does_there(
+    tmp_path, settings
+):
+    _, logits = trained_by_peft(tmp_path, **settings)
+    close(logits_here(tmp_path / "as_it_is"), logits)
+    with torch.no_grad():
+        assert (logits - fresh_model()(IDS)).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_what_peft_trained_beside_a_changed_base_is_refused_unless_it_was_converted(
+    tmp_path, start
+):
+    theirs, logits = trained_by_peft(tmp_path, init_lora_weights=start)
+    with pytest.raises(UserError, match=f"init_lora_weights '{start}'.*weight_conversion") as error:
+        load_peft(tmp_path / "as_it_is", fresh_model())
+    assert "\n" not in str(error.value)
+    change_settings(tmp_path / "as_it_is", init_lora_weights=True)
+    assert (logits_here(tmp_path / "as_it_is") - logits).abs().max() > 0.5  # as well it is
+    start = str(tmp_path / "start")
+    theirs.save_pretrained(tmp_path / "new", path_initial_model_for_weight_conversion=start)
+    torch.testing.assert_close(logits_here(tmp_path / "new"), logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["corda", "lora_ga", "loftq", "Pissa", "of a later PEFT", 1, []])
+def test_a_start_that_is_not_known_to_leave_the_base_alone_is_refused(on_disk, tmp_path, start):
+    change_settings(tmp_path / "lora" / "peft", init_lora_weights=start)
+    with pytest.raises(UserError, match="init_lora_weights") as error:
+        load_checkpoint(tmp_path / "lora" / "peft")
+    assert repr(start) in str(error.value)
+
+
+def unknown_settings():
+    """Every setting of the installed PEFT that is not known to be harmless, and one of its heirs'.
+
+    Those that are known are named here again: a new one of PEFT's must be looked at.
+    """
+    from peft import LoraConfig
+
+    read = {"base_model_name_or_path", "bias", "init_lora_weights", "lora_alpha", "lora_dropout"}
+    read |= {"peft_type", "r", "target_modules", "use_rslora"}
+    idle = {"auto_mapping", "inference_mode", "megatron_core", "peft_version", "revision"}
+    idle |= {"corda_config", "eva_config", "loftq_config", "lora_ga_config", "runtime_config"}
+    idle |= {"ensure_weight_tying", "qalora_group_size", "task_type"}
+    names = {field.name for field in dataclasses.fields(LoraConfig)}
+    return sorted(names - read - idle | {"setting_of_a_later_peft"})
+
+
+def test_a_setting_that_may_change_the_computation_is_refused_by_name(on_disk, tmp_path):
+    folder = tmp_path / "lora" / "peft"
+    names = unknown_settings()
+    assert {"use_dora", "alpha_pattern", "layers_to_transform"} < {*names}
+    for name in names:
+        for value in (0, True, 1.5, "x", {"q_proj": 3}):
+            change_settings(folder, **{name: value})
+            with pytest.raises(UserError, match=f"it uses {name}; train one without"):
+                load_peft(folder, on_disk)
+        change_settings(folder, **{name: None})
+    base = tmp_path / "base" / "best_model.pt"
+    for empty in (None, False, [], {}, ""):
+        change_settings(folder, **dict.fromkeys(names, empty))
+        with torch.no_grad():
+            close(load_peft(folder, load_checkpoint(base).model).eval()(IDS), on_disk(IDS))
+
+
 def test_a_folder_of_pefts_own_needs_to_be_told_its_base(on_disk, tokenizer, tmp_path):
     of_peft(on_disk, KINDS["rslora"]).save_pretrained(tmp_path / "theirs")
     with pytest.raises(UserError, match="--base-checkpoint"):
@@ -148,6 +250,75 @@ def test_a_folder_of_ours_finds_its_base_by_itself(on_disk, tmp_path):
     loaded = load_checkpoint(tmp_path / "lora" / "peft")
     with torch.no_grad():
         close(loaded.model.eval()(IDS), on_disk(IDS))
+
+
+def test_a_folder_of_pefts_own_tells_nothing_of_its_training(on_disk, tmp_path):
+    """The base's claim to have seen depth 1 to 3 alone would be false of the adapter."""
+    of_peft(on_disk, KINDS["rslora"]).save_pretrained(tmp_path / "theirs")
+    base = tmp_path / "base" / "best_model.pt"
+    loaded = load_checkpoint(tmp_path / "theirs", base_checkpoint=base)
+    assert (loaded.stage, loaded.step, loaded.trained_on) == ("adapter", 0, {})
+    assert loaded.tokenizer.hash == load_checkpoint(base).tokenizer.hash
+
+
+def test_a_folder_of_ours_tells_what_the_adapters_checkpoint_does(on_disk, tokenizer, tmp_path):
+    base = load_checkpoint(tmp_path / "base" / "best_model.pt")
+    base.model.config = dataclasses.replace(base.model.config, max_seq_length=77)
+    seen = {**base.trained_on, "depths": [1, 2, 3, 4], "styles": {"nested": 7, "flat": 2}}
+    trained = dataclasses.replace(base, stage="instruction_lora", step=17, trained_on=seen)
+    trained = with_adapter(trained, KINDS["rslora"], str(tmp_path / "base" / "best_model.pt"))
+    save_checkpoint(tmp_path / "lora" / "lora_adapter.pt", trained)
+    save_peft(tmp_path / "lora" / "peft", read_checkpoint(tmp_path / "lora" / "lora_adapter.pt"))
+    for name in ("lora_adapter.pt", "peft"):
+        loaded = load_checkpoint(tmp_path / "lora" / name)
+        assert (loaded.stage, loaded.step) == ("instruction_lora", 17), name
+        assert loaded.trained_on == seen, name
+        assert loaded.model.config.max_seq_length == 77, name
+
+
+def _said(**changes):
+    """A change of what the metadata of a folder of ours say; None drops a key."""
+
+    def change(text):
+        said = {**json.loads(text), **changes}
+        return json.dumps({key: value for key, value in said.items() if value is not None})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda text: text[:-5], "Expecting"),
+        (lambda text: "", "Expecting"),
+        (lambda text: "[" * 100_000, "recursion"),
+        (lambda text: "[1]", "training is [1], not of type dict"),
+        (_said(stage=None), "stage is missing"),
+        (_said(stage=5), "stage is 5"),
+        (_said(step="many"), "step is 'many'"),
+        (_said(trained_on=None), "trained_on is missing"),
+        (_said(trained_on={"depths": 3}), "styles is missing"),
+        (_said(model_config=None), "model_config is missing"),
+        (_said(model_config=[]), "model_config is [], not of type dict"),
+        (_said(model_config={}), "shape"),
+        (_said(model_config=7), ""),
+        (_said(model_config={"d_modle": 5}), "did you mean d_model"),
+    ],
+)
+def test_damaged_metadata_are_one_line(on_disk, tmp_path, change, named):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "lora" / "peft" / "adapter_model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    metadata["training"] = change(metadata["training"])
+    save_file(load_file(path), path, metadata)
+    with pytest.raises(UserError, match="damaged metadata") as error:
+        load_checkpoint(path.parent)
+    assert str(error.value).startswith(str(path))
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def change_settings(folder, **changes):
@@ -170,6 +341,10 @@ def change_settings(folder, **changes):
         ({"target_modules": ["c_attn"]}, "c_attn"),
         ({"target_modules": ["q_proj"]}, "does not fit"),
         ({"target_modules": 7}, "target-modules"),
+        ({"target_modules": ["q_proj", 7]}, "target-modules"),
+        ({"r": 10**18}, "does not fit"),
+        ({"layers_to_transform": 0}, "layers_to_transform"),
+        ({"exclude_modules": ["v_proj"]}, "exclude_modules"),
     ],
 )
 def test_a_peft_folder_that_would_compute_something_else_is_refused(
@@ -385,7 +560,13 @@ def test_a_base_for_a_model_that_needs_none_is_refused(on_disk, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"config": {}}, {"config": {"lora_rank": "many"}}, {"config": {"rank": 2}}, {"config": None}],
+    [
+        {"config": {}},
+        {"config": {"lora_rank": "many"}},
+        {"config": {"lora_rank": 10**18}},
+        {"config": {"rank": 2}},
+        {"config": None},
+    ],
 )
 def test_an_adapter_with_damaged_settings_is_refused(on_disk, tmp_path, change):
     path = tmp_path / "lora" / "lora_adapter.pt"
