@@ -228,8 +228,8 @@ def replayed(tokenizer, batches: list) -> list[list[int]]:
     found = [ids for b in batches if hasattr(b, "batch") for ids in b.batch.input_ids.tolist()]
     solutions = []
     for ids in found:
-        text = tokenizer.decode_completion(ids)
-        expression, steps = re.fullmatch(r"Evaluate: (.*?) ?<think>(.*)", text).groups()
+        text = re.sub("(<eos>)?(<pad>)*$", "", tokenizer.decode(ids))
+        expression, steps = re.fullmatch(r"<bos>Evaluate: (.*?) ?<think>(.*)", text).groups()
         assert is_right(expression, steps + "<eos>")
         solutions.append([*tokenizer.prompt_ids(expression), *tokenizer.encode(steps), EOS])
     return solutions
