@@ -196,8 +196,7 @@ def load_checkpoint(
     content = read_checkpoint(path)
     if base_checkpoint and not content.adapter:
         raise UserError(
-            f"{path}: is a whole model, not an adapter; "
-            "it needs no --base-checkpoint and no merging"
+            f"{path}: is a whole model, not an adapter; merge nothing, leave --base-checkpoint out"
         )
     try:
         if content.adapter:

@@ -454,12 +454,13 @@ def _because(why: Clause | str, settings: Mapping[str, Setting]) -> str:
     """``while batch_tokens is 2048 (from recipe.json)``."""
     if isinstance(why, str):
         return f"here, because {why}"
-    causes = [settings[name] for name in why]
-    return "while " + " and ".join(
-        f"{s.field.name} is {shown(s.value)} "
-        f"({s.source if s.source == DEFAULT else f'from {s.source}'})"
-        for s in causes
-    )
+    return "while " + " and ".join(map(_is_what, (settings[name] for name in why)))
+
+
+def _is_what(setting: Setting) -> str:
+    field, value, source = setting.field, setting.value, setting.source
+    text = field.metadata["unset"] if value is None else shown(value)
+    return f"{field.name} is {text} ({source if source == DEFAULT else f'from {source}'})"
 
 
 def _remedy(why: Clause | str) -> str:

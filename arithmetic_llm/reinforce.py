@@ -354,12 +354,12 @@ class GRPOTask:
                 f"WARNING: {self.dead_steps} steps in a row without any signal: in each group all "
                 "rewards are alike, or what differs is cut off and masked. Attempts teach nothing "
                 f"(accuracy {self.noted['accuracy']:.3f}, cut off "
-                f"{self.noted['completions/clipped_ratio']:.3f}). Choose {self._easier()}, "
+                f"{self.noted['completions/clipped_ratio']:.3f}). Choose {self._worth_asking()}, "
                 "a higher --temperature, more --num-candidates or --refill-rounds.",
                 file=sys.stderr,
             )
 
-    def _easier(self) -> str:
+    def _worth_asking(self) -> str:
         """Which problems to ask, in the words of the data mode."""
         if self.config.data_mode == "instruction":
             return "a corpus of problems that succeed sometimes"

@@ -36,14 +36,20 @@ SCRIPTS = {
 def reference():
     """The text of docs/FLAGS.md."""
     parts = ["# Every flag of every script\n\nMade by `python docs/flags.py`; do not edit.\n"]
-    for script, configs in SCRIPTS.items():
-        if isinstance(configs, str):
-            configs = getattr(importlib.import_module(script), configs)
-        configs = configs if isinstance(configs, tuple) else (configs,)
+    for script in SCRIPTS:
+        configs = configs_of(script)
         fields = [field for cls in configs for field in dataclasses.fields(cls)]
         rows = [row(field, configs) for field in fields if "never" not in field.metadata]
         parts.append(f"## {script}.py\n\n| flag | default | |\n|---|---|---|\n" + "\n".join(rows))
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def configs_of(script):
+    """The config classes of a script, whose fields are its flags."""
+    configs = SCRIPTS[script]
+    if isinstance(configs, str):
+        configs = getattr(importlib.import_module(script), configs)
+    return configs if isinstance(configs, tuple) else (configs,)
 
 
 def row(field, configs):

@@ -25,7 +25,6 @@ from helpers import (
 )
 
 TRAINING = ["--threads", 1, "--device", "cpu", "--max-steps", 1, "--eval-samples", 5]
-SHAPE = ["--d-model", 32, "--nhead", 2, "--num-layers", 2, "--dim-feedforward", 48]
 CORPUS, TOKENIZER, MODEL = "corpus.txt", "tokenizer", "model.pt"
 
 
@@ -68,7 +67,7 @@ SCRIPTS = [
         "run_foundational_training.py",
         {"--corpus-path": CORPUS, "--tokenizer-path": TOKENIZER, "--init-from": MODEL},
         ("--output-dir", "runs"),
-        (*TRAINING, *SHAPE),
+        tuple(TRAINING),
     ),
     Script(
         "run_instruction_training.py",
@@ -325,7 +324,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_run(world, tmp_path):
         ("train_tokenizer.py", ["--corpus-path", "nowhere.txt"], "nowhere.txt"),
         ("run_evaluation.py", ["--model-path", "hostile.pt"], "hostile.pt"),
         ("run_interactive.py", ["--model-path", "nan.pt"], "nan.pt"),
-        ("quickstart.py", ["--recipe", "nowhere"], "stage '1 foundational corpus'"),
+        ("quickstart.py", ["--recipe", "no\\where near"], "stage '1 foundational corpus'"),
     ],
 )
 def test_a_process_ends_with_one_line_and_code_2(world, tmp_path, name, argv, named):
@@ -335,7 +334,10 @@ def test_a_process_ends_with_one_line_and_code_2(world, tmp_path, name, argv, na
     assert ended.code == 2
     assert named in ended.error_lines[-1]
     assert "Traceback" not in ended.err
-    if name != "quickstart.py":  # which hands on the line of its stage, too
+    if name == "quickstart.py":  # which hands on the line of its stage, too
+        config = Path(argv[-1]) / "foundational_corpus.json"
+        assert ended.error_lines[0] == f"error: {config}: no such JSON config file; check the path"
+    else:
         assert ended.err.count("\n") == 1
 
 
@@ -355,8 +357,8 @@ def test_a_device_that_is_not_there_is_one_line(world, script):
     [("--seed", 10**30), ("--d-model", 10**12), ("--num-layers", 10**9), ("--nhead", 3)],
 )
 def test_absurd_numbers_are_one_line(world, flag, value):
-    script = next(s for s in SCRIPTS if s.name == "run_foundational_training.py")
-    assert_refused(call(script.name, *script.argv(world), flag, value), flag)
+    argv = ["--corpus-path", world / CORPUS, "--tokenizer-path", world / TOKENIZER, *TRAINING]
+    assert_refused(call("run_foundational_training.py", *argv, flag, value), flag)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,13 @@
 """Flags, JSON and defaults are one thing; every refusal is one line."""
 
+import contextlib
+import copy
 import dataclasses
+import io
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,8 +15,25 @@ from dataclasses import dataclass
 import pytest
 from helpers import ROOT, call, command, load_script
 
-from arithmetic_llm.cli import build, opt, parse, parse_many, parse_run, run_main, to_json
-from arithmetic_llm.config import FoundationalConfig, InstructionConfig, ModelConfig
+from arithmetic_llm.cli import (
+    Above,
+    build,
+    flag_of,
+    opt,
+    parse,
+    parse_many,
+    parse_run,
+    run_main,
+    to_json,
+)
+from arithmetic_llm.config import (
+    FoundationalConfig,
+    InstructionConfig,
+    LoRAInstructionConfig,
+    ModelConfig,
+)
+from arithmetic_llm.lora import add_lora
+from arithmetic_llm.optim import build_optimizer
 from arithmetic_llm.runtime import UserError
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
@@ -234,6 +256,312 @@ def test_a_resumed_run_takes_no_other_settings(run_folder, argv):
 
 def test_without_resume_a_run_is_parsed_as_ever():
     assert parse_run(SECTIONS, ["--max-len", "8"], "")[0] == Recipe2(max_len=8)
+
+
+# ------------------------------------------------------------- settings that can have no effect
+
+
+@dataclass(frozen=True)
+class Choosy:
+    """A choosy one."""
+
+    steps: int = opt(0, "a limit", at_least=0)
+    epochs: int = opt(3, "passes", at_least=1, needs=[{"steps": 0}])
+    rank: int = opt(0, "a rank", at_least=0)
+    alpha: float = opt(2.0, "a scale", needs=[{"rank": Above(0)}])
+    kind: str = opt("a", "a kind", choices=("a", "b", "c"))
+    file: str = opt("", "a file")
+    seed: int = opt(1, "a seed", needs=[{"file": ""}, {"kind": ("b", "c"), "rank": Above(1)}])
+    merge: bool = opt(False, "whether", needs=[{"rank": Above(0), "elsewhere": "x"}])
+    range: tuple[int, int] = opt((1, 2), "a range", needs=[{"file": ""}])
+    old: float = opt(1.0, "a thing of the past", never="nothing uses it")
+    name: str = opt("", "a name", required=True, needs=[{"file": ""}])
+
+
+def choosy(*argv):
+    return read("--name", "n", *argv, config=Choosy)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["--epochs", 3, "--steps", 9],
+            "--epochs 3 has no effect while steps is 9 (from the command line); "
+            "leave it out, or set --steps 0",
+        ),
+        (
+            ["--alpha", 1],
+            "--alpha 1.0 has no effect while rank is 0 (the default); "
+            "leave it out, or set --rank above 0",
+        ),
+        (
+            ["--seed", 5],
+            "--seed 5 has no effect while kind is a (the default) and rank is 0 (the default); "
+            "leave it out, or set --kind b or c or set --rank above 1",
+        ),
+        (
+            ["--range", 3, 4, "--file", "f"],
+            "--range 3 4 has no effect while file is f (from the command line); "
+            "leave it out, or leave --file out",
+        ),
+        (["--no-old"], "unknown argument --no-old; did you mean --old?"),
+        (["--old", 2], "--old 2.0 has no effect here, because nothing uses it; leave it out"),
+    ],
+)
+def test_a_void_flag_is_refused_with_what_makes_it_void_and_the_remedy(argv, message):
+    if "--file" in argv:
+        assert refusal(*argv, config=Choosy) == message
+    else:
+        assert refusal("--name", "n", *argv, config=Choosy) == message
+
+
+def test_the_same_flags_are_taken_where_their_needs_are_met():
+    assert choosy("--epochs", 4, "--alpha", 1, "--rank", 1) == Choosy(
+        epochs=4, alpha=1.0, rank=1, name="n"
+    )
+    assert choosy("--kind", "c", "--seed", 5).seed == 5
+    assert choosy("--rank", 2, "--seed", 5).seed == 5
+    assert choosy("--merge").merge  # its needs name a setting that this script does not have
+
+
+def test_what_is_required_is_so_only_where_it_has_an_effect():
+    assert read("--file", "f", config=Choosy).name == ""
+    assert refusal(config=Choosy) == "--name is required without --file; see --help"
+
+
+def test_a_void_value_of_a_file_is_refused_if_its_own_file_makes_it_void(tmp_path):
+    path = json_file(tmp_path, epochs=4, steps=9, name="n")
+    assert refusal("--config", path, config=Choosy) == (
+        f"epochs 4 (from {path}) has no effect while steps is 9 (from {path}); "
+        "leave it out, or set --steps 0"
+    )
+    path = json_file(tmp_path, alpha=4, name="n")
+    assert f"alpha 4.0 (from {path}) has no effect while rank is 0 (the default)" in refusal(
+        "--config", path, config=Choosy
+    )
+
+
+def test_a_void_value_of_a_file_that_is_the_default_is_no_matter(tmp_path, capsys):
+    path = json_file(tmp_path, epochs=3, steps=9, old=1, name="n")
+    assert read("--config", path, config=Choosy) == Choosy(steps=9, name="n")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_flag_names_the_file_that_makes_it_void(tmp_path):
+    path = json_file(tmp_path, steps=9, name="n")
+    text = refusal("--config", path, "--epochs", 4, config=Choosy)
+    assert text.startswith(f"--epochs 4 has no effect while steps is 9 (from {path}); ")
+    assert read("--config", path, "--steps", 0, "--epochs", 4, config=Choosy).epochs == 4
+
+
+def test_a_files_value_gives_way_to_the_command_line_and_a_note_says_so(tmp_path, capsys):
+    path = json_file(tmp_path, epochs=4, range=[3, 4], name="n")
+    config = read("--config", path, "--steps", 9, config=Choosy)
+    assert config == Choosy(steps=9, range=(3, 4), name="n")
+    assert capsys.readouterr().err == (
+        "note: no effect while steps is 9 (from the command line), so left at the default: "
+        f"epochs 4 (from {path})\n"
+    )
+    assert read("--config", path, "--file", "f", config=Choosy) == Choosy(epochs=4, file="f")
+    assert f"range 3 4 (from {path}), name n (from {path})\n" in capsys.readouterr().err
+
+
+def test_what_a_run_has_saved_starts_a_run_whatever_is_void_in_it(tmp_path, capsys):
+    """Runs of earlier versions saved what was void; it did nothing there."""
+    (tmp_path / "run.json").write_text("{}")
+    path = json_file(tmp_path, epochs=4, steps=9, old=3, name="n")
+    assert read("--config", path, config=Choosy) == Choosy(steps=9, name="n")
+    assert capsys.readouterr().err.count("note: no effect") == 2
+    assert "--epochs 4 has no effect" in refusal("--config", path, "--epochs", 4, config=Choosy)
+
+
+def test_a_resumed_run_keeps_what_it_saved_void_or_not(tmp_path):
+    saved = Choosy2(epochs=4, steps=9, name="n")
+    (tmp_path / "training_config.json").write_text(to_json(saved))
+    (config,) = parse_run({"config": Choosy2}, ["--resume", str(tmp_path)], "")
+    assert config == dataclasses.replace(saved, resume=str(tmp_path))
+
+
+@dataclass(frozen=True)
+class Choosy2(Choosy):
+    """A choosy one that can be resumed."""
+
+    resume: str = opt("", "a run folder")
+
+
+# ---- and every such declaration of the product, through the real scripts
+
+
+REFERENCE = runpy.run_path(str(ROOT / "docs" / "flags.py"))
+CONFIGS = {script: REFERENCE["configs_of"](script) for script in REFERENCE["SCRIPTS"]}
+
+
+def fields_of(script):
+    return {field.name: field for cls in CONFIGS[script] for field in dataclasses.fields(cls)}
+
+
+def failing(field, wanted):
+    """A value of a field other than a need wants it to be; None if there is none."""
+    if isinstance(wanted, Above):
+        return wanted.bound if field.metadata.get("at_least", 0) <= wanted.bound else None
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+    others = [choice for choice in field.metadata.get("choices", ()) if choice not in wanted]
+    return others[0] if others else {int: 1, str: "x", bool: True}[type(wanted[0])]
+
+
+def meeting(clause):
+    """The first of a clause's alternatives as a setting."""
+    name, wanted = next(iter(clause.items()))
+    if isinstance(wanted, Above):
+        return name, wanted.bound + 1
+    return name, wanted[0] if isinstance(wanted, tuple) else wanted
+
+
+def given(settings, fields):
+    """Settings as flags; those at their defaults are left out."""
+    words = []
+    for name, value in settings.items():
+        if value != fields[name].default:
+            words += [flag_of(name)] if value is True else [flag_of(name), str(value)]
+    return words
+
+
+def another(field):
+    """A value of a field that is not its default."""
+    value = field.default
+    if isinstance(value, bool):
+        return not value
+    if choices := field.metadata.get("choices"):
+        return next(choice for choice in choices if choice != value)
+    return {int: lambda: value + 1, float: lambda: value / 2 or 0.5}.get(
+        type(value), lambda: (2, 3) if isinstance(value, tuple) else f"{value}x"
+    )()
+
+
+def as_words(field, value):
+    if isinstance(value, bool):
+        return [flag_of(field.name)]
+    return [flag_of(field.name), *map(str, value if isinstance(value, tuple) else [value])]
+
+
+def cases():
+    """For every clause: script, field, what makes it void, what else is set, and what is right."""
+    for script in CONFIGS:
+        fields = fields_of(script)
+        for field in fields.values():
+            if "never" in field.metadata:
+                yield pytest.param(script, field, {}, {}, None, id=f"{script} {field.name}")
+            clauses = [c for c in field.metadata.get("needs", ()) if c.keys() <= fields.keys()]
+            met = dict(map(meeting, clauses))
+            for clause in clauses:
+                void = {name: failing(fields[name], wanted) for name, wanted in clause.items()}
+                if None not in void.values() and "never" not in field.metadata:
+                    others = {n: v for n, v in met.items() if not needs(fields[n]) & void.keys()}
+                    name = f"{script} {field.name} by {'+'.join(clause)}"
+                    yield pytest.param(script, field, void, others | void, met, id=name)
+
+
+def needs(field):
+    """The names of all settings that a field depends on."""
+    return {name for clause in field.metadata.get("needs", ()) for name in clause}
+
+
+CASES = list(cases())
+# Those that something on the command line makes void, and not only defaults.
+GIVING_WAY = [
+    case
+    for case in CASES
+    if any(
+        value != fields_of(case.values[0])[name].default for name, value in case.values[2].items()
+    )
+]
+
+
+def test_the_declarations_are_many():
+    assert len(CASES) > 60
+    assert {case.values[0] for case in CASES} == {
+        name.removesuffix(".py")
+        for name in SCRIPTS
+        if name.startswith(("generate", "run")) and name != "run_interactive.py"
+    }
+
+
+@pytest.mark.parametrize(("script", "field", "void", "settings", "met"), CASES)
+def test_a_void_flag_is_refused_by_its_script_and_taken_where_its_needs_are_met(
+    script, field, void, settings, met
+):
+    words, fields = as_words(field, another(field)), fields_of(script)
+    ended = call(f"{script}.py", *words, *given(settings, fields))
+    assert ended.code == 2
+    (line,) = ended.err.splitlines()
+    assert line.startswith(f"error: {words[0]}")
+    assert " has no effect " in line
+    assert "; leave it out" in line
+    for name, value in void.items():
+        assert re.search(rf"\b{name} is {value}(\.0)? \(", line)
+    if met is not None:
+        ended = call(f"{script}.py", *words, *given(met, fields))
+        (line,) = ended.err.splitlines()
+        assert re.fullmatch(r"error: --[\w-]+ is required.*; see --help", line)  # the next mistake
+
+
+@pytest.mark.parametrize(("script", "field", "void", "settings", "met"), GIVING_WAY)
+def test_a_files_value_gives_way_to_the_script_s_flags(
+    tmp_path, script, field, void, settings, met
+):
+    """And what is left of it starts the same run again, without a word."""
+    sections = dict(zip(("config", "model_config"), CONFIGS[script], strict=False))
+    section = next(n for n, cls in sections.items() if field.name in cls.__dataclass_fields__)
+    path = json_file(tmp_path, **{field.name: another(field)})
+    fields = fields_of(script)
+    flags = [*given(settings, fields), *needed_flags(fields, settings)]
+    argv = [flag_of(section), str(path), *flags]
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        configs = parse_many(sections, argv, "")
+    assert told.getvalue().startswith("note: no effect while ")
+    assert f"{field.name} " in told.getvalue()
+    values = {name: value for c in configs for name, value in dataclasses.asdict(c).items()}
+    assert values[field.name] == field.default
+    files = []
+    for name, config in zip(sections, configs, strict=True):
+        (tmp_path / f"{name}.json").write_text(to_json(config))
+        files += [flag_of(name), str(tmp_path / f"{name}.json")]
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        assert parse_many(sections, files, "") == configs
+    assert told.getvalue() == ""
+
+
+def needed_flags(fields, settings):
+    """What the script requires beside the settings, whatever it needs."""
+    words = []
+    for field in fields.values():
+        if field.metadata.get("required") and field.name not in settings:
+            clauses = field.metadata.get("needs", ())
+            if all(settings.get(n, fields[n].default) == w for c in clauses for n, w in c.items()):
+                words += [flag_of(field.name), "1"]
+    return words
+
+
+def test_needs_name_settings_and_are_inherited():
+    """Else a setting could be left at its default and so make another void, unseen."""
+    known = {name for script in CONFIGS for name in fields_of(script)}
+    for script in CONFIGS:
+        fields = fields_of(script)
+        for field in fields.values():
+            clauses = list(field.metadata.get("needs", ()))
+            for cause in needs(field):
+                assert cause in known
+                of_cause = fields[cause].metadata.get("needs", ()) if cause in fields else ()
+                assert all(clause in clauses for clause in of_cause), (script, field.name, cause)
+
+
+def test_under_muon_an_adapter_leaves_nothing_to_adamw(tiny_model):
+    """What the needs of LoRA's learning_rate and adam_beta2 rest on."""
+    config = LoRAInstructionConfig(optimizer="muon", lora_target_modules="attention,feedforward")
+    adapted = add_lora(copy.deepcopy(tiny_model), config)
+    assert all(group["muon"] for group in build_optimizer(adapted, config).param_groups)
+    assert config.rate_flags == "--muon-learning-rate"
 
 
 # ------------------------------------------------------------------------------- ends of scripts

@@ -1,23 +1,27 @@
 """The documents say what the scripts do."""
 
+import ast
 import json
 import re
 import runpy
-from pathlib import Path
+import shlex
 
 import pytest
+from helpers import ROOT, call, load_script
 
-ROOT = Path(__file__).resolve().parent.parent
+from arithmetic_llm.cli import parse_many
+
+REFERENCE = runpy.run_path(str(ROOT / "docs" / "flags.py"))
 FLAGS = (ROOT / "docs" / "FLAGS.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def commands():
-    """(script, flags) of each `python script.py ...` in the README's shell blocks."""
+    """(script, its arguments) of each `python script.py ...` in the README's shell blocks."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     text = "\n".join(blocks).replace("\\\n", " ")
     for script, rest in re.findall(r"^\S*python (\w+)\.py(.*)$", text, re.MULTILINE):
-        yield script, re.findall(r"--[\w-]+", rest)
+        yield script, shlex.split(rest.split(">")[0])
 
 
 def documented(script):
@@ -27,8 +31,44 @@ def documented(script):
 
 
 def test_flag_reference_is_what_the_configs_say():
-    reference = runpy.run_path(str(ROOT / "docs" / "flags.py"))["reference"]
-    assert reference() == FLAGS, "run: python docs/flags.py"
+    assert REFERENCE["reference"]() == FLAGS, "run: python docs/flags.py"
+
+
+CONFIG_FLAGS = ["--config", "--model-config"]
+
+
+@pytest.mark.parametrize("script", REFERENCE["SCRIPTS"])
+def test_help_and_flag_reference_agree(script, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        load_script(f"{script}.py").main(["--help"])
+    lines = re.findall(r"^  (--[\w-]+)(.*?) {2,}(.*)$", capsys.readouterr().out, re.MULTILINE)
+    shown = {flag: (value, text) for flag, value, text in lines if flag not in CONFIG_FLAGS}
+    (section,) = re.findall(rf"^## {script}\.py$(.*?)(?=^## |\Z)", FLAGS, re.DOTALL | re.MULTILINE)
+    rows = re.findall(r"^\| `(--[\w-]+)` \| (.*?) \| (.*) \|$", section, re.MULTILINE)
+    assert [*shown] == [flag for flag, _, _ in rows]
+    for flag, default, text in rows:
+        value, help_text = shown[flag]
+        for choices in re.findall(r"{(.*)}", value):
+            text = text.replace(f" ({choices.replace(',', ', ')})", "")
+        label = "" if default.startswith("required") else "default: "
+        ending = f" ({label}{default.strip('`')})" if default else ""
+        assert text.replace("\\|", "|") + ending == help_text, flag
+
+
+def test_what_the_corpus_script_says_of_its_defaults_is_what_each_corpus_gets(tmp_path):
+    (section,) = re.findall(
+        r"^## generate_corpus\.py$(.*?)(?=^## )", FLAGS, re.DOTALL | re.MULTILINE
+    )
+    said = dict(re.findall(r"^\| `--(\w+)-rate` \| (.*?) \|", section, re.MULTILINE))
+    outputs = ["--output-foundational", tmp_path / "f", "--output-instruction", tmp_path / "i"]
+    argv = ["--num-samples", 1000, "--max-depth", 2, "--invalid-rate", 0, *outputs]
+    assert call("generate_corpus.py", *argv).code == 0
+    for place, name in ((0, "i"), (-1, "f")):
+        styles = json.loads((tmp_path / f"{name}.meta.json").read_text())["by_style"]
+        for style in ("typed", "padded", "flat", "drill"):
+            rate = re.findall(r"[\d.]*\d", said[style])[place]
+            assert styles.get(style, 0) == 1000 * float(rate)
 
 
 def test_every_root_script_is_in_the_reference_and_in_the_readme():
@@ -37,18 +77,35 @@ def test_every_root_script_is_in_the_reference_and_in_the_readme():
         assert f"`{script.name}`" in README
 
 
-@pytest.mark.parametrize(("script", "flags"), list(commands()))
-def test_readme_commands_use_flags_that_exist(script, flags):
-    assert set(flags) <= documented(script)
+def accept(script, argv):
+    """Have a script's configs read its arguments, as its ``main`` does first."""
+    sections = dict(zip(("config", "model_config"), REFERENCE["configs_of"](script), strict=False))
+    parse_many(sections, argv, "")
 
 
-def test_the_commands_of_the_study_of_grpo_use_flags_that_exist():
+@pytest.mark.parametrize(("script", "argv"), list(commands()))
+def test_readme_commands_are_accepted(script, argv):
+    accept(script, argv)
+
+
+@pytest.mark.parametrize("recipe", ["configs/cpu", "configs/gpu"])
+def test_the_commands_of_the_quickstart_are_accepted_without_a_word(recipe, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    quickstart = load_script("quickstart.py")
+    for _, command, _ in quickstart.STAGES:
+        script, *argv = quickstart.words(command, recipe)
+        accept(script.removesuffix(".py"), argv)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_commands_of_the_study_of_grpo_are_accepted():
     study = runpy.run_path(str(ROOT / "benchmarks" / "what_grpo_adds.py"))
     preparation = [command for _, command in study["CORPORA"] + study["START_MODELS"]]
-    arms = [f"run_grpo_training.py {flags}" for flags in study["ARMS"].values()]
+    fixed = f"--config {study['HALF']}/grpo.json --tokenizer t --sft-checkpoint c"
+    arms = [f"run_grpo_training.py {fixed} {flags}" for flags in study["ARMS"].values()]
     for command in preparation + arms:
-        flags = {*re.findall(r"--[\w-]+", command)} - {"--config", "--model-config"}
-        assert flags <= documented(command.split(".py")[0])
+        script, *argv = shlex.split(command)
+        accept(script.removesuffix(".py"), argv)
 
 
 STAGE_OF = {  # of a config, by its name
@@ -81,3 +138,74 @@ def test_readme_shows_every_numbered_stage():
         "run_evaluation",
         "run_interactive",
     }
+
+
+# ----------------------------------------------------------------------- flags that messages name
+
+
+TRAINING = (
+    "run_foundational_training",
+    "run_instruction_training",
+    "run_instruction_training_lora",
+)
+TRAINING = (*TRAINING, "run_grpo_training")
+LOADING = (*TRAINING, "run_evaluation", "run_interactive")
+GENERATING = [script for script in REFERENCE["SCRIPTS"] if script.startswith("generate")]
+# Where the texts of a module are read, and what they name of another script, in so many words.
+READ_BY = {
+    "adapters": (LOADING, {"--base-checkpoint": "merge_lora_adapter"}),
+    "checkpoint": (LOADING, {"--base-checkpoint": "merge_lora_adapter"}),
+    "cli": (TRAINING, {}),
+    "corpus": (GENERATING, {}),
+    "drawing": (LOADING[:-1], {"--num-range": "generate_corpus"}),
+    "evaluate": (("run_evaluation", "run_grpo_training"), {}),
+    "lora": (TRAINING[2:], {}),
+    "reinforce": (("run_grpo_training",), {}),
+    "report": (("run_evaluation",), {}),
+    "rewards": (("run_grpo_training",), {}),
+    "runtime": (LOADING, {}),
+    "sampling": (
+        (*GENERATING, "run_evaluation", "run_grpo_training"),
+        {"--flat-terms": "generate_corpus", "--split": "generate_corpus"},
+    ),
+    "supervised": (TRAINING[:3], {"--split": "generate_corpus"}),
+    "tokenizer": (("train_tokenizer",), {}),
+    "trainer": (TRAINING, {}),
+}
+
+
+def texts_of(path):
+    """The strings of a module that are no docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    docs = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            yield node.value
+
+
+def named(path):
+    return {flag for text in texts_of(path) for flag in re.findall(r"--[a-z][a-z-]*[a-z]", text)}
+
+
+MODULES = sorted((ROOT / "arithmetic_llm").glob("*.py"))
+COMMON = {"--help", *CONFIG_FLAGS}
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.stem != "config"], ids=lambda p: p.stem)
+def test_the_messages_of_a_module_name_flags_that_its_readers_have(path):
+    if flags := named(path) - COMMON:
+        scripts, elsewhere = READ_BY[path.stem]
+        for flag in flags - elsewhere.keys():
+            assert {script for script in scripts if flag not in documented(script)} == set(), flag
+        for flag, script in elsewhere.items():
+            assert flag in documented(script)
+
+
+def test_every_flag_that_is_named_anywhere_is_a_flag_of_some_script():
+    known = {flag for script in REFERENCE["SCRIPTS"] for flag in documented(script)} | COMMON
+    for path in [*MODULES, *ROOT.glob("*.py")]:
+        assert named(path) <= known, path

@@ -80,8 +80,8 @@ def test_each_file_has_exactly_the_samples_asked_for(tmp_path):
 
 @pytest.mark.parametrize("only", ["foundational", "instruction"])
 def test_only_one_of_the_two(tmp_path, only):
-    outputs = [f"--output-{name}={tmp_path / name}" for name in ("foundational", "instruction")]
-    generate_corpus.main(["--num-samples", "20", f"--{only}-only", *outputs])
+    output = f"--output-{only}={tmp_path / only}"
+    generate_corpus.main(["--num-samples", "20", f"--{only}-only", output])
     assert {path.name for path in tmp_path.iterdir()} == {only, f"{only}.meta.json"}
 
 

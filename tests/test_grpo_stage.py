@@ -55,11 +55,14 @@ def world(trained_model, tokenizer, tmp_path_factory):
     return folder
 
 
-def arguments(world, *more):
+GENERATED = ("--data-mode", "generated", "--max-depth", 2, "--num-range", 1, 9)
+
+
+def arguments(world, *more, prompts=GENERATED, attempts=("--num-candidates", 4)):
     return [
         *("--tokenizer", world / "tokenizer", "--sft-checkpoint", world / "start/best_model.pt"),
-        *("--data-mode", "generated", "--max-depth", 2, "--num-range", 1, 9),
-        *("--batch-size", 3, "--num-candidates", 4, "--max-steps", STEPS, "--learning-rate", 1e-3),
+        *(*prompts, *attempts),
+        *("--batch-size", 3, "--max-steps", STEPS, "--learning-rate", 1e-3),
         *("--eval-samples", 8, "--eval-every", 3, "--save-every", 2, "--device", "cpu"),
         *("--threads", 1, *more),
     ]
@@ -67,14 +70,15 @@ def arguments(world, *more):
 
 KINDS = {
     "full": ["--adaptive-difficulty", "--refill-rounds", 1, "--num-iterations", 2],
-    "lora": ["--lora-rank", 4, "--lora-dropout", 0.1, "--save-merged-model", "--top-k", 10],
-    "instruction": ["--data-mode", "instruction", "--sft-replay-coef", 0.1],
+    "lora": ["--lora-rank", 4, "--lora-alpha", 8, "--save-merged-model", "--top-k", 10],
+    "instruction": ["--sft-replay-coef", 0.1],
 }
 
 
 def kind_arguments(world, kind):
-    corpus = ["--instruction-corpus", world / "i.jsonl"] if kind == "instruction" else []
-    return arguments(world, *KINDS[kind], *corpus)
+    corpus = ("--data-mode", "instruction", "--instruction-corpus", world / "i.jsonl")
+    prompts = corpus if kind == "instruction" else GENERATED
+    return arguments(world, *KINDS[kind], prompts=prompts)
 
 
 def train(argv, output):
@@ -380,6 +384,13 @@ def test_a_run_is_not_resumed_from_another_start(finished, world, tokenizer, tmp
     assert "start_hash has changed" in ended.err
 
 
+def test_a_finished_run_names_the_flag_that_starts_a_new_one(finished):
+    folder, _ = finished["full"]
+    ended = call(SCRIPT, "--resume", folder)
+    remedy = f"start a new run with --sft-checkpoint {folder / 'final_model.pt'}"
+    assert ended.err == f"error: {folder}: is finished; {remedy}\n"
+
+
 # ------------------------------------------------------------------------------------- configs
 
 
@@ -425,16 +436,10 @@ def test_a_limit_that_cuts_right_solutions_off_is_warned_of(world, tmp_path):
         (["--num-candidates", 1], "--num-candidates: must be at least 2"),
         (["--temperature", 0], "--temperature: must be above 0"),
         (["--rewards", "corect=1"], "no reward 'corect'; there are correct"),
-        (["--data-mode", "instruction"], "--instruction-corpus is required"),
-        (["--data-mode", "instruction", "--instruction-corpus", "nowhere.jsonl"], "nowhere.jsonl"),
-        (
-            ["--adaptive-difficulty", *("--data-mode", "instruction"), "--instruction-corpus", "x"],
-            "--adaptive-difficulty chooses depths; use it with --data-mode generated",
-        ),
         (["--min-depth", 3], "--min-depth 3: is above --max-depth 2"),
         (["--num-range", 9, 1], "the smaller number comes first"),
         (["--lora-rank", 2, "--lora-target-modules", "qproj"], "did you mean q_proj?"),
-        (["--save-merged-model"], "there is no adapter to save"),
+        (["--save-merged-model"], "--save-merged-model has no effect while lora_rank is 0"),
         (["--sft-checkpoint", "nowhere.pt"], "nowhere.pt: no such checkpoint file"),
         (["--tokenizer", "nowhere"], "nowhere"),
         (["--loss-type", "ppo"], "loss-type"),
@@ -443,7 +448,26 @@ def test_a_limit_that_cuts_right_solutions_off_is_warned_of(world, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, argv, message):
-    ended = call(SCRIPT, *arguments(world, *argv), "--output-dir", tmp_path / "out")
+    assert_refused(tmp_path, arguments(world, *argv), message)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ((), "--instruction-corpus is required with --data-mode instruction"),
+        (("--instruction-corpus", "nowhere.jsonl"), "nowhere.jsonl: no such corpus file"),
+        (
+            ("--instruction-corpus", "x", "--adaptive-difficulty"),
+            "--adaptive-difficulty has no effect while data_mode is instruction (the default)",
+        ),
+    ],
+)
+def test_a_corpus_and_generated_prompts_do_not_mix(world, tmp_path, prompts, message):
+    assert_refused(tmp_path, arguments(world, prompts=prompts), message)
+
+
+def assert_refused(tmp_path, argv, message):
+    ended = call(SCRIPT, *argv, "--output-dir", tmp_path / "out")
     assert ended.code == 2
     assert len(ended.error_lines) == 1
     assert message in ended.error_lines[0]
@@ -469,6 +493,16 @@ def test_steps_without_signal_are_warned_of_and_the_run_goes_on(world, dead_run)
     assert not any({"kl", "entropy", "grad_norm"} & line.keys() for line in steps)
     start, final = (world / "start/best_model.pt", folder / "final_model.pt")
     assert weights_hash(load_checkpoint(start).model) == weights_hash(load_checkpoint(final).model)
+
+
+def test_a_dead_step_recommends_flags_that_act(tiny_model, tokenizer, capsys):
+    for mode, acts in (("generated", True), ("instruction", False)):
+        task = solutions_task(tiny_model, tokenizer)
+        task.config = settings(data_mode=mode)
+        task.noted = {"accuracy": 0.0, "completions/clipped_ratio": 0.0}
+        task.dead_steps = 9
+        task._warn_of_dead_step()
+        assert ("--adaptive-difficulty" in capsys.readouterr().err) == acts
 
 
 @pytest.mark.parametrize(("cutoff", "reward"), [("keep", 0.0), ("mask", 0.0), ("penalise", -1.0)])
@@ -718,12 +752,8 @@ def test_learning_from_solutions_is_the_cross_entropy_of_the_reference_library(
 def test_learning_from_solutions_refuses_what_needs_attempts(world, tmp_path, option):
     flag = "--" + option.replace("_", "-")
     value = [] if option == "adaptive_difficulty" else [2]
-    argv = arguments(world, "--learn-from", "solutions", flag, *value, "--output-dir", tmp_path)
-    ended = call(SCRIPT, *argv)
-    assert ended.code == 2
-    assert ended.error_lines[0].endswith(
-        f"{flag} needs attempts; leave it out with --learn-from solutions"
-    )
+    argv = arguments(world, "--learn-from", "solutions", flag, *value, attempts=())
+    assert_refused(tmp_path, argv, "has no effect while learn_from is solutions")
 
 
 def test_solutions_beyond_the_context_are_counted(tokenizer):
@@ -738,7 +768,8 @@ def test_solutions_beyond_the_context_are_counted(tokenizer):
 
 
 def test_learning_from_solutions_runs_as_a_stage(world, tmp_path):
-    argv = arguments(world, "--learn-from", "solutions", "--max-steps", 3, "--eval-every", 3)
+    more = ("--learn-from", "solutions", "--max-steps", 3, "--eval-every", 3)
+    argv = arguments(world, *more, attempts=())
     folder, _ = train(argv, tmp_path / "out")
     lines = lines_of(folder)
     assert [line["step"] for line in lines if "eval_exact" in line] == [0, 3]

@@ -1,7 +1,9 @@
 """The documented commands, pasted one after the other, and the quickstart; both scaled down."""
 
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -219,9 +221,12 @@ def recipe(folder):
 
 
 def test_the_quickstart_ends_with_a_table_of_results(tmp_path):
-    (tmp_path / "recipe").mkdir()
-    ended = run("quickstart.py", "--recipe", recipe(tmp_path / "recipe"), cwd=tmp_path)
+    folder = tmp_path / ("a {new} recipe" if os.name == "nt" else "a {new} re\\cipe")
+    folder.mkdir()
+    ended = run("quickstart.py", "--recipe", recipe(folder), cwd=tmp_path)
     assert ended.code == 0, ended.err
+    printed = re.findall(r"^\$ python (.*)$", ended.out, re.MULTILINE)
+    assert os.name == "nt" or f"{folder}/lora.json" in shlex.split(printed[8])
     *_, table, hint = ended.out.split("\n\n")
     for stage in ("1 foundational corpus", "2 tokenizer", "5 LoRA adapter", "6 GRPO model"):
         assert stage in table

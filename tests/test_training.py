@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import call, command, one_thread, run
 
-from arithmetic_llm.checkpoint import FINISHED, load_checkpoint
-from arithmetic_llm.supervised import SupervisedTask
+from arithmetic_llm.checkpoint import FINISHED, load_checkpoint, weights_hash
+from arithmetic_llm.cli import parse
+from arithmetic_llm.config import InstructionConfig
+from arithmetic_llm.supervised import SupervisedTask, train_instruction
 from arithmetic_llm.trainer import epoch_log
 
 FOUNDATIONAL, INSTRUCTION = "run_foundational_training.py", "run_instruction_training.py"
@@ -232,14 +235,10 @@ def test_a_written_config_starts_an_equal_run(workshop, undisturbed, tmp_path):
 
 
 def test_the_prompt_counts_for_nothing_in_instruction_tuning(workshop, finished, tmp_path):
-    runs = [
-        train(
-            INSTRUCTION,
-            instruction(workshop, finished, "--max-steps", 3, "--prompt-loss-weight", weight),
-            tmp_path / str(weight),
-        )
-        for weight in (0, 5)
-    ]
+    """Whatever a config says that was made without the command line, which refuses the flag."""
+    argv = instruction(workshop, finished, "--max-steps", 3, "--output-dir", tmp_path)
+    config = parse(InstructionConfig, [str(word) for word in argv], "")
+    runs = [train_instruction(replace(config, prompt_loss_weight=w)) for w in (0.0, 5.0)]
     assert_same_models(*runs)
 
 
@@ -398,12 +397,17 @@ def test_a_changed_tokenizer_is_refused_on_resume(unfinished):
 
 
 def test_other_settings_are_refused_on_resume(unfinished):
-    assert "--learning-rate" in refused(unfinished, "--learning-rate", 1)
+    assert refused(unfinished, "--learning-rate", 1) == (
+        f"error: --learning-rate 1.0: {unfinished} runs with 0.003; "
+        "leave it out, or start a new run\n"
+    )
     assert "--d-model" in refused(unfinished, "--d-model", 64)
 
 
 def test_a_finished_run_is_not_resumed(undisturbed):
-    assert "is finished" in refused(undisturbed[FOUNDATIONAL])
+    folder = undisturbed[FOUNDATIONAL]
+    start = f"start a new run with --init-from {folder / 'final_model.pt'}"
+    assert f"{folder}: is finished; {start}\n" in refused(folder)
 
 
 # ------------------------------------------------------------------------------ other beginnings
@@ -411,11 +415,31 @@ def test_a_finished_run_is_not_resumed(undisturbed):
 
 def test_init_from_starts_a_new_run_from_old_weights(workshop, undisturbed, tmp_path):
     base = undisturbed[INSTRUCTION] / "final_model.pt"
-    argv = foundational(workshop, "--init-from", base, "--max-steps", 1, "--learning-rate", 1e-9)
+    argv = [
+        *("--corpus-path", workshop / "corpus.txt", "--tokenizer-path", workshop / "tokenizer"),
+        *("--init-from", base, "--max-steps", 1, "--learning-rate", 1e-9, *SMALL),
+    ]
     folder = train(FOUNDATIONAL, argv, tmp_path)
     left, right = (load_checkpoint(path).model for path in (base, folder / "final_model.pt"))
     for one, other in zip(left.parameters(), right.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_init_from_takes_the_place_of_the_foundational_checkpoint(workshop, undisturbed, tmp_path):
+    base = undisturbed[FOUNDATIONAL] / "final_model.pt"
+    given = instruction(workshop, undisturbed[FOUNDATIONAL], "--max-steps", 1)
+    at = given.index("--foundational-checkpoint")
+    argv = [*given[:at], *given[at + 2 :]]
+    ended = call(INSTRUCTION, *argv, "--output-dir", tmp_path)
+    assert ended.err == (
+        "error: --foundational-checkpoint is required without --init-from; see --help\n"
+    )
+    folder = train(INSTRUCTION, [*argv, "--init-from", base], tmp_path)
+    assert read_json(folder / "run.json")["start_hash"] == weights_hash(load_checkpoint(base).model)
+    ended = call(INSTRUCTION, *given, "--init-from", base)
+    assert ended.code == 2
+    assert "--foundational-checkpoint" in ended.err
+    assert f"has no effect while init_from is {base} (from the command line)" in ended.err
 
 
 def test_a_stamped_base_is_remembered_by_its_real_name(
@@ -452,21 +476,32 @@ def test_another_tokenizer_than_the_bases_is_refused(workshop, undisturbed, tmp_
 # ------------------------------------------------------------------------------------ bad endings
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(workshop, tmp_path):
-    argv = foundational(workshop, "--learning-rate", 1e30, "--warmup-steps", 0)
+MUON = ["--optimizer", "muon", "--muon-learning-rate", 1e30]
+
+
+@pytest.mark.parametrize(
+    ("rates", "remedy"),
+    [
+        (["--learning-rate", 1e30], "lower --learning-rate"),
+        (MUON, "lower --muon-learning-rate or --learning-rate"),
+    ],
+)
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(workshop, tmp_path, rates, remedy):
+    argv = foundational(workshop, *rates, "--warmup-steps", 0)
     ended = call(FOUNDATIONAL, *argv, "--output-dir", tmp_path)
     assert ended.code == 2
     assert ended.error_lines == [ended.err.splitlines()[-1]]
-    assert "lower --learning-rate" in ended.error_lines[0]
+    assert ended.error_lines[0].endswith(f"; {remedy}")
     assert not (the_run_in(tmp_path) / "final_model.pt").exists()
 
 
 def test_a_held_out_loss_of_nan_ends_the_run(workshop, tmp_path, monkeypatch):
     """The last update is seen by no training loss."""
     monkeypatch.setattr(SupervisedTask, "evaluate", lambda *_: {"eval_loss": float("nan")})
-    argv = foundational(workshop, "--max-steps", 2)
+    argv = foundational(workshop, "--max-steps", 2, "--optimizer", "muon")
     ended = call(FOUNDATIONAL, *argv, "--output-dir", tmp_path)
     assert ended.code == 2
+    assert ended.err.endswith("; lower --muon-learning-rate or --learning-rate\n")
     assert not (the_run_in(tmp_path) / FINISHED).exists()
 
 
