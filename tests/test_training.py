@@ -10,9 +10,11 @@ import time
 
 import pytest
 import torch
-from helpers import call, command, one_thread, run
+from helpers import call, command, damages, edit, one_thread, removals, run
 
-from arithmetic_llm.checkpoint import FINISHED, load_checkpoint
+from arithmetic_llm import supervised
+from arithmetic_llm.checkpoint import FINISHED, load_checkpoint, read_checkpoint
+from arithmetic_llm.runs import MetricsLog
 from arithmetic_llm.supervised import SupervisedTask
 from arithmetic_llm.trainer import epoch_log
 
@@ -367,6 +369,78 @@ def test_a_damaged_last_checkpoint_is_no_reason_to_start_over(unfinished, undist
     assert "trying the one before" in ended.err
     assert "at step 60" in ended.out
     assert_same_models(unfinished, undisturbed[FOUNDATIONAL])
+
+
+def test_what_is_not_resumable_is_passed_over(unfinished, undisturbed):
+    """A copy of a model under the name of a step, an older run's say."""
+    shutil.copy(unfinished / "best_model.pt", unfinished / "checkpoint_step_90.pt")
+    ended = call(FOUNDATIONAL, "--resume", unfinished)
+    assert ended.code == 0, ended.err
+    (line,) = [line for line in ended.err.splitlines() if line.startswith("warning")]
+    assert str(unfinished / "checkpoint_step_90.pt") in line
+    assert "not what training goes on with" in line
+    assert "at step 80" in ended.out
+    assert_same_models(unfinished, undisturbed[FOUNDATIONAL])
+
+
+def test_a_run_without_any_checkpoint_that_will_do_starts_over_unchanged(unfinished, undisturbed):
+    """What is passed over leaves no trace in the weights that the run starts from."""
+    for path in unfinished.glob("checkpoint_step_*"):
+        path.unlink()
+    shutil.copy(unfinished / "best_model.pt", unfinished / "checkpoint_step_90.pt")
+    ended = call(FOUNDATIONAL, "--resume", unfinished)
+    assert ended.code == 0, ended.err
+    assert "none of its checkpoints will do, so it starts over" in ended.out
+    assert_same_models(unfinished, undisturbed[FOUNDATIONAL])
+
+
+def test_a_training_state_damaged_anywhere_is_passed_over_and_leaves_no_trace(
+    unfinished, monkeypatch
+):
+    """Each key taken away or of another type; the run then stands where the one before was."""
+    before = read_checkpoint(unfinished / "checkpoint_step_60.pt")
+    good, last = (unfinished / f"checkpoint_step_{name}.pt" for name in ("good", 80))
+    last.rename(good)
+    training = torch.load(good, weights_only=True)["training"]
+    runs = []
+    monkeypatch.setattr(
+        supervised, "fit", lambda run, *_: runs.append(run) or {"best": {"eval_loss": 0.0}}
+    )
+    changes = [*damages(training), *removals(training)]
+    assert len(changes) > 50
+    for place, change in changes:
+        shutil.copy(good, last)
+        edit(last, lambda content, change=change: change(content["training"]))
+        ended = call(FOUNDATIONAL, "--resume", unfinished)
+        assert ended.code == 0, (place, ended.err)
+        assert ended.err.startswith(f"warning: {last}: "), (place, ended.err)
+        assert ended.err.endswith("; trying the one before\n"), place
+        assert ended.err.count("\n") == 1, place
+        run = runs.pop()
+        assert (run.step, run.best) == (60, before.training["best"]), place
+        assert torch.equal(torch.get_rng_state(), before.training["rng"]), place
+        for name, weight in run.model.state_dict().items():
+            assert torch.equal(weight, before.weights[name]), place
+
+
+@pytest.mark.parametrize(
+    "torn",
+    ['{"step": 5, "a": {}', '{"step": 5, "a": {"b"}', '{"st', "\0" * 40, "5", "[]", '{"a": 1}'],
+)
+def test_a_line_of_metrics_that_is_not_whole_is_passed_over(unfinished, undisturbed, torn):
+    with open(unfinished / "metrics.jsonl", "a") as file:
+        file.write(torn)
+    ended = call(FOUNDATIONAL, "--resume", unfinished)
+    assert ended.code == 0, ended.err
+    steps = [[line["step"] for line in metrics(f)] for f in (unfinished, undisturbed[FOUNDATIONAL])]
+    assert steps[0] == steps[1]
+
+
+def test_a_byte_of_metrics_that_is_no_text_costs_its_line_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1}\n{"step": 2, "\xff": \xfe}\n{"step": 3}\n'
+    )
+    assert MetricsLog(tmp_path).read() == [{"step": 1}, {"step": 3}]
 
 
 def test_a_resumed_run_remembers_its_best(workshop, tmp_path, monkeypatch):
