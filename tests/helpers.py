@@ -9,7 +9,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -180,7 +180,7 @@ def damages(content: dict, path: tuple = ()) -> Iterator[tuple[tuple, Callable[[
     for key in list(content)[: 1 if alike else None]:
         for wrong in (None, -1.5, "text", [None], {"a": None}):
             if type(wrong) is not type(content[key]):
-                yield (*path, key, wrong), partial(_put, (*path, key), wrong)
+                yield (*path, key, wrong), partial(put, (*path, key), wrong)
         if isinstance(content[key], dict):
             yield from damages(content[key], (*path, key))
 
@@ -191,7 +191,8 @@ def removals(content: dict) -> Iterator[tuple[tuple, Callable[[dict], None]]]:
         yield (key, "removed"), lambda damaged, key=key: damaged.pop(key)
 
 
-def _put(path: tuple, value: object, content: dict) -> None:
+def put(path: Sequence, value: object, content: dict) -> None:
+    """Set ``content[path[0]][path[1]]... = value``."""
     *outer, last = path
     for key in outer:
         content = content[key]

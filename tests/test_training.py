@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
-from helpers import call, command, damages, edit, one_thread, removals, run
+from helpers import call, command, damages, edit, one_thread, put, removals, run
 
 from arithmetic_llm import supervised
 from arithmetic_llm.checkpoint import FINISHED, load_checkpoint, read_checkpoint
@@ -394,6 +395,38 @@ def test_a_run_without_any_checkpoint_that_will_do_starts_over_unchanged(unfinis
     assert_same_models(unfinished, undisturbed[FOUNDATIONAL])
 
 
+def misfits(training):
+    """Changes to values of the right type that no run could go on with."""
+    groups = training["optimizer"]["param_groups"]
+    for path, value in (
+        (("rng",), torch.zeros(3, dtype=torch.uint8)),
+        (("rng",), training["rng"].float()),
+        (("rng",), torch.full_like(training["rng"], 255)),
+        (("cuda_rng",), ["text"]),
+        (("threads",), 0),
+        (("optimizer", "state", 0, "exp_avg"), torch.zeros(3)),
+        (("optimizer", "state", 999), training["optimizer"]["state"][0]),
+        (("optimizer", "param_groups"), groups[:-1]),
+        (("optimizer", "param_groups"), [{**group, "params": [0]} for group in groups]),
+        (("optimizer", "param_groups"), [{**group, "lr": "fast"} for group in groups]),
+        (("optimizer", "param_groups"), [{"params": group["params"]} for group in groups]),
+    ):
+        yield (*path, value), partial(put, path, value)
+
+
+def test_a_step_with_other_weights_is_passed_over(unfinished, monkeypatch):
+    runs = []
+    monkeypatch.setattr(
+        supervised, "fit", lambda run, *_: runs.append(run) or {"best": {"eval_loss": 0.0}}
+    )
+    last = unfinished / "checkpoint_step_80.pt"
+    edit(last, lambda content: content["weights"].pop("lm_head.weight"))
+    ended = call(FOUNDATIONAL, "--resume", unfinished)
+    assert ended.code == 0, ended.err
+    assert f"{last}: cannot be resumed from (weight lm_head.weight is missing)" in ended.err
+    assert runs[0].step == 60
+
+
 def test_a_training_state_damaged_anywhere_is_passed_over_and_leaves_no_trace(
     unfinished, monkeypatch
 ):
@@ -406,7 +439,7 @@ def test_a_training_state_damaged_anywhere_is_passed_over_and_leaves_no_trace(
     monkeypatch.setattr(
         supervised, "fit", lambda run, *_: runs.append(run) or {"best": {"eval_loss": 0.0}}
     )
-    changes = [*damages(training), *removals(training)]
+    changes = [*damages(training), *removals(training), *misfits(training)]
     assert len(changes) > 50
     for place, change in changes:
         shutil.copy(good, last)
