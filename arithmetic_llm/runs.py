@@ -146,8 +146,7 @@ def check_optimizer_state(optimizer: MuonAdamW, saved: dict[str, Any]) -> None:
     """Compare a saved state with the parameters that it is for.
 
     Raises:
-        LookupError, RuntimeError, TypeError, ValueError: other groups of parameters, or tensors of
-            another shape.
+        LookupError, ValueError: other groups of parameters, or tensors of another shape.
     """
     ours = optimizer.state_dict()["param_groups"]
     theirs = checked(list[dict], saved["param_groups"], "optimizer groups")
@@ -156,8 +155,9 @@ def check_optimizer_state(optimizer: MuonAdamW, saved: dict[str, Any]) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, state in checked(dict[int, dict], saved["state"], "optimizer state").items():
         for name, value in state.items():
-            expected = () if name == "step" else parameters[index].shape
-            if torch.as_tensor(value).shape != expected:
+            if name == "step":
+                checked(int, value, "optimizer step")
+            elif checked(Tensor, value, f"optimizer {name}").shape != parameters[index].shape:
                 raise ValueError(f"optimizer state {name} does not fit the weights")
 
 

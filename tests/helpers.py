@@ -9,8 +9,9 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -168,6 +169,34 @@ def edit(path: Path, change: Callable[[dict], None]) -> None:
     content = torch.load(path, weights_only=True)
     change(content)
     torch.save(content, path)
+
+
+def damages(content: dict, path: tuple = ()) -> Iterator[tuple[tuple, Callable[[dict], None]]]:
+    """Where, and a change that puts a value of another type there, for every key of a checkpoint.
+
+    Of the many keys of one kind, weights and the like, the first stands for all.
+    """
+    alike = path[-1:] in [("weights",), ("state",), ("styles",), ("splits",)]
+    for key in list(content)[: 1 if alike else None]:
+        for wrong in (None, -1.5, "text", [None], {"a": None}):
+            if type(wrong) is not type(content[key]):
+                yield (*path, key, wrong), partial(put, (*path, key), wrong)
+        if isinstance(content[key], dict):
+            yield from damages(content[key], (*path, key))
+
+
+def removals(content: dict) -> Iterator[tuple[tuple, Callable[[dict], None]]]:
+    """Where, and a change that takes the key away, for every key."""
+    for key in content:
+        yield (key, "removed"), lambda damaged, key=key: damaged.pop(key)
+
+
+def put(path: Sequence, value: object, content: dict) -> None:
+    """Set ``content[path[0]][path[1]]... = value``."""
+    *outer, last = path
+    for key in outer:
+        content = content[key]
+    content[last] = value
 
 
 class Hostile:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -16,11 +17,13 @@ from helpers import (
     Hostile,
     call,
     command,
+    damages,
     edit,
     full_when_flushing,
     full_when_writing,
     make_tokenizer,
     one_thread,
+    removals,
     run,
 )
 
@@ -204,6 +207,41 @@ def test_a_bad_input_is_one_line_that_names_it(world, script, flag, bad):
     ended = call(script.name, *script.argv(world, **{name: world / bad}))
     assert_refused(ended, named=world / bad)
     assert state_of(world) == before
+
+
+READERS = {  # of a checkpoint: the command whose last flag names it
+    MODEL: [
+        "run_evaluation.py --output-dir results --model-path",
+        "run_interactive.py --model-path",
+        "merge_lora_adapter.py --output-path x.pt --adapter-path adapter.pt --base-checkpoint",
+    ],
+    "adapter.pt": [
+        "run_evaluation.py --output-dir results --base-checkpoint model.pt --model-path",
+        "run_interactive.py --base-checkpoint model.pt --model-path",
+        "merge_lora_adapter.py --output-path x.pt --base-checkpoint model.pt --adapter-path",
+    ],
+}
+
+
+@pytest.mark.parametrize("good", READERS)
+def test_a_checkpoint_damaged_anywhere_is_one_line_that_names_it(world, tmp_path, good):
+    """Each key taken away or of another type, the scripts taking turns."""
+    content = torch.load(world / good, weights_only=True)
+    damaged, readers = tmp_path / "damaged.pt", itertools.cycle(READERS[good])
+    changes = [*damages(content), *removals(content)]
+    assert len(changes) > 100
+    for place, change in changes:
+        shutil.copy(world / good, damaged)
+        edit(damaged, change)
+        script, *words = next(readers).split()
+        argv = [word if word.startswith("--") else world / word for word in words]
+        try:
+            ended = call(script, *argv, damaged)
+        except Exception as error:
+            raise AssertionError(f"{script}: {place}") from error
+        assert ended.code == 2, (script, place)
+        assert_refused(ended, damaged)
+    assert not (world / "x.pt").exists()
 
 
 def test_a_malformed_line_is_named_by_its_number(world):

@@ -2,6 +2,7 @@
 
 import datetime
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from helpers import (
     full_when_flushing,
     full_when_writing,
     make_tokenizer,
+    put,
     random_model,
 )
 
@@ -124,14 +126,8 @@ def test_weights_that_are_not_finite_are_refused(saved, value):
 
 def _set(*path_and_value):
     """A change that sets ``content[a][b]... = value``."""
-    *path, last, value = path_and_value
-
-    def change(content):
-        for key in path:
-            content = content[key]
-        content[last] = value
-
-    return change
+    *path, value = path_and_value
+    return partial(put, path, value)
 
 
 def _drop(*path):

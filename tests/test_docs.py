@@ -127,6 +127,29 @@ def test_the_keys_of_shipped_configs_are_flags_of_their_stage(path):
     assert flags <= documented(STAGE_OF[path.stem])
 
 
+def torn_tables(text):
+    """The rows that stand apart from a table: after a blank line, with no line of dashes next."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    for block in re.split(r"\n\s*\n", text):
+        rows = [line for line in block.split("\n") if line.startswith("|")]
+        if rows and (len(rows) < 2 or not re.fullmatch(r"\|([ :]*-+[ :]*\|)+", rows[1])):
+            yield rows[0]
+
+
+@pytest.mark.parametrize(
+    "path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda p: p.name
+)
+def test_no_table_is_torn_by_a_blank_line(path):
+    assert not [*torn_tables(path.read_text(encoding="utf-8"))]
+
+
+def test_a_torn_table_would_be_noticed():
+    table = "| a | b |\n|---|:-:|\n| 1 | 2 |"
+    assert not [*torn_tables(f"text\n\n{table}\n\nmore\n\n{table}\n")]
+    assert [*torn_tables(f"{table}\n\n| 3 | 4 |\n| 5 | 6 |\n")] == ["| 3 | 4 |"]
+    assert not [*torn_tables("```\n| 3 | 4 |\n```\n")]
+
+
 def test_readme_shows_every_numbered_stage():
     assert {script for script, _ in commands()} >= {
         "generate_foundational_plaintext",

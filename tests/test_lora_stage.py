@@ -25,6 +25,7 @@ def shelf(workshop, tokenizer, tmp_path_factory):
     """A folder with a base model, its tokenizer and a corpus."""
     folder = tmp_path_factory.mktemp("shelf")
     base = checkpoint_of(random_model(tokenizer.vocab_size, dropout=0.1), tokenizer)
+    base.trained_on["depths"] = [1]  # the corpus has depth 2 as well
     base_folder = folder / "models" / "foundational_20250101_000000"
     save_checkpoint(base_folder / "best_model.pt", base)
     (base_folder / FINISHED).write_text("{}")
@@ -117,6 +118,8 @@ def test_merging_gives_what_the_run_merged(shelf, trained, tmp_path):
     assert merged.tokenizer.hash == ours.tokenizer.hash
     of_peft = merge(shelf, folder / "peft_adapter", tmp_path / "of_peft.pt")
     assert weights_hash(of_peft.model) == weights_hash(ours.model)
+    assert (of_peft.stage, of_peft.step) == (ours.stage, ours.step)
+    assert of_peft.trained_on == ours.trained_on
 
 
 def test_the_documented_commands_paste_as_they_stand(shelf, trained, monkeypatch):
@@ -138,11 +141,11 @@ def evaluate(output, *argv):
     ended = call(
         "run_evaluation.py",
         *argv,
-        *("--num-samples", 5, "--max-depth", 1, "--max-gen-length", 8, "--output-dir", output),
+        *("--num-samples", 6, "--max-depth", 3, "--max-gen-length", 8, "--output-dir", output),
     )
     assert ended.code == 0, ended.err
     (path,) = output.glob("evaluation_metrics_*.json")
-    return json.loads(path.read_text())["settings"]
+    return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("adapter", ["lora_adapter.pt", "peft_adapter"])
@@ -155,7 +158,11 @@ def test_evaluation_takes_an_adapter_directly(trained, shelf, tmp_path, adapter)
     (shutil.copytree if adapter == "peft_adapter" else shutil.copy)(folder / adapter, copy)
     argv = ["--model-path", copy, "--base-checkpoint", base_of(shelf)]
     named = evaluate(tmp_path / "named", *argv)
-    assert found["weights_hash"] == named["weights_hash"] == merged
+    assert found["settings"]["weights_hash"] == named["settings"]["weights_hash"] == merged
+    for metrics in (found, named):  # what the adapter's training was, and not its base's
+        assert [row["trained"] for row in metrics["by_depth"]] == [True, True, False]
+        assert metrics["settings"]["stage"] == "instruction_lora"
+        assert metrics["settings"]["step"] == load_checkpoint(folder / "best_model.pt").step > 0
 
 
 def test_the_solver_takes_an_adapter_directly(trained, shelf, tmp_path):
@@ -251,9 +258,10 @@ def test_an_adapter_of_an_adapter_keeps_its_base_and_can_move(trained, shelf, tm
 
 
 def test_the_context_that_a_run_was_given_is_the_merged_models(shelf, tmp_path):
-    argv = arguments(shelf, "--max-seq-length", 300, "--max-steps", 1, "--save-merged-model")
+    argv = arguments(shelf, "--max-seq-length", 300, "--max-steps", 1)
+    argv += ["--save-merged-model", "--save-peft-adapter"]
     folder = train(argv, tmp_path / "runs")
-    for name in ("lora_adapter.pt", "merged_model.pt"):
+    for name in ("lora_adapter.pt", "merged_model.pt", "peft_adapter"):
         assert load_checkpoint(folder / name).model.config.max_seq_length == 300
 
 

@@ -8,14 +8,17 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from helpers import call, command, one_thread, run
+from helpers import call, command, damages, edit, one_thread, put, removals, run
 
-from arithmetic_llm.checkpoint import FINISHED, load_checkpoint, weights_hash
+from arithmetic_llm import supervised
+from arithmetic_llm.checkpoint import FINISHED, load_checkpoint, read_checkpoint, weights_hash
 from arithmetic_llm.cli import parse
 from arithmetic_llm.config import InstructionConfig
+from arithmetic_llm.runs import MetricsLog
 from arithmetic_llm.supervised import SupervisedTask, train_instruction
 from arithmetic_llm.trainer import epoch_log
 
@@ -366,6 +369,110 @@ def test_a_damaged_last_checkpoint_is_no_reason_to_start_over(unfinished, undist
     assert "trying the one before" in ended.err
     assert "at step 60" in ended.out
     assert_same_models(unfinished, undisturbed[FOUNDATIONAL])
+
+
+def test_what_is_not_resumable_is_passed_over(unfinished, undisturbed):
+    """A copy of a model under the name of a step, an older run's say."""
+    shutil.copy(unfinished / "best_model.pt", unfinished / "checkpoint_step_90.pt")
+    ended = call(FOUNDATIONAL, "--resume", unfinished)
+    assert ended.code == 0, ended.err
+    (line,) = [line for line in ended.err.splitlines() if line.startswith("warning")]
+    assert str(unfinished / "checkpoint_step_90.pt") in line
+    assert "not what training goes on with" in line
+    assert "at step 80" in ended.out
+    assert_same_models(unfinished, undisturbed[FOUNDATIONAL])
+
+
+def test_a_run_without_any_checkpoint_that_will_do_starts_over_unchanged(unfinished, undisturbed):
+    """What is passed over leaves no trace in the weights that the run starts from."""
+    for path in unfinished.glob("checkpoint_step_*"):
+        path.unlink()
+    shutil.copy(unfinished / "best_model.pt", unfinished / "checkpoint_step_90.pt")
+    ended = call(FOUNDATIONAL, "--resume", unfinished)
+    assert ended.code == 0, ended.err
+    assert "none of its checkpoints will do, so it starts over" in ended.out
+    assert_same_models(unfinished, undisturbed[FOUNDATIONAL])
+
+
+def misfits(training):
+    """Changes to values of the right type that no run could go on with."""
+    groups = training["optimizer"]["param_groups"]
+    for path, value in (
+        (("rng",), torch.zeros(3, dtype=torch.uint8)),
+        (("rng",), training["rng"].float()),
+        (("rng",), torch.full_like(training["rng"], 255)),
+        (("cuda_rng",), ["text"]),
+        (("threads",), 0),
+        (("optimizer", "state", 0, "exp_avg"), torch.zeros(3)),
+        (("optimizer", "state", 999), training["optimizer"]["state"][0]),
+        (("optimizer", "param_groups"), groups[:-1]),
+        (("optimizer", "param_groups"), [{**group, "params": [0]} for group in groups]),
+        (("optimizer", "param_groups"), [{**group, "lr": "fast"} for group in groups]),
+        (("optimizer", "param_groups"), [{"params": group["params"]} for group in groups]),
+    ):
+        yield (*path, value), partial(put, path, value)
+
+
+def test_a_step_with_other_weights_is_passed_over(unfinished, monkeypatch):
+    runs = []
+    monkeypatch.setattr(
+        supervised, "fit", lambda run, *_: runs.append(run) or {"best": {"eval_loss": 0.0}}
+    )
+    last = unfinished / "checkpoint_step_80.pt"
+    edit(last, lambda content: content["weights"].pop("lm_head.weight"))
+    ended = call(FOUNDATIONAL, "--resume", unfinished)
+    assert ended.code == 0, ended.err
+    assert f"{last}: cannot be resumed from (weight lm_head.weight is missing)" in ended.err
+    assert runs[0].step == 60
+
+
+def test_a_training_state_damaged_anywhere_is_passed_over_and_leaves_no_trace(
+    unfinished, monkeypatch
+):
+    """Each key taken away or of another type; the run then stands where the one before was."""
+    before = read_checkpoint(unfinished / "checkpoint_step_60.pt")
+    good, last = (unfinished / f"checkpoint_step_{name}.pt" for name in ("good", 80))
+    last.rename(good)
+    training = torch.load(good, weights_only=True)["training"]
+    runs = []
+    monkeypatch.setattr(
+        supervised, "fit", lambda run, *_: runs.append(run) or {"best": {"eval_loss": 0.0}}
+    )
+    changes = [*damages(training), *removals(training), *misfits(training)]
+    assert len(changes) > 50
+    for place, change in changes:
+        shutil.copy(good, last)
+        edit(last, lambda content, change=change: change(content["training"]))
+        ended = call(FOUNDATIONAL, "--resume", unfinished)
+        assert ended.code == 0, (place, ended.err)
+        assert ended.err.startswith(f"warning: {last}: "), (place, ended.err)
+        assert ended.err.endswith("; trying the one before\n"), place
+        assert ended.err.count("\n") == 1, place
+        run = runs.pop()
+        assert (run.step, run.best) == (60, before.training["best"]), place
+        assert torch.equal(torch.get_rng_state(), before.training["rng"]), place
+        for name, weight in run.model.state_dict().items():
+            assert torch.equal(weight, before.weights[name]), place
+
+
+@pytest.mark.parametrize(
+    "torn",
+    ['{"step": 5, "a": {}', '{"step": 5, "a": {"b"}', '{"st', "\0" * 40, "5", "[]", '{"a": 1}'],
+)
+def test_a_line_of_metrics_that_is_not_whole_is_passed_over(unfinished, undisturbed, torn):
+    with open(unfinished / "metrics.jsonl", "a") as file:
+        file.write(torn)
+    ended = call(FOUNDATIONAL, "--resume", unfinished)
+    assert ended.code == 0, ended.err
+    steps = [[line["step"] for line in metrics(f)] for f in (unfinished, undisturbed[FOUNDATIONAL])]
+    assert steps[0] == steps[1]
+
+
+def test_a_byte_of_metrics_that_is_no_text_costs_its_line_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1}\n{"step": 2, "\xff": \xfe}\n{"step": 3}\n'
+    )
+    assert MetricsLog(tmp_path).read() == [{"step": 1}, {"step": 3}]
 
 
 def test_a_resumed_run_remembers_its_best(workshop, tmp_path, monkeypatch):
