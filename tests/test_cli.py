@@ -478,13 +478,93 @@ GIVING_WAY = [
 ]
 
 
-def test_the_declarations_are_many():
-    assert len(CASES) > 60
-    assert {case.values[0] for case in CASES} == {
-        name.removesuffix(".py")
-        for name in SCRIPTS
-        if name.startswith(("generate", "run")) and name != "run_interactive.py"
-    }
+# By hand, so that no declaration can be lost: flags, and the settings that they make void.
+TRAINING = {
+    "--max-steps 9": "num_epochs",
+    "--schedule constant": "final_lr_ratio",
+    "--optimizer adamw": "muon_learning_rate",
+}
+SUPERVISED = {**TRAINING, "--batch-tokens 2048": "batch_size"}
+INSTRUCTION = {**SUPERVISED, "": "prompt_loss_weight", "--init-from x": "foundational_checkpoint"}
+VOID = {
+    "generate_corpus": {
+        "--flat-rate 0": "flat_terms",
+        "--instruction-only": "output_foundational",
+        "--foundational-only": "output_instruction",
+    },
+    "generate_foundational_plaintext": {"--flat-rate 0": "flat_terms"},
+    "generate_instruction_corpus_mixed": {"--flat-rate 0": "flat_terms"},
+    "run_foundational_training": {
+        **SUPERVISED,
+        "--init-from x": "d_model nhead num_layers dim_feedforward dropout max_seq_length "
+        "rope_theta tie_embeddings",
+    },
+    "run_instruction_training": INSTRUCTION,
+    "run_instruction_training_lora": {
+        **INSTRUCTION,
+        "--optimizer muon": "learning_rate adam_beta2",
+    },
+    "run_grpo_training": {
+        **TRAINING,
+        "--lora-rank 0": "lora_alpha lora_target_modules use_rslora save_merged_model "
+        "save_peft_adapter",
+        "--lora-rank 4": "lora_dropout",
+        "--lora-rank 4 --optimizer muon": "learning_rate adam_beta2",
+        "--data-mode instruction": "min_depth max_depth num_range adaptive_difficulty",
+        "--data-mode generated": "instruction_corpus",
+        "--learn-from solutions": "num_candidates temperature top_k top_p refill_rounds baseline "
+        "scale_rewards loss_type epsilon_low epsilon_high kl_penalty_coef kl_estimator "
+        "num_iterations sft_replay_coef adaptive_difficulty",
+        "--baseline none": "scale_rewards",
+        "--kl-penalty-coef 0": "kl_estimator",
+        "--num-iterations 1": "epsilon_low epsilon_high",
+    },
+    "run_evaluation": {
+        "--test-file x": "num_samples min_depth max_depth num_range style flat_terms "
+        "invalid_rate seed",
+        "--style typed": "flat_terms",
+        "--style flat": "min_depth max_depth",
+        "--temperature 0": "top_k top_p",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "name"),
+    [(s, flags, name) for s in VOID for flags, void in VOID[s].items() for name in void.split()],
+)
+def test_what_can_have_no_effect_is_refused(script, flags, name):
+    words = as_words(field := fields_of(script)[name], another(field))
+    ended = call(f"{script}.py", *flags.split(), *words)
+    assert ended.code == 2
+    assert ended.err.startswith(f"error: {words[0]}")
+    assert " has no effect " in ended.err
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("generate_corpus", "--foundational-only --output-foundational x --drill-rate 0"),
+        ("run_foundational_training", "--optimizer muon --learning-rate 0.1 --adam-beta2 0.9"),
+        ("run_instruction_training", "--init-from x --max-seq-length 300"),
+        ("run_grpo_training", "--batch-size 1 --gradient-accumulation-steps 16 --max-depth 3"),
+        ("run_grpo_training", "--max-steps 9 --num-samples 64"),
+        ("run_grpo_training", "--optimizer muon --learning-rate 0.1 --adam-beta2 0.9"),
+        ("run_grpo_training", "--learn-from solutions --rewards format=1 --cutoff penalise"),
+        ("run_grpo_training", "--learn-from solutions --max-gen-length 9 --rollout-batch-size 2"),
+        ("run_evaluation", "--test-file x --temperature 0.7 --seed 5 --top-k 3"),
+        ("run_evaluation", "--style flat --invalid-rate 0.1 --max-depth 3"),
+    ],
+)
+def test_what_has_an_effect_is_taken(script, flags):
+    generated = ["--data-mode", "generated"] if script == "run_grpo_training" else []
+    ended = call(f"{script}.py", *flags.split(), *generated)
+    assert re.fullmatch(r"error: --[\w-]+ is required; see --help\n", ended.err)
+
+
+def test_nothing_else_is_declared():
+    listed = {(s, name) for s in VOID for void in VOID[s].values() for name in void.split()}
+    assert {(case.values[0], case.values[1].name) for case in CASES} == listed
 
 
 @pytest.mark.parametrize(("script", "field", "void", "settings", "met"), CASES)

@@ -42,7 +42,8 @@ def test_help_and_flag_reference_agree(script, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit):
         load_script(f"{script}.py").main(["--help"])
-    lines = re.findall(r"^  (--[\w-]+)(.*?) {2,}(.*)$", capsys.readouterr().out, re.MULTILINE)
+    text = re.sub(r"\n {8,}", "  ", capsys.readouterr().out)
+    lines = re.findall(r"^  (--[\w-]+)(.*?) {2,}(.*)$", text, re.MULTILINE)
     shown = {flag: (value, text) for flag, value, text in lines if flag not in CONFIG_FLAGS}
     (section,) = re.findall(rf"^## {script}\.py$(.*?)(?=^## |\Z)", FLAGS, re.DOTALL | re.MULTILINE)
     rows = re.findall(r"^\| `(--[\w-]+)` \| (.*?) \| (.*) \|$", section, re.MULTILINE)
