@@ -122,6 +122,48 @@ MUTANTS = [
         "pass",
         "test_grpo_stage.py -k cut",
     ),
+    Mutant(
+        "GRPO: the old log-probs never reach the loss",
+        "old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs[mask]",
+        "old = logprobs.detach()",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: replay is left out of the update",
+        "            yield micro_batches\n",
+        "            yield batches\n",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: dead groups take part",
+        "            if not self._is_dead(group)\n",
+        "            if True\n",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: groups are mixed up",
+        "[rollouts[start : start + copies] for start in range(0, len(rollouts), copies)]",
+        "[rollouts[start :: len(expressions)] for start in range(len(expressions))]",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: the start is not checked",
+        "if not (mean <= mean_allowed and largest <= allowed and kl <= LARGEST_START_KL):",
+        "if False:",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: only the first micro-batch trains",
+        "batches = self._batches(self._signal(groups))",
+        "batches = self._batches(self._signal(groups))[:1]",
+        GRPO,
+    ),
+    Mutant(
+        "GRPO: a line tells of its last step alone",
+        "**means(self.figures),",
+        "**self.figures[-1],",
+        "test_grpo_stage.py -k means",
+    ),
     # ------------------------------------------------------------------------- GRPO's mathematics
     Mutant(
         "GRPO: advantages without their baseline",
@@ -219,6 +261,30 @@ MUTANTS = [
         'self.optimizer.load_state_dict(state["optimizer"])',
         "pass",
         "test_training.py -k damaged",
+    ),
+    Mutant(
+        "loop: no check that anything moved",
+        "            witness.check(run, step)\n",
+        "",
+        STAGE,
+    ),
+    Mutant(
+        "loop: a tensor that stays is not noticed",
+        "            if name not in moved and should_move(",
+        "            if False and should_move(",
+        STAGE,
+    ),
+    Mutant(
+        "loop: the rate of the next step",
+        "learning_rate_factor(run.config, run.step, task.total_steps)",
+        "learning_rate_factor(run.config, run.step + 1, task.total_steps)",
+        STAGE,
+    ),
+    Mutant(
+        "loop: the logged rates are the peaks",
+        "learning_rates(run.optimizer, scale),",
+        "learning_rates(run.optimizer, 1.0),",
+        STAGE,
     ),
     # -------------------------------------------------------------------------------- optimizers
     Mutant(
@@ -328,10 +394,34 @@ MUTANTS = [
     ),
     # -------------------------------------------------------------------------------------- decoder
     Mutant(
-        "decoder: reads the logits of a padded column",
-        "hidden = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]",
-        "hidden = hidden[:, -1]",
+        "decoder: a draft is believed one token too far",
+        "counts = 1 + (tokens[:, :-1] == drafts).cumprod(dim=1).sum(dim=1)",
+        "counts = 2 + (tokens[:, 1:-1] == drafts[:, 1:]).cumprod(dim=1).sum(dim=1)",
         "test_generate.py -k batch_size",
+    ),
+    Mutant(
+        "decoder: what follows the end of a text counts",
+        "counts = torch.minimum(counts, (ends.cumsum(dim=1) == ends).sum(dim=1))",
+        "pass",
+        "test_generate.py -k guesses",
+    ),
+    Mutant(
+        "decoder: a guess is followed after it has failed",
+        "self.on_guess[rows[missed]] = False",
+        "pass",
+        "test_generate.py -k passes",
+    ),
+    Mutant(
+        "decoder: the shorter match is looked up",
+        "best = (matched * width + place).argmax",
+        "best = ((matched > 0) * width + place).argmax",
+        "test_generate.py -k looking_up",
+    ),
+    Mutant(
+        "decoder: the cache keeps all that a pass has read",
+        "cache.lengths = cache.lengths + counts.to(model.device)",
+        "cache.lengths = cache.lengths + logits.shape[1]",
+        "test_generate.py -k greedy",
     ),
     Mutant(
         "decoder: random numbers by place in the batch",
@@ -353,14 +443,14 @@ MUTANTS = [
     ),
     Mutant(
         "decoder: dropout on while writing",
-        "    with evaluating(model):\n        logits = _prefill",
-        "    with contextlib.nullcontext():\n        logits = _prefill",
-        "test_wiring_grpo.py",
+        "    with evaluating(model):\n        _read_prompts",
+        "    with torch.enable_grad():\n        _read_prompts",
+        GRPO,
     ),
     Mutant(
-        "decoder: finished rows go on",
-        "tokens = tokens[going]\n                cache.keep(going)",
-        "tokens = tokens[going]\n                cache.keep(torch.arange(len(going)))",
+        "decoder: the wrong rows leave the cache",
+        "cache.keep(texts.drop_finished().to(model.device))",
+        "cache.keep(torch.arange(len(texts.drop_finished())))",
         "test_generate.py -k batch_size",
     ),
     # ------------------------------------------------------------------------------- the task
