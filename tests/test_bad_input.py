@@ -209,14 +209,16 @@ def test_a_bad_input_is_one_line_that_names_it(world, script, flag, bad):
     assert state_of(world) == before
 
 
+# Should one of them be accepted after all, the test is to fail and not to evaluate for minutes.
+BRIEFLY = "--output-dir results --num-samples=2 --max-depth=1 --max-gen-length=2"
 READERS = {  # of a checkpoint: the command whose last flag names it
     MODEL: [
-        "run_evaluation.py --output-dir results --model-path",
+        f"run_evaluation.py {BRIEFLY} --model-path",
         "run_interactive.py --model-path",
         "merge_lora_adapter.py --output-path x.pt --adapter-path adapter.pt --base-checkpoint",
     ],
     "adapter.pt": [
-        "run_evaluation.py --output-dir results --base-checkpoint model.pt --model-path",
+        f"run_evaluation.py {BRIEFLY} --base-checkpoint model.pt --model-path",
         "run_interactive.py --base-checkpoint model.pt --model-path",
         "merge_lora_adapter.py --output-path x.pt --base-checkpoint model.pt --adapter-path",
     ],
