@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, command, make_tokenizer, one_thread, random_model, records
+from helpers import ROOT, TINY, command, make_tokenizer, one_thread, random_model, records
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -88,6 +88,12 @@ def test_the_documented_batch_is_cut_as_worked_out_by_hand():
     parts = micro_batches(lengths, np.arange(32), DEFAULT, CPU)
     assert [len(part) for part in parts] == [3] * 10 + [2]
     assert [len(part) for part in micro_batches(lengths, np.arange(32), DEFAULT, GPU)] == [26, 6]
+
+
+def test_a_small_models_batch_is_cut_by_tokens():
+    """157 rows of 104 positions are 16,328."""
+    parts = micro_batches(np.full(300, 101), np.arange(300), ModelConfig(**TINY), GPU)
+    assert [len(part) for part in parts] == [157, 143]
 
 
 @pytest.mark.parametrize(("recipe", "device"), [("cpu", CPU), ("gpu", GPU)])

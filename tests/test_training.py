@@ -290,7 +290,7 @@ def test_held_out_samples_beyond_the_context_are_reported_and_count_as_wrong(
 
 @pytest.mark.parametrize(
     ("context", "what"),
-    [(8, "samples of {corpus}"), (16, "held-out samples")],  # "5 +" has 14 tokens, "1 + 2" has 26
+    [(8, "samples of {corpus}"), (16, "held-out samples")],  # "5 +" has 9 tokens, "1 + 2" has 22
 )
 def test_a_context_that_no_sample_fits_into_is_an_error(workshop, tmp_path, context, what):
     argv = foundational(workshop, "--max-seq-length", context)
