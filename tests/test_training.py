@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -15,12 +16,15 @@ import pytest
 import torch
 from helpers import call, command, damages, edit, one_thread, put, removals, run
 
-from arithmetic_llm import supervised
+from arithmetic_llm import corpus, supervised
 from arithmetic_llm.checkpoint import FINISHED, load_checkpoint, weights_hash
 from arithmetic_llm.cli import parse
 from arithmetic_llm.config import InstructionConfig
+from arithmetic_llm.coverage import coverage
+from arithmetic_llm.data import sequence_text
 from arithmetic_llm.runs import MetricsLog
-from arithmetic_llm.supervised import SupervisedTask, train_instruction
+from arithmetic_llm.supervised import SupervisedTask, counted_logits, train_instruction
+from arithmetic_llm.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.trainer import epoch_log
 
 FOUNDATIONAL, INSTRUCTION = "run_foundational_training.py", "run_instruction_training.py"
@@ -250,8 +254,55 @@ def test_samples_beyond_the_context_are_reported_by_depth(workshop, tmp_path):
     argv = foundational(workshop, "--max-steps", 2, "--max-seq-length", 50)
     ended = call(FOUNDATIONAL, *argv, "--output-dir", tmp_path)
     assert ended.code == 0
-    assert "samples are longer than 50 tokens and left out (" in ended.out
+    assert "corpus.txt are longer than 50 tokens and left out (" in ended.out
     assert "of depth 2" in ended.out
+
+
+def test_held_out_samples_beyond_the_context_are_reported_and_count_as_wrong(
+    workshop, tmp_path, monkeypatch
+):
+    """A model that knows every token of what it can read is exact on just that share."""
+
+    def all_known(model, batch):
+        logits, targets, weights = counted_logits(model, batch)
+        if not torch.is_grad_enabled():
+            logits = 100.0 * torch.nn.functional.one_hot(targets, logits.shape[-1])
+        return logits, targets, weights
+
+    monkeypatch.setattr(supervised, "counted_logits", all_known)
+    argv = foundational(workshop, "--max-steps", 1, "--max-seq-length", 60)
+    ended = call(FOUNDATIONAL, *argv, "--output-dir", tmp_path)
+    tokenizer = ArithmeticTokenizer.load(workshop / "tokenizer")
+    spec = coverage(workshop / "corpus.txt").held_out_spec()
+    drawn = corpus.test_set(spec, 20, seed=42, split="validation")
+    depths = Counter(
+        sample.depth
+        for sample in drawn
+        if len(tokenizer.encode_batch([sequence_text(sample.record)])[0]) > 58
+    )
+    assert 0 < depths[2] == depths.total() < len(drawn)
+    assert (
+        f"warning: {depths[2]} of {len(drawn)} held-out samples are longer than 60 tokens and left "
+        f"out of eval_loss and wrong in eval_exact ({depths[2]} of depth 2); "
+        "raise --max-seq-length\n"
+    ) in ended.out
+    (last,) = series(the_run_in(tmp_path), "eval_exact")
+    assert last == 1 - depths[2] / len(drawn)
+
+
+@pytest.mark.parametrize(
+    ("context", "what"),
+    [(8, "samples of {corpus}"), (16, "held-out samples")],  # "5 +" has 9 tokens, "1 + 2" has 22
+)
+def test_a_context_that_no_sample_fits_into_is_an_error(workshop, tmp_path, context, what):
+    argv = foundational(workshop, "--max-seq-length", context)
+    ended = call(FOUNDATIONAL, *argv, "--output-dir", tmp_path / "out")
+    assert ended.code == 2
+    named = what.format(corpus=workshop / "corpus.txt")
+    assert ended.error_lines == [
+        f"error: all {named} are longer than {context} tokens; raise --max-seq-length"
+    ]
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------- disturbed
