@@ -204,8 +204,8 @@ def working_memory(rows: int, width: int, shape: ModelConfig) -> int:
 
     For each position a layer keeps 16 vectors of the model's width, 4 of the feed-forward's and
     one row of attention weights a head; the backward pass has copies worth about 3 layers more.
-    Measured in fp32 from 64 x 64 to 2 x 1,024 tokens, with 3 to 6 layers, it is 5 to 35 % above
-    the peak (but a quarter below that of one row of 1,536); bf16 takes two thirds.
+    In fp32 it is 2 to 40 % above the peak that was measured (64 x 64 to 1 x 1,536 tokens, 3 to 6
+    layers); bf16 takes two thirds of that.
     """
     values = 16 * shape.d_model + 4 * shape.dim_feedforward + shape.nhead * width
     return 4 * rows * width * (shape.num_layers + 3) * values
