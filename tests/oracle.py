@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from arithmetic_llm.config import ModelConfig
 from arithmetic_llm.solution import one_line, solve
-from arithmetic_llm.tokenizer import EOS, THINK, ArithmeticTokenizer
+from arithmetic_llm.tokenizer import EOS, PAD, THINK, ArithmeticTokenizer
 
 
 def right_answer(expression: str) -> str:
@@ -28,13 +28,20 @@ def with_result(expression: str, result: object) -> str:
 
 
 class _Memory:
-    """In place of a KV cache: the tokens of each row so far."""
+    """In place of a KV cache: the tokens of each row, of which ``lengths`` count."""
 
     def __init__(self, rows: int):
         self.rows: list[list[int]] = [[] for _ in range(rows)]
+        self.lengths = torch.zeros(rows, dtype=torch.long)
+
+    def read(self, ids: Tensor) -> None:
+        """Put new tokens behind those that count."""
+        known = zip(self.rows, self.lengths.tolist(), ids.tolist(), strict=True)
+        self.rows = [row[:length] + new for row, length, new in known]
 
     def keep(self, rows: Tensor) -> None:
         self.rows = [self.rows[row] for row in rows.tolist()]
+        self.lengths = self.lengths[rows]
 
 
 class Oracle(nn.Module):
@@ -57,15 +64,20 @@ class Oracle(nn.Module):
     def new_cache(self, rows: int) -> _Memory:
         return _Memory(rows)
 
-    def hidden_states(self, ids: Tensor, memory: _Memory, lengths: Tensor | None = None) -> Tensor:
-        counts = [ids.shape[1]] * len(ids) if lengths is None else lengths.tolist()
+    def hidden_states(self, ids: Tensor, memory: _Memory, lengths: Tensor) -> Tensor:
+        memory.read(ids)
         logits = torch.zeros(*ids.shape, self.tokenizer.vocab_size)
-        for row, count in enumerate(counts):
-            memory.rows[row] += ids[row, :count].tolist()
-            logits[row, count - 1, self._next(memory.rows[row])] = 10.0
+        for row, (tokens, start) in enumerate(
+            zip(memory.rows, memory.lengths.tolist(), strict=True)
+        ):
+            for place in range(ids.shape[1]):
+                logits[row, place, self._next(tokens[: start + place + 1])] = 10.0
+        memory.lengths = memory.lengths + lengths
         return logits
 
     def _next(self, tokens: list[int]) -> int:
+        if THINK not in tokens:
+            return PAD  # within the prompt nobody asks
         prompt_end = tokens.index(THINK) + 1
         prompt = tuple(tokens[: prompt_end - 1])
         script = self.scripts.get(prompt) or self.scripts.setdefault(prompt, self._script(prompt))

@@ -500,8 +500,8 @@ def test_a_dead_step_recommends_flags_that_act(tiny_model, tokenizer, capsys):
         task = solutions_task(tiny_model, tokenizer)
         task.config = settings(data_mode=mode)
         task.noted = {"accuracy": 0.0, "completions/clipped_ratio": 0.0}
-        task.dead_steps = 9
-        task._warn_of_dead_step()
+        task.dead_steps = 10
+        task._warn_of_dead_steps()
         assert ("--adaptive-difficulty" in capsys.readouterr().err) == acts
 
 

@@ -140,9 +140,11 @@ def test_a_stream_comes_in_pieces_as_they_are_written(tokenizer):
 
     solver.model.hidden_states = counted
     stream = solver.stream("1 + 2")
-    for number in range(1, 6):
-        assert next(stream)
-        assert len(asked) == number
+    assert next(stream)
+    assert len(asked) == 2  # the prompt, and the first pass behind it
+    passes = [len(asked) for piece in stream]
+    assert passes == sorted(passes)
+    assert len({*passes}) > 5  # a draft may be right for some pieces, never for all
 
 
 # ---------------------------------------------------------------------------------- bounds

@@ -284,7 +284,7 @@ def test_held_out_samples_beyond_the_context_are_reported_and_count_as_wrong(
     assert (
         f"warning: {depths[2]} of {len(drawn)} held-out samples are longer than 60 tokens and left "
         f"out of eval_loss and wrong in eval_exact ({depths[2]} of depth 2); "
-        "raise --max-seq-length\n"
+        "raise --max-seq-length, or make a corpus of shallower problems\n"
     ) in ended.out
     (last,) = series(the_run_in(tmp_path), "eval_exact")
     assert last == 1 - depths[2] / len(drawn)
@@ -300,7 +300,8 @@ def test_a_context_that_no_sample_fits_into_is_an_error(workshop, tmp_path, cont
     assert ended.code == 2
     named = what.format(corpus=workshop / "corpus.txt")
     assert ended.error_lines == [
-        f"error: all {named} are longer than {context} tokens; raise --max-seq-length"
+        f"error: all {named} are longer than {context} tokens; raise --max-seq-length, or make a "
+        "corpus of shallower problems"
     ]
     assert not (tmp_path / "out").exists()
 
