@@ -115,6 +115,7 @@ def survivors(mutants: Sequence[Mutant]) -> list[Mutant]:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(JOBS) as pool:
         for job in range(JOBS):
             copies.put(copy_of_the_checkout(Path(folder, str(job))))
+        print("without any edit ...", flush=True)
         require_green(mutants, Path(folder, "0", "copy"))
 
         def judge(mutant: Mutant) -> bool:
