@@ -31,9 +31,9 @@ def main(argv=None):
 
 def lengths_by_depth(corpus_path, tokenizer_path):
     """Depth (or "invalid") -> token counts, ``<bos>`` and ``<eos>`` included."""
-    from arithmetic_llm.corpus import read_corpus
-    from arithmetic_llm.data import sequence_text
-    from arithmetic_llm.tokenizer import ArithmeticTokenizer
+    from arithmetic_llm.corpus.files import read_corpus
+    from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
+    from arithmetic_llm.training.batches import sequence_text
 
     tokenizer = ArithmeticTokenizer.load(tokenizer_path)
     lengths = defaultdict(list)
@@ -45,7 +45,7 @@ def lengths_by_depth(corpus_path, tokenizer_path):
 
 def row_name(expression):
     """What a sample is counted under; a flat sum's depth is only its number of terms less one."""
-    from arithmetic_llm.expression import ExpressionError, parse
+    from arithmetic_llm.task.expression import ExpressionError, parse
 
     try:
         tree = parse(expression)

@@ -9,7 +9,7 @@ A flag that is given holds for both corpora.
 from dataclasses import dataclass, fields
 
 from arithmetic_llm.cli import default_of, like, opt, parse, run_main
-from arithmetic_llm.corpus import (
+from arithmetic_llm.corpus.files import (
     CorpusConfig,
     FoundationalCorpusConfig,
     json_line,

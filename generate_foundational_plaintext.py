@@ -7,7 +7,7 @@
 from dataclasses import dataclass
 
 from arithmetic_llm.cli import opt, parse, run_main
-from arithmetic_llm.corpus import FoundationalCorpusConfig, make_corpus, plain_lines
+from arithmetic_llm.corpus.files import FoundationalCorpusConfig, make_corpus, plain_lines
 
 
 @dataclass(frozen=True, kw_only=True)

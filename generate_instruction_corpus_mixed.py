@@ -7,7 +7,7 @@
 from dataclasses import dataclass
 
 from arithmetic_llm.cli import opt, parse, run_main
-from arithmetic_llm.corpus import CorpusConfig, json_line, make_corpus
+from arithmetic_llm.corpus.files import CorpusConfig, json_line, make_corpus
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ class Config:
 
 def main(argv=None):
     config = parse(Config, argv, __doc__)
-    from arithmetic_llm.tokenizer import ArithmeticTokenizer
+    from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 
     tokenizer = ArithmeticTokenizer.load(config.tokenizer_path)
     counts = count_tokens(tokenizer, config.corpus_path) if config.corpus_path else None
@@ -33,8 +33,8 @@ def main(argv=None):
 
 
 def count_tokens(tokenizer, corpus_path):
-    from arithmetic_llm.corpus import read_corpus
-    from arithmetic_llm.data import sequence_text
+    from arithmetic_llm.corpus.files import read_corpus
+    from arithmetic_llm.training.batches import sequence_text
 
     counts = Counter()
     for record in read_corpus(corpus_path):

@@ -106,7 +106,7 @@ def main(argv=None):
         seconds = run(name, words(command, recipe))
         done.append((name, newest_metrics(results) if results else None, seconds))
 
-    from arithmetic_llm.report import stage_table
+    from arithmetic_llm.evaluation.report import stage_table
 
     print("\n" + stage_table(done))
     print("\nType expressions into the solver:")

@@ -10,9 +10,9 @@ from arithmetic_llm.config import EvaluationConfig
 
 def main(argv=None):
     config = parse(EvaluationConfig, argv, __doc__)
-    from arithmetic_llm.checkpoint import resolve_stamp
-    from arithmetic_llm.evaluate import evaluate_checkpoint, prepare_folder, save
-    from arithmetic_llm.report import summary_text
+    from arithmetic_llm.evaluation.evaluate import evaluate_checkpoint, prepare_folder, save
+    from arithmetic_llm.evaluation.report import summary_text
+    from arithmetic_llm.model.checkpoint import resolve_stamp
 
     folder = prepare_folder(resolve_stamp(config.output_dir))
     result = evaluate_checkpoint(config)

@@ -11,7 +11,7 @@ from arithmetic_llm.config import FoundationalConfig, ModelConfig
 def main(argv=None):
     sections = {"config": FoundationalConfig, "model_config": ModelConfig}
     config, shape = parse_run(sections, argv, __doc__)
-    from arithmetic_llm.supervised import train_foundational
+    from arithmetic_llm.training.supervised import train_foundational
 
     train_foundational(config, shape)
 

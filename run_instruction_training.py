@@ -11,7 +11,7 @@ from arithmetic_llm.config import InstructionConfig
 
 def main(argv=None):
     (config,) = parse_run({"config": InstructionConfig}, argv, __doc__)
-    from arithmetic_llm.supervised import train_instruction
+    from arithmetic_llm.training.supervised import train_instruction
 
     train_instruction(config)
 

@@ -12,7 +12,7 @@ from arithmetic_llm.config import LoRAInstructionConfig
 
 def main(argv=None):
     (config,) = parse_run({"config": LoRAInstructionConfig}, argv, __doc__)
-    from arithmetic_llm.supervised import train_instruction_lora
+    from arithmetic_llm.training.supervised import train_instruction_lora
 
     train_instruction_lora(config)
 

@@ -25,8 +25,8 @@ class Config:
 
 def main(argv=None):
     config = parse(Config, argv, __doc__)
-    from arithmetic_llm import interactive
-    from arithmetic_llm.solver import ArithmeticSolver
+    from arithmetic_llm.evaluation import interactive
+    from arithmetic_llm.evaluation.solver import ArithmeticSolver
 
     solver = ArithmeticSolver.from_checkpoint(
         config.model_path,

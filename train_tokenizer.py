@@ -19,9 +19,9 @@ class Config:
 
 def main(argv=None):
     config = parse(Config, argv, __doc__)
-    from arithmetic_llm.corpus import read_corpus
-    from arithmetic_llm.data import sequence_text
-    from arithmetic_llm.tokenizer import ArithmeticTokenizer
+    from arithmetic_llm.corpus.files import read_corpus
+    from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
+    from arithmetic_llm.training.batches import sequence_text
 
     texts = (sequence_text(record) for record in read_corpus(config.corpus_path))
     tokenizer = ArithmeticTokenizer.train(texts, config.vocab_size)

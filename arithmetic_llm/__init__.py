@@ -8,14 +8,14 @@ Importing the package imports nothing else; torch comes with the first name that
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from arithmetic_llm.solver import ArithmeticSolver
+    from arithmetic_llm.evaluation.solver import ArithmeticSolver
 
 __all__ = ["ArithmeticSolver"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "ArithmeticSolver":
-        from arithmetic_llm.solver import ArithmeticSolver
+        from arithmetic_llm.evaluation.solver import ArithmeticSolver
 
         return ArithmeticSolver
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,15 +18,15 @@ import torch  # noqa: E402
 
 from arithmetic_llm.cli import build, read_json  # noqa: E402
 from arithmetic_llm.config import FoundationalConfig, ModelConfig  # noqa: E402
-from arithmetic_llm.corpus import FoundationalCorpusConfig, generate  # noqa: E402
-from arithmetic_llm.data import LossWeights, TokenisedSamples, sequence_text  # noqa: E402
-from arithmetic_llm.model import ArithmeticModel, initialise  # noqa: E402
-from arithmetic_llm.optim import build_optimizer  # noqa: E402
-from arithmetic_llm.runs import resolve_precision  # noqa: E402
+from arithmetic_llm.corpus.files import FoundationalCorpusConfig, generate  # noqa: E402
+from arithmetic_llm.model.tokenizer import ArithmeticTokenizer  # noqa: E402
+from arithmetic_llm.model.transformer import ArithmeticModel, initialise  # noqa: E402
 from arithmetic_llm.runtime import prepare_training  # noqa: E402
-from arithmetic_llm.supervised import SupervisedTask  # noqa: E402
-from arithmetic_llm.tokenizer import ArithmeticTokenizer  # noqa: E402
-from arithmetic_llm.trainer import autocast  # noqa: E402
+from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, sequence_text  # noqa: E402
+from arithmetic_llm.training.loop import autocast  # noqa: E402
+from arithmetic_llm.training.optim import build_optimizer  # noqa: E402
+from arithmetic_llm.training.run import resolve_precision  # noqa: E402
+from arithmetic_llm.training.supervised import SupervisedTask  # noqa: E402
 
 RECIPE = ROOT / "configs" / "cpu"
 WARM_UP = 20  # steps that are not counted

@@ -7,14 +7,14 @@ import pytest
 import torch
 from helpers import call, checkpoint_of, make_tokenizer, random_model
 
-from arithmetic_llm.checkpoint import save_checkpoint
 from arithmetic_llm.config import TrainingConfig
-from arithmetic_llm.corpus import generate
-from arithmetic_llm.data import LossWeights, TokenisedSamples, plan_epoch
-from arithmetic_llm.model import initialise
-from arithmetic_llm.optim import build_optimizer, learning_rate_factor
-from arithmetic_llm.sampling import SampleSpec
-from arithmetic_llm.supervised import counted_logits
+from arithmetic_llm.corpus.files import generate
+from arithmetic_llm.corpus.trees import SampleSpec
+from arithmetic_llm.model.checkpoint import save_checkpoint
+from arithmetic_llm.model.transformer import initialise
+from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, plan_epoch
+from arithmetic_llm.training.optim import build_optimizer, learning_rate_factor
+from arithmetic_llm.training.supervised import counted_logits
 
 SMALL_WORLD = SampleSpec(max_depth=2, num_range=(1, 9), invalid_rate=0.0, typed_rate=0.0)
 

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 from arithmetic_llm import runtime
-from arithmetic_llm.checkpoint import Checkpoint
 from arithmetic_llm.cli import run_main
 from arithmetic_llm.config import ModelConfig
-from arithmetic_llm.corpus import Record, generate
-from arithmetic_llm.data import sequence_text
-from arithmetic_llm.model import ArithmeticModel
-from arithmetic_llm.sampling import SampleSpec
-from arithmetic_llm.tokenizer import ArithmeticTokenizer
+from arithmetic_llm.corpus.files import Record, generate
+from arithmetic_llm.corpus.trees import SampleSpec
+from arithmetic_llm.model.checkpoint import Checkpoint
+from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
+from arithmetic_llm.model.transformer import ArithmeticModel
+from arithmetic_llm.training.batches import sequence_text
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"d_model": 32, "nhead": 2, "num_layers": 2, "dim_feedforward": 48, "dropout": 0.0}

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from arithmetic_llm.config import ModelConfig
-from arithmetic_llm.solution import one_line, solve
-from arithmetic_llm.tokenizer import EOS, PAD, THINK, ArithmeticTokenizer
+from arithmetic_llm.model.tokenizer import EOS, PAD, THINK, ArithmeticTokenizer
+from arithmetic_llm.task.solution import one_line, solve
 
 
 def right_answer(expression: str) -> str:

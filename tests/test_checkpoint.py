@@ -17,8 +17,8 @@ from helpers import (
     random_model,
 )
 
-from arithmetic_llm import checkpoint as checkpoint_module
-from arithmetic_llm.checkpoint import (
+from arithmetic_llm.model import checkpoint as checkpoint_module
+from arithmetic_llm.model.checkpoint import (
     FINISHED,
     check_tokenizer,
     load_checkpoint,

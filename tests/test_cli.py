@@ -32,9 +32,9 @@ from arithmetic_llm.config import (
     LoRAInstructionConfig,
     ModelConfig,
 )
-from arithmetic_llm.lora import add_lora
-from arithmetic_llm.optim import build_optimizer
+from arithmetic_llm.model.lora import add_lora
 from arithmetic_llm.runtime import UserError
+from arithmetic_llm.training.optim import build_optimizer
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
 

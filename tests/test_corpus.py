@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from arithmetic_llm import corpus
-from arithmetic_llm.corpus import (
+from arithmetic_llm.corpus import files as corpus
+from arithmetic_llm.corpus.draw import SPLITS, shuffled, split_of
+from arithmetic_llm.corpus.files import (
     CorpusConfig,
     generate,
     json_line,
@@ -19,11 +20,10 @@ from arithmetic_llm.corpus import (
     plain_lines,
     read_corpus,
 )
-from arithmetic_llm.drawing import SPLITS, shuffled, split_of
-from arithmetic_llm.expression import parse
+from arithmetic_llm.corpus.trees import STYLES, TREE_STYLES, SampleSpec
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.sampling import STYLES, TREE_STYLES, SampleSpec
-from arithmetic_llm.solution import ERROR, one_line, solve
+from arithmetic_llm.task.expression import parse
+from arithmetic_llm.task.solution import ERROR, one_line, solve
 
 MIXED = SampleSpec(
     max_depth=3,

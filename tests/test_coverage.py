@@ -7,11 +7,11 @@ from random import Random
 import pytest
 from helpers import ROOT, call, records
 
-from arithmetic_llm.corpus import json_line, solved
-from arithmetic_llm.corpus import test_set as draw_test_set
-from arithmetic_llm.coverage import coverage, merge, survey
-from arithmetic_llm.expression import parse
-from arithmetic_llm.sampling import MAX_DEPTH, MAX_FLAT_TERMS, exact_tree, write
+from arithmetic_llm.corpus.coverage import coverage, merge, survey
+from arithmetic_llm.corpus.files import json_line, solved
+from arithmetic_llm.corpus.files import test_set as draw_test_set
+from arithmetic_llm.corpus.trees import MAX_DEPTH, MAX_FLAT_TERMS, exact_tree, write
+from arithmetic_llm.task.expression import parse
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import torch
 from helpers import make_tokenizer, random_model, records
 
 from arithmetic_llm.config import FoundationalConfig
-from arithmetic_llm.corpus import Record
-from arithmetic_llm.data import LossWeights, TokenisedSamples, plan_epoch
+from arithmetic_llm.corpus.files import Record
+from arithmetic_llm.model.tokenizer import PAD, SMALLEST_VOCAB
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.solution import problem_text, solve
-from arithmetic_llm.supervised import SupervisedTask
-from arithmetic_llm.tokenizer import PAD, SMALLEST_VOCAB
-from arithmetic_llm.trainer import update
+from arithmetic_llm.task.solution import problem_text, solve
+from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, plan_epoch
+from arithmetic_llm.training.loop import update
+from arithmetic_llm.training.supervised import SupervisedTask
 
 TOKENIZER = make_tokenizer()
 PLAIN = LossWeights(prompt=1.0, result=1.0)

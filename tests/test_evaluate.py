@@ -14,14 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Oracle, right_answer, with_result
 
-from arithmetic_llm import evaluate as evaluation
 from arithmetic_llm.config import EvaluationConfig
-from arithmetic_llm.corpus import generate as draw
-from arithmetic_llm.corpus import json_line, test_set
-from arithmetic_llm.drawing import split_of
-from arithmetic_llm.evaluate import answer_lengths, evaluate, problems_for, room_to_answer, save
-from arithmetic_llm.generate import Completion, Sampling
-from arithmetic_llm.judging import (
+from arithmetic_llm.corpus.draw import split_of
+from arithmetic_llm.corpus.files import generate as draw
+from arithmetic_llm.corpus.files import json_line, test_set
+from arithmetic_llm.corpus.trees import MAX_DEPTH, SampleSpec
+from arithmetic_llm.evaluation import evaluate as evaluation
+from arithmetic_llm.evaluation.evaluate import (
+    answer_lengths,
+    evaluate,
+    problems_for,
+    room_to_answer,
+    save,
+)
+from arithmetic_llm.evaluation.metrics import (
     covered,
     figures,
     judge,
@@ -29,9 +35,9 @@ from arithmetic_llm.judging import (
     problems_from,
     wilson_interval,
 )
+from arithmetic_llm.model.decode import Completion, Sampling
+from arithmetic_llm.model.tokenizer import END_THINK, EOS, SPECIAL_TOKENS, ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError, atomic_write_text
-from arithmetic_llm.sampling import MAX_DEPTH, SampleSpec
-from arithmetic_llm.tokenizer import END_THINK, EOS, SPECIAL_TOKENS, ArithmeticTokenizer
 
 test_set.__test__ = False  # a function of the package, not a test
 

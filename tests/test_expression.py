@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from arithmetic_llm.expression import (
+from arithmetic_llm.corpus.trees import SampleSpec, draw, write
+from arithmetic_llm.task.expression import (
     MAX_DIGITS,
     REASONS,
     ExpressionError,
@@ -18,9 +19,8 @@ from arithmetic_llm.expression import (
     spell,
     tree_depth,
 )
-from arithmetic_llm.sampling import SampleSpec, draw, write
-from arithmetic_llm.solution import solve
-from arithmetic_llm.verifier import verify
+from arithmetic_llm.task.solution import solve
+from arithmetic_llm.task.verifier import verify
 
 # ------------------------------------------------------------------------------- the oracle
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers import of_transformers, random_model
 
-from arithmetic_llm.corpus import generate as draw_samples
-from arithmetic_llm.generate import (
+from arithmetic_llm.corpus.files import generate as draw_samples
+from arithmetic_llm.corpus.trees import SampleSpec
+from arithmetic_llm.model.decode import (
     GREEDY,
     Completion,
     Sampling,
@@ -16,8 +17,7 @@ from arithmetic_llm.generate import (
     look_up,
     truncated_logprobs,
 )
-from arithmetic_llm.sampling import SampleSpec
-from arithmetic_llm.tokenizer import BOS, EOS
+from arithmetic_llm.model.tokenizer import BOS, EOS
 
 VOCAB = 61
 MODEL = random_model(VOCAB, seed=1)

@@ -11,8 +11,7 @@ from torch import nn
 from trl_reference import assert_same_gradients, their_loss
 
 from arithmetic_llm.config import GRPOConfig, LoRAConfig
-from arithmetic_llm.generate import Sampling, generate
-from arithmetic_llm.grpo import (
+from arithmetic_llm.grpo.loss import (
     Episode,
     chosen,
     clipped_objective,
@@ -23,11 +22,12 @@ from arithmetic_llm.grpo import (
     kl_divergence,
     policy_distribution,
 )
-from arithmetic_llm.lora import add_lora
-from arithmetic_llm.reinforce import GRPOTask, Reference
-from arithmetic_llm.rollout import PassRates, PromptSource
-from arithmetic_llm.tokenizer import EOS, PAD
-from arithmetic_llm.trainer import update
+from arithmetic_llm.grpo.rollout import PassRates, PromptSource
+from arithmetic_llm.grpo.task import GRPOTask, Reference
+from arithmetic_llm.model.decode import Sampling, generate
+from arithmetic_llm.model.lora import add_lora
+from arithmetic_llm.model.tokenizer import EOS, PAD
+from arithmetic_llm.training.loop import update
 
 VOCABULARY = 40
 LENGTHS = [(4, 1), (3, 7), (6, 12), (2, 5), (5, 9), (3, 3), (7, 2), (4, 11)]  # prompt, completion

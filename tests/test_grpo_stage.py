@@ -15,26 +15,33 @@ from conftest import SMALL_WORLD
 from helpers import call, checkpoint_of, command, one_thread, random_model, records
 from oracle import Oracle, right_answer
 
-from arithmetic_llm import reinforce
-from arithmetic_llm.checkpoint import (
+from arithmetic_llm.config import GRPOConfig
+from arithmetic_llm.corpus.draw import split_of
+from arithmetic_llm.corpus.files import json_line, solved, test_set
+from arithmetic_llm.evaluation.evaluate import evaluate
+from arithmetic_llm.evaluation.metrics import (
+    Outcome,
+    Problem,
+    Row,
+    judge,
+    problem_from,
+    problems_from,
+)
+from arithmetic_llm.grpo import task as reinforce
+from arithmetic_llm.grpo.rewards import REWARDS
+from arithmetic_llm.grpo.rollout import PassRates, PromptSource, Rollout, rewarded, roll_out
+from arithmetic_llm.grpo.task import GRPOTask
+from arithmetic_llm.model.checkpoint import (
     FINISHED,
     load_checkpoint,
     read_checkpoint,
     save_checkpoint,
     weights_hash,
 )
-from arithmetic_llm.config import GRPOConfig
-from arithmetic_llm.corpus import json_line, solved, test_set
-from arithmetic_llm.data import sequence_text
-from arithmetic_llm.drawing import split_of
-from arithmetic_llm.evaluate import evaluate
-from arithmetic_llm.generate import GREEDY, Completion
-from arithmetic_llm.judging import Outcome, Problem, Row, judge, problem_from, problems_from
-from arithmetic_llm.reinforce import GRPOTask
-from arithmetic_llm.rewards import REWARDS
-from arithmetic_llm.rollout import PassRates, PromptSource, Rollout, rewarded, roll_out
-from arithmetic_llm.tokenizer import BOS, EOS, PAD
-from arithmetic_llm.verifier import verify
+from arithmetic_llm.model.decode import GREEDY, Completion
+from arithmetic_llm.model.tokenizer import BOS, EOS, PAD
+from arithmetic_llm.task.verifier import verify
+from arithmetic_llm.training.batches import sequence_text
 
 test_set.__test__ = False  # a function of the package, not a test
 

@@ -16,8 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Oracle, right_answer, with_result
 
-from arithmetic_llm.expression import ExpressionError, parse
-from arithmetic_llm.interactive import (
+from arithmetic_llm.evaluation.interactive import (
     PLAIN,
     SYMBOLS,
     Typesetter,
@@ -26,7 +25,8 @@ from arithmetic_llm.interactive import (
     marks_for,
     screen,
 )
-from arithmetic_llm.solver import ArithmeticSolver
+from arithmetic_llm.evaluation.solver import ArithmeticSolver
+from arithmetic_llm.task.expression import ExpressionError, parse
 
 MANUAL = """
 ------------------------------------------------------------

@@ -8,10 +8,9 @@ import pytest
 import torch
 from helpers import checkpoint_of, of_transformers, random_model
 
-from arithmetic_llm.adapters import load_peft, save_peft, with_adapter
-from arithmetic_llm.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from arithmetic_llm.config import LoRAConfig, TrainingConfig
-from arithmetic_llm.lora import (
+from arithmetic_llm.model.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from arithmetic_llm.model.lora import (
     adapter_weights,
     add_lora,
     disable_adapter,
@@ -20,8 +19,9 @@ from arithmetic_llm.lora import (
     target_names,
     without_adapter,
 )
-from arithmetic_llm.optim import build_optimizer
+from arithmetic_llm.model.peft import load_peft, save_peft, with_adapter
 from arithmetic_llm.runtime import UserError
+from arithmetic_llm.training.optim import build_optimizer
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 FEEDFORWARD = ["gate_proj", "up_proj", "down_proj"]

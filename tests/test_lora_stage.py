@@ -7,14 +7,14 @@ import pytest
 import torch
 from helpers import call, checkpoint_of, random_model, run
 
-from arithmetic_llm.checkpoint import (
+from arithmetic_llm.evaluation.solver import ArithmeticSolver
+from arithmetic_llm.model.checkpoint import (
     FINISHED,
     load_checkpoint,
     read_checkpoint,
     save_checkpoint,
     weights_hash,
 )
-from arithmetic_llm.solver import ArithmeticSolver
 
 LORA, MERGE = "run_instruction_training_lora.py", "merge_lora_adapter.py"
 STEPS = 12

@@ -11,23 +11,23 @@ from helpers import ROOT, TINY, command, make_tokenizer, one_thread, random_mode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arithmetic_llm import data
 from arithmetic_llm.cli import build, read_json
 from arithmetic_llm.config import FoundationalConfig, GRPOConfig, ModelConfig
-from arithmetic_llm.corpus import plain_lines
-from arithmetic_llm.data import (
+from arithmetic_llm.corpus.files import plain_lines
+from arithmetic_llm.grpo.loss import Episode
+from arithmetic_llm.grpo.rollout import PassRates, PromptSource
+from arithmetic_llm.grpo.task import GRPOTask
+from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
+from arithmetic_llm.runtime import multiplies_bf16
+from arithmetic_llm.training import batches as data
+from arithmetic_llm.training.batches import (
     LossWeights,
     TokenisedSamples,
     micro_batches,
     sequence_text,
     working_memory,
 )
-from arithmetic_llm.grpo import Episode
-from arithmetic_llm.reinforce import GRPOTask
-from arithmetic_llm.rollout import PassRates, PromptSource
-from arithmetic_llm.runtime import multiplies_bf16
-from arithmetic_llm.supervised import SupervisedTask
-from arithmetic_llm.tokenizer import ArithmeticTokenizer
+from arithmetic_llm.training.supervised import SupervisedTask
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 DEFAULT = ModelConfig()

@@ -5,9 +5,9 @@ import torch
 from helpers import TINY, of_transformers, random_model
 
 from arithmetic_llm.config import ModelConfig
-from arithmetic_llm.model import ArithmeticModel, initialise, rotary_angles, rotate
+from arithmetic_llm.model.tokenizer import PAD
+from arithmetic_llm.model.transformer import ArithmeticModel, initialise, rotary_angles, rotate
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.tokenizer import PAD
 
 VOCAB = 61
 MODEL = random_model(VOCAB)

@@ -38,7 +38,7 @@ def test_names_are_unique():
 
 def test_an_edit_that_changes_nothing_survives_and_is_undone(copy):
     harmless = Mutant("a comment", "nearly the same time", "", "test_rewards.py")
-    path = copy / "arithmetic_llm" / "rewards.py"
+    path = copy / "arithmetic_llm" / "grpo" / "rewards.py"
     before = path.read_text()
     path.write_text(before + "# nearly the same time\n")
     assert not is_noticed(harmless, copy)

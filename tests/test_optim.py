@@ -4,9 +4,14 @@ import pytest
 import torch
 from helpers import random_model
 
-from arithmetic_llm import optim
 from arithmetic_llm.config import FoundationalConfig
-from arithmetic_llm.optim import MuonAdamW, build_optimizer, learning_rate_factor, orthogonalise
+from arithmetic_llm.training import optim
+from arithmetic_llm.training.optim import (
+    MuonAdamW,
+    build_optimizer,
+    learning_rate_factor,
+    orthogonalise,
+)
 
 
 def configured(**values):

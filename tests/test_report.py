@@ -5,10 +5,11 @@ import json
 import pytest
 from oracle import Oracle, right_answer, with_result
 
-from arithmetic_llm.corpus import test_set
-from arithmetic_llm.evaluate import evaluate
-from arithmetic_llm.judging import problem_from, problems_from, wilson_interval
-from arithmetic_llm.report import (
+from arithmetic_llm.corpus.files import test_set
+from arithmetic_llm.corpus.trees import SampleSpec
+from arithmetic_llm.evaluation.evaluate import evaluate
+from arithmetic_llm.evaluation.metrics import problem_from, problems_from, wilson_interval
+from arithmetic_llm.evaluation.report import (
     ENOUGH,
     EXCELLENT,
     GOOD,
@@ -16,7 +17,6 @@ from arithmetic_llm.report import (
     standing,
     summary_text,
 )
-from arithmetic_llm.sampling import SampleSpec
 
 test_set.__test__ = False  # a function of the package, not a test
 

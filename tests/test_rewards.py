@@ -3,9 +3,9 @@
 import pytest
 from oracle import right_answer, with_result
 
-from arithmetic_llm.rewards import REWARDS, Attempt, parse_rewards, reward, score
+from arithmetic_llm.grpo.rewards import REWARDS, Attempt, parse_rewards, reward, score
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.verifier import verify
+from arithmetic_llm.task.verifier import verify
 
 PROBLEM = "(5 + 3) - (2 + 9)"
 STEPS = [
@@ -154,7 +154,7 @@ def test_a_bad_sum_is_refused(spec, message):
 
 
 def test_a_new_reward_is_a_function_that_is_registered(monkeypatch):
-    monkeypatch.setattr("arithmetic_llm.rewards.REWARDS", dict(REWARDS))
+    monkeypatch.setattr("arithmetic_llm.grpo.rewards.REWARDS", dict(REWARDS))
 
     @reward("short")
     def short(attempt):

@@ -5,10 +5,8 @@ from collections import Counter
 
 import pytest
 
-from arithmetic_llm import corruption
-from arithmetic_llm.expression import REASONS, ExpressionError, parse, spell, tree_depth
-from arithmetic_llm.runtime import UserError
-from arithmetic_llm.sampling import (
+from arithmetic_llm.corpus import corruption
+from arithmetic_llm.corpus.trees import (
     MANY,
     TREE_STYLES,
     SampleSpec,
@@ -21,7 +19,9 @@ from arithmetic_llm.sampling import (
     flat_sum,
     write,
 )
-from arithmetic_llm.solution import solve
+from arithmetic_llm.runtime import UserError
+from arithmetic_llm.task.expression import REASONS, ExpressionError, parse, spell, tree_depth
+from arithmetic_llm.task.solution import solve
 
 
 @pytest.fixture

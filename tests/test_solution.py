@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from arithmetic_llm.expression import parse
-from arithmetic_llm.sampling import SampleSpec, draw, write
-from arithmetic_llm.solution import (
+from arithmetic_llm.corpus.trees import SampleSpec, draw, write
+from arithmetic_llm.task.expression import parse
+from arithmetic_llm.task.solution import (
     next_step,
     one_line,
     problem_text,

@@ -8,8 +8,8 @@ from helpers import ROOT
 from oracle import Oracle, right_answer, with_result
 
 from arithmetic_llm import ArithmeticSolver
+from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.tokenizer import ArithmeticTokenizer
 
 SEEN = {
     "styles": {"nested": 9},

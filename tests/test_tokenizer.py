@@ -8,10 +8,7 @@ from helpers import make_tokenizer, records
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from arithmetic_llm.data import sequence_text
-from arithmetic_llm.runtime import UserError
-from arithmetic_llm.solution import one_line, solve
-from arithmetic_llm.tokenizer import (
+from arithmetic_llm.model.tokenizer import (
     BOS,
     EOS,
     PAD,
@@ -21,6 +18,9 @@ from arithmetic_llm.tokenizer import (
     UNK,
     ArithmeticTokenizer,
 )
+from arithmetic_llm.runtime import UserError
+from arithmetic_llm.task.solution import one_line, solve
+from arithmetic_llm.training.batches import sequence_text
 
 TOKENIZER = make_tokenizer()
 SMALLEST = make_tokenizer(SMALLEST_VOCAB)

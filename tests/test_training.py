@@ -16,16 +16,17 @@ import pytest
 import torch
 from helpers import call, command, damages, edit, one_thread, put, removals, run
 
-from arithmetic_llm import corpus, supervised
-from arithmetic_llm.checkpoint import FINISHED, load_checkpoint, weights_hash
 from arithmetic_llm.cli import parse
 from arithmetic_llm.config import InstructionConfig
-from arithmetic_llm.coverage import coverage
-from arithmetic_llm.data import sequence_text
-from arithmetic_llm.runs import MetricsLog
-from arithmetic_llm.supervised import SupervisedTask, counted_logits, train_instruction
-from arithmetic_llm.tokenizer import ArithmeticTokenizer
-from arithmetic_llm.trainer import epoch_log
+from arithmetic_llm.corpus import files as corpus
+from arithmetic_llm.corpus.coverage import coverage
+from arithmetic_llm.model.checkpoint import FINISHED, load_checkpoint, weights_hash
+from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
+from arithmetic_llm.training import supervised
+from arithmetic_llm.training.batches import sequence_text
+from arithmetic_llm.training.loop import epoch_log
+from arithmetic_llm.training.run import MetricsLog
+from arithmetic_llm.training.supervised import SupervisedTask, counted_logits, train_instruction
 
 FOUNDATIONAL, INSTRUCTION = "run_foundational_training.py", "run_instruction_training.py"
 SMALL = ["--device", "cpu", "--threads", 1, "--eval-samples", 20, "--batch-size", 16]

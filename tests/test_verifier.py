@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import right_answer
 
-from arithmetic_llm.expression import canonicalise
-from arithmetic_llm.sampling import STYLES, SampleSpec, draw, write
-from arithmetic_llm.solution import SPECIAL_TOKENS, one_line, solve
-from arithmetic_llm.verifier import ErrorKind, check_step, verify
+from arithmetic_llm.corpus.trees import STYLES, SampleSpec, draw, write
+from arithmetic_llm.task.expression import canonicalise
+from arithmetic_llm.task.solution import SPECIAL_TOKENS, one_line, solve
+from arithmetic_llm.task.verifier import ErrorKind, check_step, verify
 
 PROBLEM = "(8 - 5) + (4 - 6)"
 RIGHT = """

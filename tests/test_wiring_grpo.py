@@ -20,19 +20,21 @@ from oracle import right_answer, with_result
 from torch import Tensor, nn
 from trl_reference import assert_same_gradients, their_logprobs, their_loss
 
-from arithmetic_llm import reinforce, rollout, trainer
-from arithmetic_llm.checkpoint import save_checkpoint
 from arithmetic_llm.config import GRPOConfig
-from arithmetic_llm.corpus import json_line
-from arithmetic_llm.drawing import split_of
-from arithmetic_llm.generate import Completion, generate
-from arithmetic_llm.grpo import Episode
-from arithmetic_llm.lora import lora_layers, merge_adapter
-from arithmetic_llm.model import ArithmeticModel
-from arithmetic_llm.reinforce import GRPOTask, train_grpo
+from arithmetic_llm.corpus.draw import split_of
+from arithmetic_llm.corpus.files import json_line
+from arithmetic_llm.grpo import rollout
+from arithmetic_llm.grpo import task as reinforce
+from arithmetic_llm.grpo.loss import Episode
+from arithmetic_llm.grpo.task import GRPOTask, train_grpo
+from arithmetic_llm.model.checkpoint import save_checkpoint
+from arithmetic_llm.model.decode import Completion, generate
+from arithmetic_llm.model.lora import lora_layers, merge_adapter
+from arithmetic_llm.model.tokenizer import EOS, THINK
+from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.tokenizer import EOS, THINK
-from arithmetic_llm.trainer import train_step
+from arithmetic_llm.training import loop as trainer
+from arithmetic_llm.training.loop import train_step
 
 CANDIDATES = 8
 KINDS = {"all weights": {}, "adapter": {"lora_rank": 4, "lora_dropout": 0.5, "learning_rate": 1e-2}}

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from arithmetic_llm.config import GRPOConfig
-from arithmetic_llm.grpo import Episode
-from arithmetic_llm.tokenizer import PAD
+from arithmetic_llm.grpo.loss import Episode
+from arithmetic_llm.model.tokenizer import PAD
 
 Rows = list[list[float]]  # a number for each token of each completion
 

@@ -12,8 +12,8 @@ from random import Random
 from typing import Any, NamedTuple
 
 from arithmetic_llm.cli import Above, like, opt
-from arithmetic_llm.drawing import SPLITS, Problem, draw_any, draw_distinct, shuffled
-from arithmetic_llm.expression import tree_depth
+from arithmetic_llm.corpus.draw import SPLITS, Problem, draw_any, draw_distinct, shuffled
+from arithmetic_llm.corpus.trees import STYLES, TREE_STYLES, SampleSpec, write
 from arithmetic_llm.runtime import (
     Progress,
     UserError,
@@ -21,8 +21,8 @@ from arithmetic_llm.runtime import (
     atomic_write_text,
     require_file,
 )
-from arithmetic_llm.sampling import STYLES, TREE_STYLES, SampleSpec, write
-from arithmetic_llm.solution import (
+from arithmetic_llm.task.expression import tree_depth
+from arithmetic_llm.task.solution import (
     Answer,
     Solution,
     one_line,

@@ -17,26 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arithmetic_llm.adapters import (
-    keep_base,
-    parameter_summary,
-    save_adapter_files,
-    with_adapter,
-)
-from arithmetic_llm.checkpoint import (
-    Checkpoint,
-    check_tokenizer,
-    load_checkpoint,
-    resolve_paths,
-    weights_hash,
-)
 from arithmetic_llm.config import GRPOConfig
-from arithmetic_llm.corpus import solved, test_set
-from arithmetic_llm.coverage import Coverage, coverage, merge
-from arithmetic_llm.data import Batch, LossWeights, TokenisedSamples, micro_batches
-from arithmetic_llm.evaluate import room_to_answer, warn_if_too_short
-from arithmetic_llm.generate import GREEDY, Sampling, evaluating
-from arithmetic_llm.grpo import (
+from arithmetic_llm.corpus.coverage import Coverage, coverage, merge
+from arithmetic_llm.corpus.files import solved, test_set
+from arithmetic_llm.evaluation.evaluate import room_to_answer, warn_if_too_short
+from arithmetic_llm.evaluation.metrics import problem_from
+from arithmetic_llm.grpo.loss import (
     Episode,
     EpisodeBatch,
     chosen,
@@ -46,11 +32,8 @@ from arithmetic_llm.grpo import (
     kl_divergence,
     policy_distribution,
 )
-from arithmetic_llm.judging import problem_from
-from arithmetic_llm.lora import disable_adapter, lora_layers
-from arithmetic_llm.model import ArithmeticModel
-from arithmetic_llm.rewards import parse_rewards
-from arithmetic_llm.rollout import (
+from arithmetic_llm.grpo.rewards import parse_rewards
+from arithmetic_llm.grpo.rollout import (
     PassRates,
     PromptSource,
     Rollout,
@@ -58,20 +41,37 @@ from arithmetic_llm.rollout import (
     roll_out,
     row_name,
 )
-from arithmetic_llm.runs import ROLLOUTS, MetricsLog, Run, open_run
+from arithmetic_llm.model.checkpoint import (
+    Checkpoint,
+    check_tokenizer,
+    load_checkpoint,
+    resolve_paths,
+    weights_hash,
+)
+from arithmetic_llm.model.decode import GREEDY, Sampling, evaluating
+from arithmetic_llm.model.lora import disable_adapter, lora_layers
+from arithmetic_llm.model.peft import (
+    keep_base,
+    parameter_summary,
+    save_adapter_files,
+    with_adapter,
+)
+from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
+from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import (
     UserError,
     prepare_training,
     resolve_device,
     sha256_file,
 )
-from arithmetic_llm.supervised import (
+from arithmetic_llm.training.batches import Batch, LossWeights, TokenisedSamples, micro_batches
+from arithmetic_llm.training.loop import autocast, fit
+from arithmetic_llm.training.run import ROLLOUTS, MetricsLog, Run, open_run
+from arithmetic_llm.training.supervised import (
     counted_logits,
     summed_cross_entropy,
     warn_of_other_splits,
 )
-from arithmetic_llm.tokenizer import ArithmeticTokenizer
-from arithmetic_llm.trainer import autocast, fit
 
 DEAD_STEPS_TO_WARN = 10
 PROMPTS_TO_MEASURE = 500  # how many right solutions tell how much room a completion needs
@@ -99,7 +99,7 @@ class Solutions:
 
 
 class GRPOTask:
-    """Rollouts, rewards and their loss; see `trainer.Task`.
+    """Rollouts, rewards and their loss; see `loop.Task`.
 
     Args:
         validation: held-out expressions to judge the policy by.

@@ -1,6 +1,6 @@
 """Random expressions: trees of exact depth, and the styles they are written in.
 
-A tree is held in postfix (see `expression.Expression.postfix`). Every function draws from the
+A tree is held in postfix (see `task.expression.Expression.postfix`). Every function draws from the
 ``random.Random`` it is given and from nothing else.
 """
 
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from random import Random
 
 from arithmetic_llm.cli import check_fields, opt
-from arithmetic_llm.corruption import corrupt
-from arithmetic_llm.expression import Postfix, apply, spell
+from arithmetic_llm.corpus.corruption import corrupt
 from arithmetic_llm.runtime import UserError
+from arithmetic_llm.task.expression import Postfix, apply, spell
 
 LEAF_PROBABILITY = 0.3  # that the free side of an operation stops growing, at every level
 TREE_STYLES = ("nested", "typed", "padded")

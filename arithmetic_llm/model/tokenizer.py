@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 
 from arithmetic_llm.runtime import UserError, atomic_write_text, require_file
-from arithmetic_llm.solution import SPECIAL_TOKENS, problem_text
+from arithmetic_llm.task.solution import SPECIAL_TOKENS, problem_text
 
 PAD, UNK, BOS, EOS, THINK, END_THINK = range(len(SPECIAL_TOKENS))
 

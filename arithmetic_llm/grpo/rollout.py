@@ -10,16 +10,16 @@ from statistics import fmean
 from typing import Any
 
 from arithmetic_llm.config import GRPOConfig
-from arithmetic_llm.corpus import Record, read_corpus
-from arithmetic_llm.drawing import draw_any
-from arithmetic_llm.evaluate import right_answers
-from arithmetic_llm.expression import spell
-from arithmetic_llm.generate import Completion, Sampling, generate
-from arithmetic_llm.judging import Outcome, Row, judge, problem_from
-from arithmetic_llm.model import ArithmeticModel
-from arithmetic_llm.rewards import Attempt, score
-from arithmetic_llm.sampling import SampleSpec
-from arithmetic_llm.tokenizer import ArithmeticTokenizer
+from arithmetic_llm.corpus.draw import draw_any
+from arithmetic_llm.corpus.files import Record, read_corpus
+from arithmetic_llm.corpus.trees import SampleSpec
+from arithmetic_llm.evaluation.evaluate import right_answers
+from arithmetic_llm.evaluation.metrics import Outcome, Row, judge, problem_from
+from arithmetic_llm.grpo.rewards import Attempt, score
+from arithmetic_llm.model.decode import Completion, Sampling, generate
+from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
+from arithmetic_llm.model.transformer import ArithmeticModel
+from arithmetic_llm.task.expression import spell
 
 
 @dataclass(frozen=True)

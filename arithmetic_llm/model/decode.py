@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arithmetic_llm.model import ArithmeticModel, KVCache
-from arithmetic_llm.tokenizer import EOS, PAD
+from arithmetic_llm.model.tokenizer import EOS, PAD
+from arithmetic_llm.model.transformer import ArithmeticModel, KVCache
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from math import isfinite, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from arithmetic_llm.corpus import Sample
-from arithmetic_llm.drawing import split_of
-from arithmetic_llm.expression import ExpressionError, parse
-from arithmetic_llm.solution import Answer
-from arithmetic_llm.verifier import StepVerdict, Verdict, verify
+from arithmetic_llm.corpus.draw import split_of
+from arithmetic_llm.corpus.files import Sample
+from arithmetic_llm.task.expression import ExpressionError, parse
+from arithmetic_llm.task.solution import Answer
+from arithmetic_llm.task.verifier import StepVerdict, Verdict, verify
 
 if TYPE_CHECKING:
-    from arithmetic_llm.generate import Completion
-    from arithmetic_llm.tokenizer import ArithmeticTokenizer
+    from arithmetic_llm.model.decode import Completion
+    from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 
 NEAR_TIE = 1e-4  # a gap between the two best logits that another kernel's rounding might close
 
@@ -83,7 +83,7 @@ def covered(problem: Problem, trained_on: dict[str, Any]) -> bool:
     """Whether a checkpoint saw problems of this kind in training.
 
     Args:
-        trained_on: what the checkpoint says, see `coverage.Coverage`.
+        trained_on: what the checkpoint says, see `corpus.coverage.Coverage`.
     """
     styles, depths = trained_on["styles"], trained_on["depths"]
     low, high = trained_on["num_range"]

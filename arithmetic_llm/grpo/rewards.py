@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.verifier import Verdict
+from arithmetic_llm.task.verifier import Verdict
 
 
 @dataclass(frozen=True)

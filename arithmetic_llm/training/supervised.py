@@ -13,19 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arithmetic_llm.adapters import (
-    keep_base,
-    parameter_summary,
-    save_adapter_files,
-    with_adapter,
-)
-from arithmetic_llm.checkpoint import (
-    Checkpoint,
-    check_tokenizer,
-    load_checkpoint,
-    resolve_paths,
-    weights_hash,
-)
 from arithmetic_llm.config import (
     FoundationalConfig,
     InstructionConfig,
@@ -33,32 +20,45 @@ from arithmetic_llm.config import (
     ModelConfig,
     TrainingConfig,
 )
-from arithmetic_llm.corpus import Record, read_corpus, test_set
-from arithmetic_llm.coverage import Coverage, coverage, merge
-from arithmetic_llm.data import (
-    Batch,
-    LossWeights,
-    TokenisedSamples,
-    micro_batches,
-    plan_epoch,
+from arithmetic_llm.corpus.coverage import Coverage, coverage, merge
+from arithmetic_llm.corpus.files import Record, read_corpus, test_set
+from arithmetic_llm.model.checkpoint import (
+    Checkpoint,
+    check_tokenizer,
+    load_checkpoint,
+    resolve_paths,
+    weights_hash,
 )
-from arithmetic_llm.expression import ExpressionError, parse
-from arithmetic_llm.model import ArithmeticModel, initialise
-from arithmetic_llm.runs import Run, open_run
+from arithmetic_llm.model.peft import (
+    keep_base,
+    parameter_summary,
+    save_adapter_files,
+    with_adapter,
+)
+from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
+from arithmetic_llm.model.transformer import ArithmeticModel, initialise
 from arithmetic_llm.runtime import (
     UserError,
     prepare_training,
     resolve_device,
     sha256_file,
 )
-from arithmetic_llm.tokenizer import ArithmeticTokenizer
-from arithmetic_llm.trainer import fit
+from arithmetic_llm.task.expression import ExpressionError, parse
+from arithmetic_llm.training.batches import (
+    Batch,
+    LossWeights,
+    TokenisedSamples,
+    micro_batches,
+    plan_epoch,
+)
+from arithmetic_llm.training.loop import fit
+from arithmetic_llm.training.run import Run, open_run
 
 MORE_ROOM = "raise --max-seq-length, or make a corpus of shallower problems"
 
 
 class SupervisedTask:
-    """Next-token prediction over tokenised samples; see `trainer.Task`.
+    """Next-token prediction over tokenised samples; see `loop.Task`.
 
     Args:
         model: what is trained; its shape decides how batches are cut to fit into memory.

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from arithmetic_llm.model import ArithmeticModel
-    from arithmetic_llm.tokenizer import ArithmeticTokenizer
+    from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
+    from arithmetic_llm.model.transformer import ArithmeticModel
 
 FORMAT = "arithmetic_llm checkpoint 1"
 STAMP = "YYYYMMDD_HHMMSS"
@@ -34,7 +34,7 @@ FINISHED = "training_summary.json"  # written last: a run folder that holds it i
 # ------------------------------------------------------------------------------ checkpoints
 
 
-TRAINED_ON = {  # the form of coverage.Coverage.as_dict
+TRAINED_ON = {  # the form of corpus.coverage.Coverage.as_dict
     "styles": dict[str, int],
     "depths": list[int],
     "flat_terms": list[int],
@@ -78,7 +78,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """
     import torch
 
-    from arithmetic_llm.lora import adapter_weights
+    from arithmetic_llm.model.lora import adapter_weights
 
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     weights = adapter_weights(model) if checkpoint.adapter else model.state_dict()
@@ -107,7 +107,7 @@ def read_checkpoint(path: str | Path) -> Content:
         UserError: no file, truncated, not a checkpoint of this package, code instead of data,
             parts missing or of another form, weights that are not finite.
     """
-    from arithmetic_llm.tokenizer import ArithmeticTokenizer
+    from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 
     path = require_file(path, "checkpoint")
     raw = _read(path)
@@ -188,7 +188,7 @@ def load_checkpoint(
             for a model that needs none.
     """
     if Path(path).is_dir() and (Path(path) / "adapter_config.json").exists():
-        from arithmetic_llm.adapters import load_peft_checkpoint
+        from arithmetic_llm.model.peft import load_peft_checkpoint
 
         checkpoint = load_peft_checkpoint(Path(path), base_checkpoint)
         checkpoint.model.to(device)
@@ -216,7 +216,7 @@ def load_checkpoint(
 
 
 def _merged(content: Content, path: str | Path, base_checkpoint: str | Path) -> ArithmeticModel:
-    from arithmetic_llm.lora import merge_adapter
+    from arithmetic_llm.model.lora import merge_adapter
 
     base = find_base(content.adapter, Path(path), base_checkpoint)
     # The shape as it was in training: the base's own context may have been another.
@@ -265,7 +265,7 @@ def load_adapter(
     Raises:
         ValueError: the weights are of another rank, or their names or shapes differ.
     """
-    from arithmetic_llm.lora import add_lora
+    from arithmetic_llm.model.lora import add_lora
 
     ranks = {w.shape[0] for name, w in weights.items() if name.endswith("lora_A.weight") and w.ndim}
     if ranks != {config.lora_rank}:  # before a huge rank takes all memory
@@ -280,7 +280,7 @@ def load_weights(model: ArithmeticModel, weights: dict[str, Tensor]) -> None:
     Raises:
         ValueError: names or shapes differ.
     """
-    from arithmetic_llm.lora import adapter_weights
+    from arithmetic_llm.model.lora import adapter_weights
 
     expected = adapter_weights(model) or model.state_dict()
     _same_shapes(expected, weights)
@@ -314,7 +314,7 @@ def build_model(
     """A model of these weights; nothing is allocated before the shapes are known to agree."""
     import torch
 
-    from arithmetic_llm.model import ArithmeticModel
+    from arithmetic_llm.model.transformer import ArithmeticModel
 
     with torch.device("meta"):
         model = ArithmeticModel(config, vocab_size)
@@ -362,7 +362,7 @@ def hash_of(weights: dict[str, Tensor]) -> str:
 
 def check_tokenizer(checkpoint: Checkpoint, path: str, checkpoint_path: str) -> None:
     """Refuse a tokenizer other than the one inside the checkpoint; an empty path is fine."""
-    from arithmetic_llm.tokenizer import ArithmeticTokenizer
+    from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 
     if path and ArithmeticTokenizer.load(path).hash != checkpoint.tokenizer.hash:
         raise UserError(

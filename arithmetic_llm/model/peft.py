@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from arithmetic_llm.checkpoint import (
+from arithmetic_llm.cli import build, read_json
+from arithmetic_llm.config import AdapterFilesConfig, LoRAConfig, ModelConfig
+from arithmetic_llm.model.checkpoint import (
     Checkpoint,
     Content,
     build_model,
@@ -25,20 +27,18 @@ from arithmetic_llm.checkpoint import (
     save_checkpoint,
     weights_hash,
 )
-from arithmetic_llm.cli import build, read_json
-from arithmetic_llm.config import AdapterFilesConfig, LoRAConfig, ModelConfig
-from arithmetic_llm.lora import (
+from arithmetic_llm.model.lora import (
     add_lora,
     lora_config,
     merge_adapter,
     target_names,
     without_adapter,
 )
-from arithmetic_llm.model import ArithmeticModel
+from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError, atomic_write, atomic_write_text, require_file
 
 if TYPE_CHECKING:
-    from arithmetic_llm.runs import Run
+    from arithmetic_llm.training.run import Run
 
 BASE_MODEL = "base_model.pt"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

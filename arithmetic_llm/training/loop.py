@@ -22,11 +22,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from arithmetic_llm.checkpoint import FINISHED
-from arithmetic_llm.model import ArithmeticModel
-from arithmetic_llm.optim import learning_rate_factor, learning_rates
-from arithmetic_llm.runs import MetricsLog, Run
+from arithmetic_llm.model.checkpoint import FINISHED
+from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import Progress, UserError, readable_seconds
+from arithmetic_llm.training.optim import learning_rate_factor, learning_rates
+from arithmetic_llm.training.run import MetricsLog, Run
 
 SHOWN = ("reward", "accuracy")  # of a task's figures, on the bar
 

@@ -11,11 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from arithmetic_llm.corpus import Record, read_corpus
-from arithmetic_llm.drawing import split_of_problem
-from arithmetic_llm.expression import Expression, ExpressionError, parse, spell
-from arithmetic_llm.runtime import sha256_file
-from arithmetic_llm.sampling import (
+from arithmetic_llm.corpus.draw import split_of_problem
+from arithmetic_llm.corpus.files import Record, read_corpus
+from arithmetic_llm.corpus.trees import (
     LARGEST_NUMBER,
     MAX_DEPTH,
     MAX_FLAT_TERMS,
@@ -23,6 +21,8 @@ from arithmetic_llm.sampling import (
     TREE_STYLES,
     SampleSpec,
 )
+from arithmetic_llm.runtime import sha256_file
+from arithmetic_llm.task.expression import Expression, ExpressionError, parse, spell
 
 
 @dataclass(frozen=True)

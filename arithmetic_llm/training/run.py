@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arithmetic_llm.checkpoint import (
+from arithmetic_llm.cli import read_json, to_json
+from arithmetic_llm.config import RunConfig
+from arithmetic_llm.model.checkpoint import (
     FINISHED,
     Checkpoint,
     Content,
@@ -24,11 +26,9 @@ from arithmetic_llm.checkpoint import (
     save_checkpoint,
     step_checkpoints,
 )
-from arithmetic_llm.cli import read_json, to_json
-from arithmetic_llm.config import RunConfig
-from arithmetic_llm.model import ArithmeticModel
-from arithmetic_llm.optim import MuonAdamW, build_optimizer
+from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError, atomic_write_text, multiplies_bf16, versions
+from arithmetic_llm.training.optim import MuonAdamW, build_optimizer
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
 TRAINING = {  # the form of what a resumable checkpoint holds beside its weights

@@ -11,9 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from random import Random
 from typing import NamedTuple
 
-from arithmetic_llm.expression import ExpressionError, Postfix, parse
-from arithmetic_llm.runtime import UserError
-from arithmetic_llm.sampling import (
+from arithmetic_llm.corpus.trees import (
     SampleSpec,
     all_flat_sums,
     all_trees,
@@ -23,6 +21,8 @@ from arithmetic_llm.sampling import (
     exact_tree,
     flat_sum,
 )
+from arithmetic_llm.runtime import UserError
+from arithmetic_llm.task.expression import ExpressionError, Postfix, parse
 
 SPLITS = ("train", "validation", "test")
 Problem = Postfix | str

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from arithmetic_llm.config import GRPOConfig
-from arithmetic_llm.model import ArithmeticModel
-from arithmetic_llm.tokenizer import PAD
+from arithmetic_llm.model.tokenizer import PAD
+from arithmetic_llm.model.transformer import ArithmeticModel
 
 
 def group_advantages(rewards: Tensor, scale: str = "none", baseline: str = "group") -> Tensor:

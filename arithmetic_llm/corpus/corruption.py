@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from random import Random
 
-from arithmetic_llm.expression import ExpressionError, parse
+from arithmetic_llm.task.expression import ExpressionError, parse
 
 _PIECES = re.compile(r"-?[0-9]+| [+-] |[()]")
 _STRAY = "abcxyz*/^%=.,_!?"

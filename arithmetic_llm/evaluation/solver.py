@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
-from arithmetic_llm.checkpoint import check_tokenizer, load_checkpoint, resolve_stamp
-from arithmetic_llm.evaluate import room_to_answer
-from arithmetic_llm.generate import GREEDY, Completion, Sampling, decode, generate
-from arithmetic_llm.judging import Outcome, Problem, covered, judge, problem_from
-from arithmetic_llm.model import ArithmeticModel
+from arithmetic_llm.evaluation.evaluate import room_to_answer
+from arithmetic_llm.evaluation.metrics import Outcome, Problem, covered, judge, problem_from
+from arithmetic_llm.model.checkpoint import check_tokenizer, load_checkpoint, resolve_stamp
+from arithmetic_llm.model.decode import GREEDY, Completion, Sampling, decode, generate
+from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
+from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError, resolve_device
-from arithmetic_llm.tokenizer import ArithmeticTokenizer
 
 
 class ArithmeticSolver:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from arithmetic_llm.config import LoRAConfig
-from arithmetic_llm.model import ArithmeticModel
+from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError
 
 GROUPS = {

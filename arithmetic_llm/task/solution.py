@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from arithmetic_llm.expression import MAX_DIGITS, ExpressionError, apply, parse
+from arithmetic_llm.task.expression import MAX_DIGITS, ExpressionError, apply, parse
 
 ERROR: Literal["ERROR"] = "ERROR"  # the answer to an invalid expression
 Answer = int | Literal["ERROR"]

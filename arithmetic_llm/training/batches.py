@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from arithmetic_llm.config import ModelConfig
-from arithmetic_llm.corpus import Record
+from arithmetic_llm.corpus.files import Record
+from arithmetic_llm.model.tokenizer import BOS, EOS, PAD, THINK, UNK, ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.solution import one_line
-from arithmetic_llm.tokenizer import BOS, EOS, PAD, THINK, UNK, ArithmeticTokenizer
+from arithmetic_llm.task.solution import one_line
 
 _CHUNK = 10_000  # records tokenised at a time
 _ROUND_TO = 8  # batch widths are multiples of this: fewer distinct shapes run faster

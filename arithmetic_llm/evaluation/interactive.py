@@ -8,12 +8,12 @@ import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from arithmetic_llm.expression import ExpressionError, parse
-from arithmetic_llm.judging import Outcome
+from arithmetic_llm.evaluation.metrics import Outcome
+from arithmetic_llm.evaluation.solver import ArithmeticSolver
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.solution import ERROR
-from arithmetic_llm.solver import ArithmeticSolver
-from arithmetic_llm.verifier import StepVerdict, verify
+from arithmetic_llm.task.expression import ExpressionError, parse
+from arithmetic_llm.task.solution import ERROR
+from arithmetic_llm.task.verifier import StepVerdict, verify
 
 PROMPT = "Enter expression: "
 RULE = "-" * 60

@@ -1,6 +1,6 @@
 """Results as text: the summary of one evaluation, and the table that a pipeline ends with.
 
-Everything is made from the plain metrics that `evaluate.EvaluationResult` stores as JSON, so that
+Everything is made from the plain metrics that `metrics.EvaluationResult` stores as JSON, so that
 an old evaluation is shown like a new one.
 """
 

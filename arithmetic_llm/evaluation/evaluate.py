@@ -14,17 +14,10 @@ from typing import Any
 
 import torch
 
-from arithmetic_llm.checkpoint import (
-    Checkpoint,
-    check_tokenizer,
-    load_checkpoint,
-    resolve_stamp,
-    weights_hash,
-)
 from arithmetic_llm.config import EvaluationConfig
-from arithmetic_llm.corpus import read_corpus, test_set
-from arithmetic_llm.generate import GREEDY, Completion, Sampling, generate
-from arithmetic_llm.judging import (
+from arithmetic_llm.corpus.files import read_corpus, test_set
+from arithmetic_llm.corpus.trees import SampleSpec
+from arithmetic_llm.evaluation.metrics import (
     EvaluationResult,
     Outcome,
     Problem,
@@ -33,7 +26,16 @@ from arithmetic_llm.judging import (
     problem_from,
     problems_from,
 )
-from arithmetic_llm.model import ArithmeticModel
+from arithmetic_llm.model.checkpoint import (
+    Checkpoint,
+    check_tokenizer,
+    load_checkpoint,
+    resolve_stamp,
+    weights_hash,
+)
+from arithmetic_llm.model.decode import GREEDY, Completion, Sampling, generate
+from arithmetic_llm.model.tokenizer import EOS, ArithmeticTokenizer
+from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import (
     Progress,
     UserError,
@@ -42,9 +44,7 @@ from arithmetic_llm.runtime import (
     sha256_file,
     versions,
 )
-from arithmetic_llm.sampling import SampleSpec
-from arithmetic_llm.solution import one_line, solve
-from arithmetic_llm.tokenizer import EOS, ArithmeticTokenizer
+from arithmetic_llm.task.solution import one_line, solve
 
 CONTEXTS_TO_WRITE = 4  # how far beyond the trained context decoding goes unless told otherwise
 

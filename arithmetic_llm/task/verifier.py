@@ -29,8 +29,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from arithmetic_llm.expression import ExpressionError, canonicalise, parse
-from arithmetic_llm.solution import (
+from arithmetic_llm.task.expression import ExpressionError, canonicalise, parse
+from arithmetic_llm.task.solution import (
     ERROR,
     FINAL_RESULT,
     NEW_EXPRESSION,

@@ -1,0 +1,1 @@
+"""Corpora: how problems are drawn, written, stored, read back and surveyed. No torch."""

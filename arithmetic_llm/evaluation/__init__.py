@@ -1,0 +1,1 @@
+"""Evaluation: judging what a model writes, reports, and the solver."""

@@ -1,0 +1,1 @@
+"""Group relative policy optimization: a policy that learns from its own attempts."""

@@ -1,0 +1,1 @@
+"""Training: the loop, its files, batches and optimizers, and the supervised stages."""
