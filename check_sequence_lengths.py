@@ -5,24 +5,15 @@
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
 
-from arithmetic_llm.cli import opt, parse, run_main
+from arithmetic_llm.cli import parse, run_main
+from arithmetic_llm.config import SequenceLengthsConfig
 
 PERCENTILES = (50, 90, 99, 100)
 
 
-@dataclass(frozen=True)
-class Config:
-    """Sequence lengths."""
-
-    corpus_path: str = opt("", "corpus to measure (either format)", required=True)
-    tokenizer_path: str = opt("", "tokenizer directory or file", required=True)
-    max_seq_length: int = opt(512, "context to count the longer samples for", at_least=1)
-
-
 def main(argv=None):
-    config = parse(Config, argv, __doc__)
+    config = parse(SequenceLengthsConfig, argv, __doc__)
     lengths = lengths_by_depth(config.corpus_path, config.tokenizer_path)
     print(table(lengths, config.max_seq_length))
     longest = max(max(row) for row in lengths.values())

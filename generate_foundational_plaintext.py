@@ -4,21 +4,13 @@
         --output-txt data/foundational_corpus.txt
 """
 
-from dataclasses import dataclass
-
-from arithmetic_llm.cli import opt, parse, run_main
-from arithmetic_llm.corpus.files import FoundationalCorpusConfig, make_corpus, plain_lines
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(FoundationalCorpusConfig):
-    """Foundational corpus."""
-
-    output_txt: str = opt("data/foundational_corpus.txt", "the corpus file to write")
+from arithmetic_llm.cli import parse, run_main
+from arithmetic_llm.config import PlainTextCorpusConfig
+from arithmetic_llm.corpus.files import make_corpus, plain_lines
 
 
 def main(argv=None):
-    config = parse(Config, argv, __doc__)
+    config = parse(PlainTextCorpusConfig, argv, __doc__)
     make_corpus(config, config.output_txt, plain_lines)
 
 

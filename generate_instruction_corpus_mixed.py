@@ -4,21 +4,13 @@
         --invalid-rate 0 --output-mixed data/instruction_corpus.txt
 """
 
-from dataclasses import dataclass
-
-from arithmetic_llm.cli import opt, parse, run_main
-from arithmetic_llm.corpus.files import CorpusConfig, json_line, make_corpus
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(CorpusConfig):
-    """Instruction corpus."""
-
-    output_mixed: str = opt("data/instruction_corpus.txt", "the corpus file to write")
+from arithmetic_llm.cli import parse, run_main
+from arithmetic_llm.config import MixedCorpusConfig
+from arithmetic_llm.corpus.files import json_line, make_corpus
 
 
 def main(argv=None):
-    config = parse(Config, argv, __doc__)
+    config = parse(MixedCorpusConfig, argv, __doc__)
     make_corpus(config, config.output_mixed, json_line)
 
 

@@ -6,22 +6,12 @@
         --output-path models/instruction_lora_YYYYMMDD_HHMMSS/merged_model.pt
 """
 
-from dataclasses import dataclass
-
-from arithmetic_llm.cli import opt, parse, run_main
-
-
-@dataclass(frozen=True)
-class Config:
-    """Merging."""
-
-    base_checkpoint: str = opt("", "the model that the adapter was trained on", required=True)
-    adapter_path: str = opt("", "lora_adapter.pt, or a PEFT folder", required=True)
-    output_path: str = opt("", "the checkpoint to write", required=True)
+from arithmetic_llm.cli import parse, run_main
+from arithmetic_llm.config import MergeConfig
 
 
 def main(argv=None):
-    config = parse(Config, argv, __doc__)
+    config = parse(MergeConfig, argv, __doc__)
     from arithmetic_llm.model.checkpoint import load_checkpoint, resolve_stamp, save_checkpoint
 
     base, adapter = resolve_stamp(config.base_checkpoint), resolve_stamp(config.adapter_path)

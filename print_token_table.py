@@ -6,21 +6,13 @@ python print_token_table.py --tokenizer-path data/tokenizer > tokens.csv
 import csv
 import sys
 from collections import Counter
-from dataclasses import dataclass
 
-from arithmetic_llm.cli import opt, parse, run_main
-
-
-@dataclass(frozen=True)
-class Config:
-    """Token table."""
-
-    tokenizer_path: str = opt("", "tokenizer directory or file", required=True)
-    corpus_path: str = opt("", "count the tokens of this corpus (either format)")
+from arithmetic_llm.cli import parse, run_main
+from arithmetic_llm.config import TokenTableConfig
 
 
 def main(argv=None):
-    config = parse(Config, argv, __doc__)
+    config = parse(TokenTableConfig, argv, __doc__)
     from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 
     tokenizer = ArithmeticTokenizer.load(config.tokenizer_path)

@@ -13,10 +13,10 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from arithmetic_llm.cli import opt, parse, run_main
+from arithmetic_llm.cli import parse, run_main
+from arithmetic_llm.config import QuickstartConfig
 from arithmetic_llm.runtime import UserError
 
 TEST = "--tokenizer-path data/tokenizer --test-file data/instruction_corpus_test.txt"
@@ -92,15 +92,8 @@ STAGES = (
 )
 
 
-@dataclass(frozen=True)
-class Config:
-    """Quickstart."""
-
-    recipe: str = opt("configs/cpu", "folder with the configs of the stages")
-
-
 def main(argv=None):
-    recipe = parse(Config, argv, __doc__).recipe
+    recipe = parse(QuickstartConfig, argv, __doc__).recipe
     done = []
     for name, command, results in STAGES:
         seconds = run(name, words(command, recipe))

@@ -3,22 +3,12 @@
 python train_tokenizer.py --corpus-path data/foundational_corpus.txt
 """
 
-from dataclasses import dataclass
-
-from arithmetic_llm.cli import opt, parse, run_main
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tokenizer training."""
-
-    corpus_path: str = opt("", "corpus to learn merges from (either format)", required=True)
-    vocab_size: int = opt(1000, "upper bound on the number of tokens", at_least=1)
-    output_dir: str = opt("data/tokenizer", "directory for tokenizer.json")
+from arithmetic_llm.cli import parse, run_main
+from arithmetic_llm.config import TokenizerConfig
 
 
 def main(argv=None):
-    config = parse(Config, argv, __doc__)
+    config = parse(TokenizerConfig, argv, __doc__)
     from arithmetic_llm.corpus.files import read_corpus
     from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
     from arithmetic_llm.training.batches import sequence_text

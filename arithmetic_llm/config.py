@@ -1,11 +1,12 @@
-"""The settings of the model and of every training stage; flags and JSON keys come from here."""
+"""Every setting of every script: flags, JSON keys and `docs/FLAGS.md` come from here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from arithmetic_llm.cli import Above, like, opt
+from arithmetic_llm.cli import Above, check_fields, default_of, like, opt
 from arithmetic_llm.runtime import UserError
 
 # What settings need; see `opt`.
@@ -18,6 +19,200 @@ SAMPLED = {"temperature": Above(0)}
 GENERATED = {"data_mode": "generated"}
 ATTEMPTS = {"learn_from": "attempts"}
 SEVERAL_UPDATES = {"num_iterations": Above(1)}  # in the first, the ratio to clip is 1
+
+
+# -------------------------------------------------------------------------------- corpora
+
+SPLITS = ("train", "validation", "test")
+TREE_STYLES = ("nested", "typed", "padded")
+STYLES = (*TREE_STYLES, "flat", "drill", "invalid")
+# A solution grows with the square of the numbers in its expression. At these limits there are some
+# 200 numbers, and solutions of 50,000 to 200,000 tokens: more than any context here. Each level of
+# depth doubles that. At depth 20 one solution had 32 million tokens and took 12 GB to encode.
+MAX_DEPTH = 10
+MAX_FLAT_TERMS = 200
+LARGEST_NUMBER = 10**100
+
+
+def _rate(default: float, help: str) -> float:
+    return opt(default, help, at_least=0.0, at_most=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSpec:
+    """What to sample. Each rate is a fraction of all samples; nested expressions are the rest."""
+
+    num_range: tuple[int, int] = opt((1, 20), "smallest and largest number in an expression")
+    min_depth: int = opt(1, "least depth of an expression tree", at_least=1)
+    max_depth: int = opt(5, "greatest depth of an expression tree", at_least=1, at_most=MAX_DEPTH)
+    invalid_rate: float = _rate(0.1, "fraction of invalid expressions, rounded to whole samples")
+    typed_rate: float = _rate(
+        0.1, "fraction written as people type, without needless parentheses: 1 + 2 + 3"
+    )
+    padded_rate: float = _rate(
+        0.0,
+        "fraction with 0 to 2 needless pairs of parentheses around each operation, "
+        "at least one in all: ((1 + 2)) - 3",
+    )
+    flat_rate: float = _rate(
+        0.0,
+        "fraction of flat sums without parentheses, 2 to --flat-terms numbers: 7 - 2 + 9 - 1",
+    )
+    drill_rate: float = _rate(
+        0.0, "fraction of one-step drills: single steps of trees of --max-depth, as 31 - -12"
+    )
+    flat_terms: int = opt(20, "most numbers in a flat sum", at_least=2, at_most=MAX_FLAT_TERMS)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        low, high = self.num_range
+        if low > high:
+            raise UserError(f"--num-range {low} {high}: the smaller number comes first")
+        if max(-low, high) > LARGEST_NUMBER:
+            raise UserError("--num-range: numbers of up to 100 digits, please")
+        if self.min_depth > self.max_depth:
+            raise UserError(f"--min-depth {self.min_depth}: is above --max-depth {self.max_depth}")
+        rates = {style: self.rate(style) for style in STYLES[1:]}
+        if sum(rates.values()) > 1 + 1e-9:
+            shown = ", ".join(f"{style} {rate:g}" for style, rate in rates.items() if rate)
+            raise UserError(f"the rates add up to more than 1 ({shown}); lower one of them")
+
+    def rate(self, style: str) -> float:
+        """The fraction of samples of a style other than nested."""
+        return getattr(self, f"{style}_rate")
+
+    def style_counts(self, num_samples: int) -> dict[str, int]:
+        """Exact counts that add up to ``num_samples``, each rate rounded to the nearest."""
+        counts, left = {}, num_samples
+        for style in reversed(STYLES[1:]):  # invalid first: its rate is a promise
+            counts[style] = min(left, math.floor(self.rate(style) * num_samples + 0.5))
+            left -= counts[style]
+        return {"nested": left, **counts}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig(SampleSpec):
+    """Corpus."""
+
+    num_samples: int | None = opt(
+        None, "samples in each file that is written", required=True, at_least=1
+    )
+    seed: int = opt(42, "the same seed makes the same file, byte for byte", at_least=0)
+    split: str = opt(
+        "train",
+        "which problems: no two splits share one; test and validation files repeat none either",
+        choices=SPLITS,
+    )
+    flat_terms: int = like(SampleSpec, "flat_terms", needs=[{"flat_rate": Above(0)}])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundationalCorpusConfig(CorpusConfig):
+    """Foundational corpus.
+
+    It is where arithmetic facts (drills) and the counting of parentheses (padded) are learned. The
+    shares are those of the CPU recipe, the best of what docs/LOG.md has measured.
+    """
+
+    typed_rate: float = like(SampleSpec, "typed_rate", 0.1)
+    padded_rate: float = like(SampleSpec, "padded_rate", 0.05)
+    flat_rate: float = like(SampleSpec, "flat_rate", 0.0)
+    drill_rate: float = like(SampleSpec, "drill_rate", 0.3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainTextCorpusConfig(FoundationalCorpusConfig):
+    """Foundational corpus."""
+
+    output_txt: str = opt("data/foundational_corpus.txt", "the corpus file to write")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedCorpusConfig(CorpusConfig):
+    """Instruction corpus."""
+
+    output_mixed: str = opt("data/instruction_corpus.txt", "the corpus file to write")
+
+
+def _of_each(name: str) -> Any:
+    """A rate that each corpus has a default of its own for."""
+    foundational, instruction = (
+        default_of(kind.__dataclass_fields__[name], [kind])
+        for kind in (FoundationalCorpusConfig, CorpusConfig)
+    )
+    same = foundational == instruction
+    unset = instruction if same else f"{instruction}; in the foundational corpus {foundational}"
+    return like(CorpusConfig, name, None, unset=unset)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BothCorporaConfig(CorpusConfig):
+    """Corpora."""
+
+    typed_rate: float | None = _of_each("typed_rate")
+    padded_rate: float | None = _of_each("padded_rate")
+    flat_rate: float | None = _of_each("flat_rate")
+    drill_rate: float | None = _of_each("drill_rate")
+    output_foundational: str = opt(
+        "data/foundational_corpus.txt",
+        "the plain-text file to write",
+        needs=[{"instruction_only": False}],
+    )
+    output_instruction: str = opt(
+        "data/instruction_corpus.txt",
+        "the JSON Lines file to write",
+        needs=[{"foundational_only": False}],
+    )
+    foundational_only: bool = opt(False, "write only the foundational corpus")
+    instruction_only: bool = opt(False, "write only the instruction corpus")
+
+    def __post_init__(self) -> None:
+        if self.foundational_only and self.instruction_only:
+            raise UserError("--foundational-only and --instruction-only leave nothing to write")
+        both = not (self.foundational_only or self.instruction_only)
+        if both and self.output_foundational == self.output_instruction:
+            raise UserError(f"{self.output_instruction}: both corpora cannot go to one file")
+        if not self.instruction_only:
+            self.of(FoundationalCorpusConfig)
+        if not self.foundational_only:
+            self.of(CorpusConfig)
+
+    def of(self, kind: type[CorpusConfig]) -> Any:
+        """The settings of one kind of corpus, with its own defaults for what is not given."""
+        values = {field.name: getattr(self, field.name) for field in fields(kind)}
+        return kind(**{name: value for name, value in values.items() if value is not None})
+
+
+# ------------------------------------------------------------------------- tokens and lengths
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Tokenizer training."""
+
+    corpus_path: str = opt("", "corpus to learn merges from (either format)", required=True)
+    vocab_size: int = opt(1000, "upper bound on the number of tokens", at_least=1)
+    output_dir: str = opt("data/tokenizer", "directory for tokenizer.json")
+
+
+@dataclass(frozen=True)
+class TokenTableConfig:
+    """Token table."""
+
+    tokenizer_path: str = opt("", "tokenizer directory or file", required=True)
+    corpus_path: str = opt("", "count the tokens of this corpus (either format)")
+
+
+@dataclass(frozen=True)
+class SequenceLengthsConfig:
+    """Sequence lengths."""
+
+    corpus_path: str = opt("", "corpus to measure (either format)", required=True)
+    tokenizer_path: str = opt("", "tokenizer directory or file", required=True)
+    max_seq_length: int = opt(512, "context to count the longer samples for", at_least=1)
+
+
+# -------------------------------------------------------------------------- models and runs
 
 
 def _shape(default: Any, help: str, **metadata: Any) -> Any:
@@ -215,60 +410,6 @@ class InstructionConfig(TrainingConfig):
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """Evaluation."""
-
-    model_path: str = opt("", "checkpoint of any stage, adapters included", required=True)
-    base_checkpoint: str = opt("", "where the base is, if model_path is an adapter")
-    tokenizer_path: str = opt(
-        "", "tokenizer directory; not needed, but if given it must be the checkpoint's own"
-    )
-    num_samples: int = opt(
-        1000, "test problems, spread evenly over the depths", at_least=1, needs=[DRAWN]
-    )
-    min_depth: int = opt(1, "least exact depth", at_least=1, needs=[DRAWN, TREES])
-    max_depth: int = opt(5, "greatest exact depth", at_least=1, needs=[DRAWN, TREES])
-    num_range: tuple[int, int] = opt(
-        (1, 20), "smallest and largest number in a problem", needs=[DRAWN]
-    )
-    style: str = opt(
-        "nested",
-        "how problems are written: with exactly the parentheses of the tree, as people type, with "
-        "needless pairs, or as flat sums",
-        choices=("nested", "typed", "padded", "flat"),
-        needs=[DRAWN],
-    )
-    flat_terms: int = opt(
-        20, "most numbers in a flat sum", at_least=2, needs=[DRAWN, {"style": "flat"}]
-    )
-    invalid_rate: float = opt(
-        0.0,
-        "fraction of invalid expressions; only ERROR is right",
-        at_least=0.0,
-        at_most=1.0,
-        needs=[DRAWN],
-    )
-    test_file: str = opt("", "evaluate all problems of this corpus file instead of drawing some")
-    seed: int = opt(
-        42, "seed of the problems drawn, and of sampling", at_least=0, needs=[DRAWN | SAMPLED]
-    )
-    temperature: float = opt(0.0, "0 = greedy", at_least=0.0)
-    top_k: int = opt(0, "sample among the k likeliest tokens; 0 = all", at_least=0, needs=[SAMPLED])
-    top_p: float = opt(
-        1.0, "sample among the likeliest this much", above=0.0, at_most=1.0, needs=[SAMPLED]
-    )
-    max_gen_length: int = opt(
-        0,
-        "most new tokens of an answer; 0 = the longest right answer of the test and a quarter more "
-        "(at most 4 contexts), which cuts off no trained depth",
-        at_least=0,
-    )
-    batch_size: int = opt(64, "problems at a time: speed and memory, not results", at_least=1)
-    output_dir: str = opt("evaluation_results", "folder for the three result files")
-    device: str = opt("auto", "cpu, cuda, cuda:N or mps; auto = the CPU, where results repeat")
-
-
-@dataclass(frozen=True)
 class LoRAInstructionConfig(InstructionConfig, LoRAConfig, AdapterFilesConfig):
     """Instruction tuning with LoRA."""
 
@@ -437,3 +578,92 @@ class GRPOConfig(RunConfig, LoRAConfig, AdapterFilesConfig):
     lora_dropout: float = like(
         LoRAConfig, "lora_dropout", never="GRPO computes its loss without dropout"
     )
+
+
+# ------------------------------------------------------------------------ using what was trained
+
+
+@dataclass(frozen=True)
+class ModelPathConfig:
+    """The model that is put to use, common to evaluation and solver."""
+
+    model_path: str = opt("", "checkpoint of any stage, adapters included", required=True)
+    base_checkpoint: str = opt("", "where the base is, if model_path is an adapter")
+    tokenizer_path: str = opt(
+        "", "tokenizer directory; not needed, but if given it must be the checkpoint's own"
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(ModelPathConfig):
+    """Evaluation."""
+
+    num_samples: int = opt(
+        1000, "test problems, spread evenly over the depths", at_least=1, needs=[DRAWN]
+    )
+    min_depth: int = opt(1, "least exact depth", at_least=1, needs=[DRAWN, TREES])
+    max_depth: int = opt(5, "greatest exact depth", at_least=1, needs=[DRAWN, TREES])
+    num_range: tuple[int, int] = opt(
+        (1, 20), "smallest and largest number in a problem", needs=[DRAWN]
+    )
+    style: str = opt(
+        "nested",
+        "how problems are written: with exactly the parentheses of the tree, as people type, with "
+        "needless pairs, or as flat sums",
+        choices=("nested", "typed", "padded", "flat"),
+        needs=[DRAWN],
+    )
+    flat_terms: int = opt(
+        20, "most numbers in a flat sum", at_least=2, needs=[DRAWN, {"style": "flat"}]
+    )
+    invalid_rate: float = opt(
+        0.0,
+        "fraction of invalid expressions; only ERROR is right",
+        at_least=0.0,
+        at_most=1.0,
+        needs=[DRAWN],
+    )
+    test_file: str = opt("", "evaluate all problems of this corpus file instead of drawing some")
+    seed: int = opt(
+        42, "seed of the problems drawn, and of sampling", at_least=0, needs=[DRAWN | SAMPLED]
+    )
+    temperature: float = opt(0.0, "0 = greedy", at_least=0.0)
+    top_k: int = opt(0, "sample among the k likeliest tokens; 0 = all", at_least=0, needs=[SAMPLED])
+    top_p: float = opt(
+        1.0, "sample among the likeliest this much", above=0.0, at_most=1.0, needs=[SAMPLED]
+    )
+    max_gen_length: int = opt(
+        0,
+        "most new tokens of an answer; 0 = the longest right answer of the test and a quarter more "
+        "(at most 4 contexts), which cuts off no trained depth",
+        at_least=0,
+    )
+    batch_size: int = opt(64, "problems at a time: speed and memory, not results", at_least=1)
+    output_dir: str = opt("evaluation_results", "folder for the three result files")
+    device: str = opt("auto", "cpu, cuda, cuda:N or mps; auto = the CPU, where results repeat")
+
+
+@dataclass(frozen=True)
+class InteractiveConfig(ModelPathConfig):
+    """Interactive solver."""
+
+    max_gen_length: int = opt(
+        0, "most new tokens of a solution; 0 = enough for a right one and some more", at_least=0
+    )
+    device: str = opt("auto", "cpu, cuda, cuda:N, mps or auto")
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Merging."""
+
+    base_checkpoint: str = opt("", "the model that the adapter was trained on", required=True)
+    adapter_path: str = opt("", "lora_adapter.pt, or a PEFT folder", required=True)
+    output_path: str = opt("", "the checkpoint to write", required=True)
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """Quickstart."""
+
+    recipe: str = opt("configs/cpu", "folder with the configs of the stages")

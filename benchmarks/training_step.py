@@ -17,8 +17,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from arithmetic_llm.cli import build, read_json  # noqa: E402
-from arithmetic_llm.config import FoundationalConfig, ModelConfig  # noqa: E402
-from arithmetic_llm.corpus.files import FoundationalCorpusConfig, generate  # noqa: E402
+from arithmetic_llm.config import FoundationalConfig, FoundationalCorpusConfig, ModelConfig  # noqa: E402
+from arithmetic_llm.corpus.files import generate  # noqa: E402
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer  # noqa: E402
 from arithmetic_llm.model.transformer import ArithmeticModel, initialise  # noqa: E402
 from arithmetic_llm.runtime import prepare_training  # noqa: E402

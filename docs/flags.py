@@ -4,52 +4,42 @@ python docs/flags.py
 """
 
 import dataclasses
-import importlib
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from arithmetic_llm import config as stages  # noqa: E402
+from arithmetic_llm import config  # noqa: E402
 from arithmetic_llm.cli import default_of, flag_of, needs_of  # noqa: E402
 from arithmetic_llm.runtime import atomic_write_text  # noqa: E402
 
 SCRIPTS = {
-    "generate_corpus": "Config",
-    "generate_foundational_plaintext": "Config",
-    "generate_instruction_corpus_mixed": "Config",
-    "train_tokenizer": "Config",
-    "print_token_table": "Config",
-    "check_sequence_lengths": "Config",
-    "run_foundational_training": (stages.FoundationalConfig, stages.ModelConfig),
-    "run_instruction_training": stages.InstructionConfig,
-    "run_instruction_training_lora": stages.LoRAInstructionConfig,
-    "merge_lora_adapter": "Config",
-    "run_grpo_training": stages.GRPOConfig,
-    "run_evaluation": stages.EvaluationConfig,
-    "run_interactive": "Config",
-    "quickstart": "Config",
+    "generate_corpus": (config.BothCorporaConfig,),
+    "generate_foundational_plaintext": (config.PlainTextCorpusConfig,),
+    "generate_instruction_corpus_mixed": (config.MixedCorpusConfig,),
+    "train_tokenizer": (config.TokenizerConfig,),
+    "print_token_table": (config.TokenTableConfig,),
+    "check_sequence_lengths": (config.SequenceLengthsConfig,),
+    "run_foundational_training": (config.FoundationalConfig, config.ModelConfig),
+    "run_instruction_training": (config.InstructionConfig,),
+    "run_instruction_training_lora": (config.LoRAInstructionConfig,),
+    "merge_lora_adapter": (config.MergeConfig,),
+    "run_grpo_training": (config.GRPOConfig,),
+    "run_evaluation": (config.EvaluationConfig,),
+    "run_interactive": (config.InteractiveConfig,),
+    "quickstart": (config.QuickstartConfig,),
 }
 
 
 def reference():
     """The text of docs/FLAGS.md."""
     parts = ["# Every flag of every script\n\nMade by `python docs/flags.py`; do not edit.\n"]
-    for script in SCRIPTS:
-        configs = configs_of(script)
+    for script, configs in SCRIPTS.items():
         fields = [field for cls in configs for field in dataclasses.fields(cls)]
         rows = [row(field, configs) for field in fields if "never" not in field.metadata]
         parts.append(f"## {script}.py\n\n| flag | default | |\n|---|---|---|\n" + "\n".join(rows))
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
-
-
-def configs_of(script):
-    """The config classes of a script, whose fields are its flags."""
-    configs = SCRIPTS[script]
-    if isinstance(configs, str):
-        configs = getattr(importlib.import_module(script), configs)
-    return configs if isinstance(configs, tuple) else (configs,)
 
 
 def row(field, configs):

@@ -7,9 +7,8 @@ import pytest
 import torch
 from helpers import call, checkpoint_of, make_tokenizer, random_model
 
-from arithmetic_llm.config import TrainingConfig
+from arithmetic_llm.config import SampleSpec, TrainingConfig
 from arithmetic_llm.corpus.files import generate
-from arithmetic_llm.corpus.trees import SampleSpec
 from arithmetic_llm.model.checkpoint import save_checkpoint
 from arithmetic_llm.model.transformer import initialise
 from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, plan_epoch

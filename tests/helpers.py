@@ -18,9 +18,8 @@ import torch
 
 from arithmetic_llm import runtime
 from arithmetic_llm.cli import run_main
-from arithmetic_llm.config import ModelConfig
+from arithmetic_llm.config import ModelConfig, SampleSpec
 from arithmetic_llm.corpus.files import Record, generate
-from arithmetic_llm.corpus.trees import SampleSpec
 from arithmetic_llm.model.checkpoint import Checkpoint
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel

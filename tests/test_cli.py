@@ -394,7 +394,7 @@ class Choosy2(Choosy):
 
 
 REFERENCE = runpy.run_path(str(ROOT / "docs" / "flags.py"))
-CONFIGS = {script: REFERENCE["configs_of"](script) for script in REFERENCE["SCRIPTS"]}
+CONFIGS = REFERENCE["SCRIPTS"]
 
 
 def fields_of(script):

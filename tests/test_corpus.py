@@ -10,17 +10,10 @@ from dataclasses import replace
 
 import pytest
 
+from arithmetic_llm.config import SPLITS, STYLES, TREE_STYLES, CorpusConfig, SampleSpec
 from arithmetic_llm.corpus import files as corpus
-from arithmetic_llm.corpus.draw import SPLITS, shuffled, split_of
-from arithmetic_llm.corpus.files import (
-    CorpusConfig,
-    generate,
-    json_line,
-    make_corpus,
-    plain_lines,
-    read_corpus,
-)
-from arithmetic_llm.corpus.trees import STYLES, TREE_STYLES, SampleSpec
+from arithmetic_llm.corpus.draw import shuffled, split_of
+from arithmetic_llm.corpus.files import generate, json_line, make_corpus, plain_lines, read_corpus
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.expression import parse
 from arithmetic_llm.task.solution import ERROR, one_line, solve

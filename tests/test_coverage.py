@@ -7,10 +7,11 @@ from random import Random
 import pytest
 from helpers import ROOT, call, records
 
+from arithmetic_llm.config import MAX_DEPTH, MAX_FLAT_TERMS
 from arithmetic_llm.corpus.coverage import coverage, merge, survey
 from arithmetic_llm.corpus.files import json_line, solved
 from arithmetic_llm.corpus.files import test_set as draw_test_set
-from arithmetic_llm.corpus.trees import MAX_DEPTH, MAX_FLAT_TERMS, exact_tree, write
+from arithmetic_llm.corpus.trees import exact_tree, write
 from arithmetic_llm.task.expression import parse
 
 

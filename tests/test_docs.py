@@ -80,7 +80,7 @@ def test_every_root_script_is_in_the_reference_and_in_the_readme():
 
 def accept(script, argv):
     """Have a script's configs read its arguments, as its ``main`` does first."""
-    sections = dict(zip(("config", "model_config"), REFERENCE["configs_of"](script), strict=False))
+    sections = dict(zip(("config", "model_config"), REFERENCE["SCRIPTS"][script], strict=False))
     parse_many(sections, argv, "")
 
 

@@ -14,11 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Oracle, right_answer, with_result
 
-from arithmetic_llm.config import EvaluationConfig
+from arithmetic_llm.config import MAX_DEPTH, EvaluationConfig, SampleSpec
 from arithmetic_llm.corpus.draw import split_of
 from arithmetic_llm.corpus.files import generate as draw
 from arithmetic_llm.corpus.files import json_line, test_set
-from arithmetic_llm.corpus.trees import MAX_DEPTH, SampleSpec
 from arithmetic_llm.evaluation import evaluate as evaluation
 from arithmetic_llm.evaluation.evaluate import (
     answer_lengths,

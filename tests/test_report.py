@@ -5,8 +5,8 @@ import json
 import pytest
 from oracle import Oracle, right_answer, with_result
 
+from arithmetic_llm.config import SampleSpec
 from arithmetic_llm.corpus.files import test_set
-from arithmetic_llm.corpus.trees import SampleSpec
 from arithmetic_llm.evaluation.evaluate import evaluate
 from arithmetic_llm.evaluation.metrics import problem_from, problems_from, wilson_interval
 from arithmetic_llm.evaluation.report import (

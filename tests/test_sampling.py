@@ -5,11 +5,10 @@ from collections import Counter
 
 import pytest
 
+from arithmetic_llm.config import TREE_STYLES, SampleSpec
 from arithmetic_llm.corpus import corruption
 from arithmetic_llm.corpus.trees import (
     MANY,
-    TREE_STYLES,
-    SampleSpec,
     all_flat_sums,
     all_trees,
     count_flat_sums,

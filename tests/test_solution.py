@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from arithmetic_llm.corpus.trees import SampleSpec, draw, write
+from arithmetic_llm.config import SampleSpec
+from arithmetic_llm.corpus.trees import draw, write
 from arithmetic_llm.task.expression import parse
 from arithmetic_llm.task.solution import (
     next_step,

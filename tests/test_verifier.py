@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import right_answer
 
-from arithmetic_llm.corpus.trees import STYLES, SampleSpec, draw, write
+from arithmetic_llm.config import STYLES, SampleSpec
+from arithmetic_llm.corpus.trees import draw, write
 from arithmetic_llm.task.expression import canonicalise
 from arithmetic_llm.task.solution import SPECIAL_TOKENS, one_line, solve
 from arithmetic_llm.task.verifier import ErrorKind, check_step, verify

@@ -11,9 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from arithmetic_llm.corpus.draw import split_of_problem
-from arithmetic_llm.corpus.files import Record, read_corpus
-from arithmetic_llm.corpus.trees import (
+from arithmetic_llm.config import (
     LARGEST_NUMBER,
     MAX_DEPTH,
     MAX_FLAT_TERMS,
@@ -21,6 +19,8 @@ from arithmetic_llm.corpus.trees import (
     TREE_STYLES,
     SampleSpec,
 )
+from arithmetic_llm.corpus.draw import split_of_problem
+from arithmetic_llm.corpus.files import Record, read_corpus
 from arithmetic_llm.runtime import sha256_file
 from arithmetic_llm.task.expression import Expression, ExpressionError, parse, spell
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterator
 from random import Random
 from typing import NamedTuple
 
+from arithmetic_llm.config import SampleSpec
 from arithmetic_llm.corpus.trees import (
-    SampleSpec,
     all_flat_sums,
     all_trees,
     count_flat_sums,
@@ -24,7 +24,6 @@ from arithmetic_llm.corpus.trees import (
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.expression import ExpressionError, Postfix, parse
 
-SPLITS = ("train", "validation", "test")
 Problem = Postfix | str
 
 _MAX_DRAWS = 20_000  # a split without a hit in so many draws (0.95 ** 20,000) has no such problem

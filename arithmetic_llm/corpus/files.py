@@ -6,14 +6,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from arithmetic_llm.cli import Above, like, opt
-from arithmetic_llm.corpus.draw import SPLITS, Problem, draw_any, draw_distinct, shuffled
-from arithmetic_llm.corpus.trees import STYLES, TREE_STYLES, SampleSpec, write
+from arithmetic_llm.config import STYLES, TREE_STYLES, CorpusConfig, SampleSpec
+from arithmetic_llm.corpus.draw import Problem, draw_any, draw_distinct, shuffled
+from arithmetic_llm.corpus.trees import write
 from arithmetic_llm.runtime import (
     Progress,
     UserError,
@@ -128,36 +128,6 @@ def json_line(record: Record) -> str:
 def plain_lines(record: Record) -> str:
     """A record as the two lines it has in a foundational corpus."""
     return f"{record.problem}\n{one_line(record.solution)}\n"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusConfig(SampleSpec):
-    """Corpus."""
-
-    num_samples: int | None = opt(
-        None, "samples in each file that is written", required=True, at_least=1
-    )
-    seed: int = opt(42, "the same seed makes the same file, byte for byte", at_least=0)
-    split: str = opt(
-        "train",
-        "which problems: no two splits share one; test and validation files repeat none either",
-        choices=SPLITS,
-    )
-    flat_terms: int = like(SampleSpec, "flat_terms", needs=[{"flat_rate": Above(0)}])
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoundationalCorpusConfig(CorpusConfig):
-    """Foundational corpus.
-
-    It is where arithmetic facts (drills) and the counting of parentheses (padded) are learned. The
-    shares are those of the CPU recipe, the best of what docs/LOG.md has measured.
-    """
-
-    typed_rate: float = like(SampleSpec, "typed_rate", 0.1)
-    padded_rate: float = like(SampleSpec, "padded_rate", 0.05)
-    flat_rate: float = like(SampleSpec, "flat_rate", 0.0)
-    drill_rate: float = like(SampleSpec, "drill_rate", 0.3)
 
 
 def make_corpus(config: CorpusConfig, path: str, as_text: Callable[[Record], str]) -> None:

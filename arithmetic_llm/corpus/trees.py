@@ -7,82 +7,15 @@ A tree is held in postfix (see `task.expression.Expression.postfix`). Every func
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from random import Random
 
-from arithmetic_llm.cli import check_fields, opt
+from arithmetic_llm.config import SampleSpec
 from arithmetic_llm.corpus.corruption import corrupt
-from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.expression import Postfix, apply, spell
 
 LEAF_PROBABILITY = 0.3  # that the free side of an operation stops growing, at every level
-TREE_STYLES = ("nested", "typed", "padded")
-STYLES = (*TREE_STYLES, "flat", "drill", "invalid")
-# A solution grows with the square of the numbers in its expression. At these limits there are some
-# 200 numbers, and solutions of 50,000 to 200,000 tokens: more than any context here. Each level of
-# depth doubles that. At depth 20 one solution had 32 million tokens and took 12 GB to encode.
-MAX_DEPTH = 10
-MAX_FLAT_TERMS = 200
-LARGEST_NUMBER = 10**100
 MANY = 10**15
-
-
-def _rate(default: float, help: str) -> float:
-    return opt(default, help, at_least=0.0, at_most=1.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleSpec:
-    """What to sample. Each rate is a fraction of all samples; nested expressions are the rest."""
-
-    num_range: tuple[int, int] = opt((1, 20), "smallest and largest number in an expression")
-    min_depth: int = opt(1, "least depth of an expression tree", at_least=1)
-    max_depth: int = opt(5, "greatest depth of an expression tree", at_least=1, at_most=MAX_DEPTH)
-    invalid_rate: float = _rate(0.1, "fraction of invalid expressions, rounded to whole samples")
-    typed_rate: float = _rate(
-        0.1, "fraction written as people type, without needless parentheses: 1 + 2 + 3"
-    )
-    padded_rate: float = _rate(
-        0.0,
-        "fraction with 0 to 2 needless pairs of parentheses around each operation, "
-        "at least one in all: ((1 + 2)) - 3",
-    )
-    flat_rate: float = _rate(
-        0.0,
-        "fraction of flat sums without parentheses, 2 to --flat-terms numbers: 7 - 2 + 9 - 1",
-    )
-    drill_rate: float = _rate(
-        0.0, "fraction of one-step drills: single steps of trees of --max-depth, as 31 - -12"
-    )
-    flat_terms: int = opt(20, "most numbers in a flat sum", at_least=2, at_most=MAX_FLAT_TERMS)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        low, high = self.num_range
-        if low > high:
-            raise UserError(f"--num-range {low} {high}: the smaller number comes first")
-        if max(-low, high) > LARGEST_NUMBER:
-            raise UserError("--num-range: numbers of up to 100 digits, please")
-        if self.min_depth > self.max_depth:
-            raise UserError(f"--min-depth {self.min_depth}: is above --max-depth {self.max_depth}")
-        rates = {style: self.rate(style) for style in STYLES[1:]}
-        if sum(rates.values()) > 1 + 1e-9:
-            shown = ", ".join(f"{style} {rate:g}" for style, rate in rates.items() if rate)
-            raise UserError(f"the rates add up to more than 1 ({shown}); lower one of them")
-
-    def rate(self, style: str) -> float:
-        """The fraction of samples of a style other than nested."""
-        return getattr(self, f"{style}_rate")
-
-    def style_counts(self, num_samples: int) -> dict[str, int]:
-        """Exact counts that add up to ``num_samples``, each rate rounded to the nearest."""
-        counts, left = {}, num_samples
-        for style in reversed(STYLES[1:]):  # invalid first: its rate is a promise
-            counts[style] = min(left, math.floor(self.rate(style) * num_samples + 0.5))
-            left -= counts[style]
-        return {"nested": left, **counts}
 
 
 # -------------------------------------------------------------------------------- problems

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from arithmetic_llm.config import EvaluationConfig
+from arithmetic_llm.config import EvaluationConfig, SampleSpec
 from arithmetic_llm.corpus.files import read_corpus, test_set
-from arithmetic_llm.corpus.trees import SampleSpec
 from arithmetic_llm.evaluation.metrics import (
     EvaluationResult,
     Outcome,

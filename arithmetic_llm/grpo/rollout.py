@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from arithmetic_llm.config import GRPOConfig
+from arithmetic_llm.config import GRPOConfig, SampleSpec
 from arithmetic_llm.corpus.draw import draw_any
 from arithmetic_llm.corpus.files import Record, read_corpus
-from arithmetic_llm.corpus.trees import SampleSpec
 from arithmetic_llm.evaluation.evaluate import right_answers
 from arithmetic_llm.evaluation.metrics import Outcome, Row, judge, problem_from
 from arithmetic_llm.grpo.rewards import Attempt, score
