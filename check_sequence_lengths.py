@@ -24,12 +24,11 @@ def lengths_by_depth(corpus_path, tokenizer_path):
     """Depth (or "invalid") -> token counts, ``<bos>`` and ``<eos>`` included."""
     from arithmetic_llm.corpus.files import read_corpus
     from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
-    from arithmetic_llm.training.batches import sequence_text
 
     tokenizer = ArithmeticTokenizer.load(tokenizer_path)
     lengths = defaultdict(list)
     for record in read_corpus(corpus_path):
-        tokens = len(tokenizer.encode(sequence_text(record))) + 2
+        tokens = len(tokenizer.encode(record.sequence)) + 2
         lengths[row_name(record.expression)].append(tokens)
     return lengths
 

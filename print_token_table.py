@@ -26,11 +26,10 @@ def main(argv=None):
 
 def count_tokens(tokenizer, corpus_path):
     from arithmetic_llm.corpus.files import read_corpus
-    from arithmetic_llm.training.batches import sequence_text
 
     counts = Counter()
     for record in read_corpus(corpus_path):
-        counts.update(tokenizer.encode(sequence_text(record)))
+        counts.update(tokenizer.encode(record.sequence))
     return counts
 
 

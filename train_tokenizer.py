@@ -11,9 +11,8 @@ def main(argv=None):
     config = parse(TokenizerConfig, argv, __doc__)
     from arithmetic_llm.corpus.files import read_corpus
     from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
-    from arithmetic_llm.training.batches import sequence_text
 
-    texts = (sequence_text(record) for record in read_corpus(config.corpus_path))
+    texts = (record.sequence for record in read_corpus(config.corpus_path))
     tokenizer = ArithmeticTokenizer.train(texts, config.vocab_size)
     path = tokenizer.save(config.output_dir)
     print(f"{tokenizer.vocab_size} tokens (at most {config.vocab_size} were allowed) in {path}")

@@ -22,7 +22,7 @@ from arithmetic_llm.corpus.files import generate  # noqa: E402
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer  # noqa: E402
 from arithmetic_llm.model.transformer import ArithmeticModel, initialise  # noqa: E402
 from arithmetic_llm.runtime import prepare_training  # noqa: E402
-from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, sequence_text  # noqa: E402
+from arithmetic_llm.training.batches import LossWeights, TokenisedSamples  # noqa: E402
 from arithmetic_llm.training.loop import autocast  # noqa: E402
 from arithmetic_llm.training.optim import build_optimizer  # noqa: E402
 from arithmetic_llm.training.run import resolve_precision  # noqa: E402
@@ -38,7 +38,7 @@ def prepare():
     config = build(FoundationalConfig, {**read_json(RECIPE / "foundational.json"), **paths}, {})
     spec = build(FoundationalCorpusConfig, read_json(RECIPE / "foundational_corpus.json"), {})
     records = [sample.record for sample in generate(spec, 8000, seed=1)]
-    tokenizer = ArithmeticTokenizer.train(map(sequence_text, records), 1000)
+    tokenizer = ArithmeticTokenizer.train((record.sequence for record in records), 1000)
     shape = build(ModelConfig, read_json(RECIPE / "model.json"), {})
     samples = TokenisedSamples(records, tokenizer, shape.max_seq_length, LossWeights(0.05, 3.0))
     model = initialise(ArithmeticModel(shape, tokenizer.vocab_size))

@@ -23,7 +23,6 @@ from arithmetic_llm.corpus.files import Record, generate
 from arithmetic_llm.model.checkpoint import Checkpoint
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
-from arithmetic_llm.training.batches import sequence_text
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"d_model": 32, "nhead": 2, "num_layers": 2, "dim_feedforward": 48, "dropout": 0.0}
@@ -108,7 +107,7 @@ def records(count: int = 400, seed: int = 0, **settings: object) -> list[Record]
 
 def make_tokenizer(vocab_size: int = 300) -> ArithmeticTokenizer:
     """A tokenizer of the size and kind that the product uses."""
-    return ArithmeticTokenizer.train(map(sequence_text, records()), vocab_size)
+    return ArithmeticTokenizer.train((record.sequence for record in records()), vocab_size)
 
 
 def random_model(vocab_size: int, seed: int = 0, **shape: object) -> ArithmeticModel:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from arithmetic_llm.config import ModelConfig
 from arithmetic_llm.model.tokenizer import EOS, PAD, THINK, ArithmeticTokenizer
-from arithmetic_llm.task.solution import one_line, solve
+from arithmetic_llm.task.solution import solve
+from arithmetic_llm.task.text import one_line
 
 
 def right_answer(expression: str) -> str:

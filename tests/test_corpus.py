@@ -12,11 +12,13 @@ import pytest
 
 from arithmetic_llm.config import SPLITS, STYLES, TREE_STYLES, CorpusConfig, SampleSpec
 from arithmetic_llm.corpus import files as corpus
-from arithmetic_llm.corpus.draw import shuffled, split_of
+from arithmetic_llm.corpus.draw import shuffled
 from arithmetic_llm.corpus.files import generate, json_line, make_corpus, plain_lines, read_corpus
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.expression import parse
-from arithmetic_llm.task.solution import ERROR, one_line, solve
+from arithmetic_llm.task.problem import split_of
+from arithmetic_llm.task.solution import solve
+from arithmetic_llm.task.text import ERROR, one_line
 
 MIXED = SampleSpec(
     max_depth=3,

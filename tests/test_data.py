@@ -11,7 +11,8 @@ from arithmetic_llm.config import FoundationalConfig
 from arithmetic_llm.corpus.files import Record
 from arithmetic_llm.model.tokenizer import PAD, SMALLEST_VOCAB
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.task.solution import problem_text, solve
+from arithmetic_llm.task.solution import solve
+from arithmetic_llm.task.text import problem_text
 from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, plan_epoch
 from arithmetic_llm.training.loop import update
 from arithmetic_llm.training.supervised import SupervisedTask

@@ -15,28 +15,18 @@ from hypothesis import strategies as st
 from oracle import Oracle, right_answer, with_result
 
 from arithmetic_llm.config import MAX_DEPTH, EvaluationConfig, SampleSpec
-from arithmetic_llm.corpus.draw import split_of
+from arithmetic_llm.corpus.coverage import covered
 from arithmetic_llm.corpus.files import generate as draw
 from arithmetic_llm.corpus.files import json_line, test_set
 from arithmetic_llm.evaluation import evaluate as evaluation
-from arithmetic_llm.evaluation.evaluate import (
-    answer_lengths,
-    evaluate,
-    problems_for,
-    room_to_answer,
-    save,
-)
-from arithmetic_llm.evaluation.metrics import (
-    covered,
-    figures,
-    judge,
-    problem_from,
-    problems_from,
-    wilson_interval,
-)
+from arithmetic_llm.evaluation.evaluate import evaluate, problems_for, problems_from, save
+from arithmetic_llm.evaluation.judge import judge
+from arithmetic_llm.evaluation.length import answer_lengths, room_to_answer
+from arithmetic_llm.evaluation.metrics import figures, wilson_interval
 from arithmetic_llm.model.decode import Completion, Sampling
 from arithmetic_llm.model.tokenizer import END_THINK, EOS, SPECIAL_TOKENS, ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError, atomic_write_text
+from arithmetic_llm.task.problem import problem_from, split_of
 
 test_set.__test__ = False  # a function of the package, not a test
 

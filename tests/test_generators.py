@@ -10,10 +10,10 @@ import pytest
 import generate_corpus
 import generate_foundational_plaintext
 import generate_instruction_corpus_mixed
-from arithmetic_llm.corpus.draw import split_of
 from arithmetic_llm.corpus.files import read_corpus
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.expression import parse
+from arithmetic_llm.task.problem import split_of
 
 ROOT = Path(generate_corpus.__file__).parent
 

@@ -16,17 +16,9 @@ from helpers import call, checkpoint_of, command, one_thread, random_model, reco
 from oracle import Oracle, right_answer
 
 from arithmetic_llm.config import GRPOConfig
-from arithmetic_llm.corpus.draw import split_of
 from arithmetic_llm.corpus.files import json_line, solved, test_set
-from arithmetic_llm.evaluation.evaluate import evaluate
-from arithmetic_llm.evaluation.metrics import (
-    Outcome,
-    Problem,
-    Row,
-    judge,
-    problem_from,
-    problems_from,
-)
+from arithmetic_llm.evaluation.evaluate import evaluate, problems_from
+from arithmetic_llm.evaluation.judge import Outcome, judge
 from arithmetic_llm.grpo import task as reinforce
 from arithmetic_llm.grpo.rewards import REWARDS
 from arithmetic_llm.grpo.rollout import PassRates, PromptSource, Rollout, rewarded, roll_out
@@ -40,8 +32,8 @@ from arithmetic_llm.model.checkpoint import (
 )
 from arithmetic_llm.model.decode import GREEDY, Completion
 from arithmetic_llm.model.tokenizer import BOS, EOS, PAD
+from arithmetic_llm.task.problem import Problem, Row, problem_from, split_of
 from arithmetic_llm.task.verifier import verify
-from arithmetic_llm.training.batches import sequence_text
 
 test_set.__test__ = False  # a function of the package, not a test
 
@@ -732,7 +724,7 @@ def test_solutions_are_those_of_the_prompts_that_rollouts_would_get(tiny_model, 
     ]
     assert [len(solutions.batch.input_ids) for solutions in batches] == [4, 2]
     asked = PromptSource(settings(batch_size=6), PassRates()).of_step(3)
-    expected = [sequence_text(solved(expression)) for expression in asked]
+    expected = [solved(expression).sequence for expression in asked]
     assert Counter(text.replace(" ", "") for text in texts) == Counter(
         text.replace(" ", "") for text in expected
     )

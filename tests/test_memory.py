@@ -24,7 +24,6 @@ from arithmetic_llm.training.batches import (
     LossWeights,
     TokenisedSamples,
     micro_batches,
-    sequence_text,
     working_memory,
 )
 from arithmetic_llm.training.supervised import SupervisedTask
@@ -244,7 +243,7 @@ def depth_4(tmp_path_factory):
     """The arguments of a run on 64 samples of depth 4: the shortest and the longest 32 of 300."""
     folder = tmp_path_factory.mktemp("depth_4")
     drawn = records(300, min_depth=4, max_depth=4, flat_rate=0, drill_rate=0, invalid_rate=0)
-    tokenizer = ArithmeticTokenizer.train(map(sequence_text, drawn), 1000)
+    tokenizer = ArithmeticTokenizer.train((record.sequence for record in drawn), 1000)
     tokenizer.save(folder / "tokenizer")
     drawn.sort(key=lambda record: len(record.solution))
     chosen = [*drawn[:32], *drawn[-32:]]

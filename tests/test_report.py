@@ -7,8 +7,8 @@ from oracle import Oracle, right_answer, with_result
 
 from arithmetic_llm.config import SampleSpec
 from arithmetic_llm.corpus.files import test_set
-from arithmetic_llm.evaluation.evaluate import evaluate
-from arithmetic_llm.evaluation.metrics import problem_from, problems_from, wilson_interval
+from arithmetic_llm.evaluation.evaluate import evaluate, problems_from
+from arithmetic_llm.evaluation.metrics import wilson_interval
 from arithmetic_llm.evaluation.report import (
     ENOUGH,
     EXCELLENT,
@@ -17,6 +17,7 @@ from arithmetic_llm.evaluation.report import (
     standing,
     summary_text,
 )
+from arithmetic_llm.task.problem import problem_from
 
 test_set.__test__ = False  # a function of the package, not a test
 

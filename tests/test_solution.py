@@ -8,15 +8,8 @@ import pytest
 from arithmetic_llm.config import SampleSpec
 from arithmetic_llm.corpus.trees import draw, write
 from arithmetic_llm.task.expression import parse
-from arithmetic_llm.task.solution import (
-    next_step,
-    one_line,
-    problem_text,
-    read_answer,
-    reductions,
-    solve,
-    solve_canonical,
-)
+from arithmetic_llm.task.solution import next_step, reductions, solve, solve_canonical
+from arithmetic_llm.task.text import one_line, problem_text, read_answer
 
 
 def test_the_documented_example():

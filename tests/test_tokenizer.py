@@ -19,12 +19,12 @@ from arithmetic_llm.model.tokenizer import (
     ArithmeticTokenizer,
 )
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.task.solution import one_line, solve
-from arithmetic_llm.training.batches import sequence_text
+from arithmetic_llm.task.solution import solve
+from arithmetic_llm.task.text import one_line
 
 TOKENIZER = make_tokenizer()
 SMALLEST = make_tokenizer(SMALLEST_VOCAB)
-TEXTS = [sequence_text(record) for record in records(300, seed=1, num_range=(-50, 200))]
+TEXTS = [record.sequence for record in records(300, seed=1, num_range=(-50, 200))]
 
 ascii_text = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60)
 # Near misses of the task's own language, special tokens included.

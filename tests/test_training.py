@@ -23,7 +23,6 @@ from arithmetic_llm.corpus.coverage import coverage
 from arithmetic_llm.model.checkpoint import FINISHED, load_checkpoint, weights_hash
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.training import supervised
-from arithmetic_llm.training.batches import sequence_text
 from arithmetic_llm.training.loop import epoch_log
 from arithmetic_llm.training.run import MetricsLog
 from arithmetic_llm.training.supervised import SupervisedTask, counted_logits, train_instruction
@@ -279,7 +278,7 @@ def test_held_out_samples_beyond_the_context_are_reported_and_count_as_wrong(
     depths = Counter(
         sample.depth
         for sample in drawn
-        if len(tokenizer.encode_batch([sequence_text(sample.record)])[0]) > 58
+        if len(tokenizer.encode_batch([sample.record.sequence])[0]) > 58
     )
     assert 0 < depths[2] == depths.total() < len(drawn)
     assert (

@@ -12,7 +12,8 @@ from oracle import right_answer
 from arithmetic_llm.config import STYLES, SampleSpec
 from arithmetic_llm.corpus.trees import draw, write
 from arithmetic_llm.task.expression import canonicalise
-from arithmetic_llm.task.solution import SPECIAL_TOKENS, one_line, solve
+from arithmetic_llm.task.solution import solve
+from arithmetic_llm.task.text import SPECIAL_TOKENS, one_line
 from arithmetic_llm.task.verifier import ErrorKind, check_step, verify
 
 PROBLEM = "(8 - 5) + (4 - 6)"

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from trl_reference import assert_same_gradients, their_logprobs, their_loss
 
 from arithmetic_llm.config import GRPOConfig
-from arithmetic_llm.corpus.draw import split_of
 from arithmetic_llm.corpus.files import json_line
 from arithmetic_llm.grpo import rollout
 from arithmetic_llm.grpo import task as reinforce
@@ -33,6 +32,7 @@ from arithmetic_llm.model.lora import lora_layers, merge_adapter
 from arithmetic_llm.model.tokenizer import EOS, THINK
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError
+from arithmetic_llm.task.problem import split_of
 from arithmetic_llm.training import loop as trainer
 from arithmetic_llm.training.loop import train_step
 

@@ -19,10 +19,11 @@ from arithmetic_llm.config import (
     TREE_STYLES,
     SampleSpec,
 )
-from arithmetic_llm.corpus.draw import split_of_problem
+from arithmetic_llm.corpus.draw import split_of_drawn
 from arithmetic_llm.corpus.files import Record, read_corpus
 from arithmetic_llm.runtime import sha256_file
 from arithmetic_llm.task.expression import Expression, ExpressionError, parse, spell
+from arithmetic_llm.task.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,9 @@ class _Texts:
             tree = parse(text)
         except ExpressionError:
             self.styles["invalid"] += 1
-            self.splits[split_of_problem(text)] += 1
+            self.splits[split_of_drawn(text)] += 1
             return
-        self.splits[split_of_problem(tree.postfix)] += 1
+        self.splits[split_of_drawn(tree.postfix)] += 1
         numbers = sorted(symbol for symbol in tree.postfix if isinstance(symbol, int))
         if tree.depth == 1 and "(" not in tree.canonical:
             self.pairs[numbers[0], numbers[1]] += 1
@@ -240,3 +241,22 @@ def _from_sidecar(meta: dict[str, Any]) -> Coverage:
         tuple(meta["settings"]["num_range"]),
         {meta["settings"]["split"]: meta["samples"]},
     )
+
+
+def covered(problem: Problem, trained_on: dict[str, Any]) -> bool:
+    """Whether a checkpoint saw problems of this kind in training.
+
+    Args:
+        trained_on: what the checkpoint says, see `Coverage`.
+    """
+    styles, depths = trained_on["styles"], trained_on["depths"]
+    low, high = trained_on["num_range"]
+    if problem.row.kind == "invalid":
+        return "invalid" in styles
+    if problem.style is not None and problem.style not in styles:
+        return False
+    in_row = problem.depth in depths
+    if problem.terms is not None:  # 1 + 2 + 3 is a flat sum, but also (1 + 2) + 3 as typed
+        in_row = problem.terms in trained_on["flat_terms"]
+        in_row = in_row or ("typed" in styles and problem.terms - 1 in depths)
+    return in_row and low <= problem.low and problem.high <= high

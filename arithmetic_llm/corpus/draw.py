@@ -1,12 +1,7 @@
-"""The train, validation and test splits, and how to draw problems from one of them.
-
-A problem is a tree (in postfix) or the text of an invalid expression. All spellings of one tree are
-one problem and belong to the same split.
-"""
+"""How to draw problems of a style from a split: any, or distinct ones spread over depths."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterator
 from random import Random
 from typing import NamedTuple
@@ -22,30 +17,9 @@ from arithmetic_llm.corpus.trees import (
     flat_sum,
 )
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.task.expression import ExpressionError, Postfix, parse
-
-Problem = Postfix | str
+from arithmetic_llm.task.problem import Drawn, split_of_drawn
 
 _MAX_DRAWS = 20_000  # a split without a hit in so many draws (0.95 ** 20,000) has no such problem
-
-
-def split_of(expression: str) -> str:
-    """Which of `SPLITS` an expression belongs to, valid or not."""
-    try:
-        return split_of_problem(parse(expression).postfix)
-    except ExpressionError:
-        return split_of_problem(expression)
-
-
-def split_of_problem(problem: Problem) -> str:
-    """90 % train, 5 % validation, 5 % test, by a hash that is the same on every machine.
-
-    Hashed is the tree in postfix, ``5 10 3 - +``, or the raw text of an invalid expression.
-    """
-    key = problem if isinstance(problem, str) else " ".join(map(str, problem))
-    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-    percentile = int.from_bytes(digest[:8], "big") % 100
-    return "train" if percentile < 90 else "validation" if percentile < 95 else "test"
 
 
 def shuffled(counts: dict[str, int], rng: Random) -> Iterator[str]:
@@ -65,7 +39,7 @@ def _key_at(counts: dict[str, int], place: int) -> str:
     raise IndexError(place)
 
 
-def draw_any(spec: SampleSpec, style: str, split: str, rng: Random) -> Problem:
+def draw_any(spec: SampleSpec, style: str, split: str, rng: Random) -> Drawn:
     """One problem of a style and a split, whether it has been drawn before or not.
 
     Raises:
@@ -73,7 +47,7 @@ def draw_any(spec: SampleSpec, style: str, split: str, rng: Random) -> Problem:
     """
     for _ in range(_MAX_DRAWS):
         problem = draw(spec, style, rng)
-        if split_of_problem(problem) == split:
+        if split_of_drawn(problem) == split:
             return problem
     raise _no_problem(f"{style} style", spec.num_range, split)
 
@@ -84,8 +58,8 @@ def draw_distinct(
     wanted: int,
     split: str,
     rng: Random,
-    taken: Collection[Problem] = (),
-) -> list[Problem]:
+    taken: Collection[Drawn] = (),
+) -> list[Drawn]:
     """That many different problems in random order, spread evenly over depths or lengths.
 
     What a depth with few problems lacks falls to deeper ones; fewer than ``wanted`` come back only
@@ -98,7 +72,7 @@ def draw_distinct(
         UserError: a depth, a length of flat sum or a style has no problem in the split.
     """
     strata = _strata(spec, style)
-    found: list[Problem] = []
+    found: list[Drawn] = []
     for place, stratum in enumerate(strata):
         share = (wanted - len(found)) // (len(strata) - place)
         if share:
@@ -112,9 +86,9 @@ class _Stratum(NamedTuple):
 
     name: str
     num_range: tuple[int, int]
-    draw: Callable[[Random], Problem]
+    draw: Callable[[Random], Drawn]
     size: int | None = None  # None: too many to list
-    every: Callable[[], Iterator[Problem]] = lambda: iter(())
+    every: Callable[[], Iterator[Drawn]] = lambda: iter(())
 
 
 def _strata(spec: SampleSpec, style: str) -> list[_Stratum]:
@@ -147,11 +121,11 @@ def _flat_stratum(terms: int, num_range: tuple[int, int]) -> _Stratum:
 
 
 def _distinct(
-    stratum: _Stratum, wanted: int, split: str, rng: Random, taken: Collection[Problem]
-) -> list[Problem]:
+    stratum: _Stratum, wanted: int, split: str, rng: Random, taken: Collection[Drawn]
+) -> list[Drawn]:
     """That many different problems, or all there are; small strata are listed, not searched."""
     if stratum.size is not None and stratum.size <= 100 * wanted:
-        met = [problem for problem in stratum.every() if split_of_problem(problem) == split]
+        met = [problem for problem in stratum.every() if split_of_drawn(problem) == split]
         free = [problem for problem in met if problem not in taken]
         found = rng.sample(free, min(wanted, len(free)))
     else:
@@ -163,14 +137,14 @@ def _distinct(
 
 
 def _search(
-    stratum: _Stratum, wanted: int, split: str, rng: Random, taken: Collection[Problem]
-) -> list[Problem]:
+    stratum: _Stratum, wanted: int, split: str, rng: Random, taken: Collection[Drawn]
+) -> list[Drawn]:
     """Problems of the split in the order in which they turned up, ``wanted`` of them not taken."""
-    met: dict[Problem, None] = {}  # a set that keeps its order
+    met: dict[Drawn, None] = {}  # a set that keeps its order
     misses = 0
     while wanted and misses < _MAX_DRAWS:
         problem = stratum.draw(rng)
-        if problem in met or split_of_problem(problem) != split:
+        if problem in met or split_of_drawn(problem) != split:
             misses += 1
             continue
         met[problem] = None

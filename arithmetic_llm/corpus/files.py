@@ -12,7 +12,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from arithmetic_llm.config import STYLES, TREE_STYLES, CorpusConfig, SampleSpec
-from arithmetic_llm.corpus.draw import Problem, draw_any, draw_distinct, shuffled
+from arithmetic_llm.corpus.draw import Drawn, draw_any, draw_distinct, shuffled
 from arithmetic_llm.corpus.trees import write
 from arithmetic_llm.runtime import (
     Progress,
@@ -22,14 +22,17 @@ from arithmetic_llm.runtime import (
     require_file,
 )
 from arithmetic_llm.task.expression import tree_depth
-from arithmetic_llm.task.solution import (
+from arithmetic_llm.task.solution import Solution, solve, solve_canonical
+from arithmetic_llm.task.text import (
+    CLOSE,
+    OPEN,
     Answer,
-    Solution,
+    is_solution,
     one_line,
     problem_text,
     read_answer,
-    solve,
-    solve_canonical,
+    result_text,
+    sequence_text,
 )
 
 
@@ -40,6 +43,11 @@ class Record(NamedTuple):
     problem: str
     solution: str
     answer: Answer
+
+    @property
+    def sequence(self) -> str:
+        """The whole sample as the model has it: ``Evaluate: E <think> ... Final Result: N``."""
+        return sequence_text(self.problem, self.solution)
 
 
 class Sample(NamedTuple):
@@ -88,7 +96,7 @@ def test_set(
     rng = Random(seed)
     counts = spec.style_counts(num_samples)
     samples: list[Sample] = []
-    taken: set[Problem] = set()
+    taken: set[Drawn] = set()
     for styles in (TREE_STYLES, ("flat",), ("drill",), ("invalid",)):
         order = [*shuffled({style: counts[style] for style in styles}, rng)]
         problems = draw_distinct(spec, styles[0], len(order), split, rng, taken)
@@ -105,7 +113,7 @@ def solved(expression: str) -> Record:
     return _record(expression, solve(expression))
 
 
-def _sample(problem: Problem, style: str, rng: Random) -> Sample:
+def _sample(problem: Drawn, style: str, rng: Random) -> Sample:
     if isinstance(problem, str):
         return Sample(solved(problem), style, None, None)
     expression = write(problem, style, rng)
@@ -269,11 +277,11 @@ def _checked(record: Record) -> Record:
             raise ValueError(f"{name!r} is not a string")
     if record.problem != problem_text(record.expression):
         raise ValueError(f"the problem is not {problem_text(record.expression)!r}")
-    if not record.solution.startswith("<think>") or "</think>" not in record.solution:
-        raise ValueError("the solution has no <think> ... </think>")
+    if not is_solution(record.solution):
+        raise ValueError(f"the solution has no {OPEN} ... {CLOSE}")
     stated = read_answer(record.solution)
     if stated is None:
-        raise ValueError("the solution does not end with one 'Final Result: N'")
+        raise ValueError(f"the solution does not end with one {result_text('N')!r}")
     if type(record.answer) is not type(stated) or record.answer != stated:
         raise ValueError(f"the answer {record.answer!r} is not the final result {stated!r}")
     return record

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,16 +14,10 @@ from typing import Any
 import torch
 
 from arithmetic_llm.config import EvaluationConfig, SampleSpec
-from arithmetic_llm.corpus.files import read_corpus, test_set
-from arithmetic_llm.evaluation.metrics import (
-    EvaluationResult,
-    Outcome,
-    Problem,
-    in_train_split,
-    judge,
-    problem_from,
-    problems_from,
-)
+from arithmetic_llm.corpus.files import Sample, read_corpus, test_set
+from arithmetic_llm.evaluation.judge import Outcome, judge
+from arithmetic_llm.evaluation.length import right_answers, room_to_answer, warn_if_too_short
+from arithmetic_llm.evaluation.metrics import EvaluationResult
 from arithmetic_llm.model.checkpoint import (
     Checkpoint,
     check_tokenizer,
@@ -33,7 +26,7 @@ from arithmetic_llm.model.checkpoint import (
     weights_hash,
 )
 from arithmetic_llm.model.decode import GREEDY, Completion, Sampling, generate
-from arithmetic_llm.model.tokenizer import EOS, ArithmeticTokenizer
+from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import (
     Progress,
@@ -43,9 +36,7 @@ from arithmetic_llm.runtime import (
     sha256_file,
     versions,
 )
-from arithmetic_llm.task.solution import one_line, solve
-
-CONTEXTS_TO_WRITE = 4  # how far beyond the trained context decoding goes unless told otherwise
+from arithmetic_llm.task.problem import Problem, problem_from, split_of
 
 
 def evaluate_checkpoint(config: EvaluationConfig) -> EvaluationResult:
@@ -83,19 +74,6 @@ def _identity(path: str, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def warn_if_too_short(
-    limit: int, problems: Sequence[Problem], tokenizer: ArithmeticTokenizer
-) -> None:
-    """Say so if a length limit cuts off right answers; 0 = no limit was asked for."""
-    lengths = answer_lengths(problems, tokenizer) if limit else []
-    if longer := sum(length > limit for length in lengths):
-        print(
-            f"warning: --max-gen-length {limit} cuts off the right answers to {longer:,} of "
-            f"{len(problems):,} problems; the longest takes {max(lengths):,} tokens",
-            file=sys.stderr,
-        )
-
-
 # ---------------------------------------------------------------------------- the problems
 
 
@@ -123,6 +101,16 @@ def _drawn(config: EvaluationConfig) -> tuple[list[Problem], dict[str, Any]]:
     if len(problems) < config.num_samples:
         print(f"{len(problems):,} of {config.num_samples:,} problems: the test split has no more")
     return problems, {"style": config.style, "num_samples": config.num_samples, **chosen}
+
+
+def problems_from(samples: Sequence[Sample]) -> list[Problem]:
+    """The problems of samples that were drawn, each in its own style."""
+    return [problem_from(sample.record.expression, sample.style) for sample in samples]
+
+
+def in_train_split(problems: Sequence[Problem]) -> int:
+    """How many problems belong to the train split, so that a model may have learned them."""
+    return sum(split_of(problem.expression) == "train" for problem in problems)
 
 
 # ------------------------------------------------------------------------------- the model
@@ -202,30 +190,6 @@ def _scoreboard(progress: Progress) -> Callable[[Outcome], None]:
         progress.update(1, accuracy=f"{100 * correct / done:.1f}%", tokens_per_s=f"{speed:,.0f}")
 
     return show
-
-
-def right_answers(problems: Sequence[Problem], tokenizer: ArithmeticTokenizer) -> list[list[int]]:
-    """The tokens of a right answer to each problem: what follows the prompt, ``<eos>`` included."""
-    texts = [one_line(solve(problem.expression).text) for problem in problems]
-    # The first token is <think>, which belongs to the prompt.
-    return [[*ids[1:], EOS] for ids in tokenizer.encode_batch(texts)]
-
-
-def answer_lengths(problems: Sequence[Problem], tokenizer: ArithmeticTokenizer) -> list[int]:
-    """How many tokens a right answer to each problem takes, ``<eos>`` included."""
-    return [len(answer) for answer in right_answers(problems, tokenizer)]
-
-
-def room_to_answer(
-    problems: Sequence[Problem], tokenizer: ArithmeticTokenizer, context: int
-) -> int:
-    """How many new tokens a policy may write: those of the longest right answer and a quarter more.
-
-    At most `CONTEXTS_TO_WRITE` contexts, which cuts off no trained depth: a training sample, prompt
-    and all, fits into one.
-    """
-    longest = max(answer_lengths(problems, tokenizer), default=0)
-    return min(longest + max(32, longest // 4), CONTEXTS_TO_WRITE * context)
 
 
 # ------------------------------------------------------------------------------ the files

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from arithmetic_llm.evaluation.metrics import Outcome
+from arithmetic_llm.evaluation.judge import Outcome
 from arithmetic_llm.evaluation.solver import ArithmeticSolver
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.expression import ExpressionError, parse
-from arithmetic_llm.task.solution import ERROR
+from arithmetic_llm.task.text import CLOSE, ERROR, FINAL_RESULT, NEW_EXPRESSION, REFUSAL, STEP
 from arithmetic_llm.task.verifier import StepVerdict, verify
 
 PROMPT = "Enter expression: "
@@ -146,7 +146,10 @@ def comparison(outcome: Outcome, marks: Marks) -> str:
 
 # What can be shown at once: the end of the trace, a whole word that might be a mark, or a piece of
 # one that cannot be.
-_SHOWABLE = re.compile(r"(\s*)(</think>|[SEF<]\S*(?=\s)|[^\sSEF<]+)")
+_LINES = {mark.split()[0] for mark in (STEP, NEW_EXPRESSION, REFUSAL, FINAL_RESULT)}
+_RESULT = FINAL_RESULT.split()[0]
+_STARTS = "".join(sorted({word[0] for word in (*_LINES, CLOSE)}))
+_SHOWABLE = re.compile(rf"(\s*)({CLOSE}|[{_STARTS}]\S*(?=\s)|[^\s{_STARTS}]+)")
 
 
 class Typesetter:
@@ -182,19 +185,19 @@ class Typesetter:
 
     def _place(self, space: str, word: str) -> str:
         """A word as it goes on the screen, after the mark of the step that it ends."""
-        ends_step = word in ("Step", "Final", "</think>")
+        ends_step = word in (STEP, _RESULT, CLOSE)
         mark = self._mark(verify(self.expression, self.shown).steps) if ends_step else ""
         self.shown += space + word
-        if word == "</think>":
+        if word == CLOSE:
             self.new_line_due = True
             return mark
         return mark + self._separator(space, word) + word
 
     def _separator(self, space: str, word: str) -> str:
         due, self.new_line_due = self.new_line_due, False
-        if word == "Final":
+        if word == _RESULT:
             return "\n\n"
-        if due or word in ("Step", "Expression", "Error:"):
+        if due or word in _LINES:
             return "\n  "
         return " " if space else ""
 

@@ -14,13 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
-from arithmetic_llm.evaluation.evaluate import room_to_answer
-from arithmetic_llm.evaluation.metrics import Outcome, Problem, covered, judge, problem_from
+from arithmetic_llm.corpus.coverage import covered
+from arithmetic_llm.evaluation.judge import Outcome, judge
+from arithmetic_llm.evaluation.length import room_to_answer
 from arithmetic_llm.model.checkpoint import check_tokenizer, load_checkpoint, resolve_stamp
 from arithmetic_llm.model.decode import GREEDY, Completion, Sampling, decode, generate
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError, resolve_device
+from arithmetic_llm.task.problem import Problem, problem_from
 
 
 class ArithmeticSolver:

@@ -12,13 +12,14 @@ from typing import Any
 from arithmetic_llm.config import GRPOConfig, SampleSpec
 from arithmetic_llm.corpus.draw import draw_any
 from arithmetic_llm.corpus.files import Record, read_corpus
-from arithmetic_llm.evaluation.evaluate import right_answers
-from arithmetic_llm.evaluation.metrics import Outcome, Row, judge, problem_from
+from arithmetic_llm.evaluation.judge import Outcome, judge
+from arithmetic_llm.evaluation.length import right_answers
 from arithmetic_llm.grpo.rewards import Attempt, score
 from arithmetic_llm.model.decode import Completion, Sampling, generate
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.task.expression import spell
+from arithmetic_llm.task.problem import Row, problem_from
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from torch import Tensor
 from arithmetic_llm.config import GRPOConfig
 from arithmetic_llm.corpus.coverage import Coverage, coverage, merge
 from arithmetic_llm.corpus.files import solved, test_set
-from arithmetic_llm.evaluation.evaluate import room_to_answer, warn_if_too_short
-from arithmetic_llm.evaluation.metrics import problem_from
+from arithmetic_llm.evaluation.length import room_to_answer, warn_if_too_short
 from arithmetic_llm.grpo.loss import (
     Episode,
     EpisodeBatch,
@@ -64,6 +63,7 @@ from arithmetic_llm.runtime import (
     resolve_device,
     sha256_file,
 )
+from arithmetic_llm.task.problem import problem_from
 from arithmetic_llm.training.batches import Batch, LossWeights, TokenisedSamples, micro_batches
 from arithmetic_llm.training.loop import autocast, fit
 from arithmetic_llm.training.run import ROLLOUTS, MetricsLog, Run, open_run

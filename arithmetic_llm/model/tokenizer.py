@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 
 from arithmetic_llm.runtime import UserError, atomic_write_text, require_file
-from arithmetic_llm.task.solution import SPECIAL_TOKENS, problem_text
+from arithmetic_llm.task.text import CLOSE, OPEN, SPECIAL_TOKENS, prompt_text
 
 PAD, UNK, BOS, EOS, THINK, END_THINK = range(len(SPECIAL_TOKENS))
 
@@ -69,7 +69,7 @@ class ArithmeticTokenizer:
             initial_alphabet=PRINTABLE_ASCII,
         )
         # The trainer does not know special tokens: left in, "</think> Final" would become one word.
-        plain = (re.split("</?think>", text) for text in texts)
+        plain = (re.split(f"{OPEN}|{CLOSE}", text) for text in texts)
         tokenizer.train_from_iterator(plain, trainer)
         return cls(tokenizer.to_str())
 
@@ -142,4 +142,4 @@ class ArithmeticTokenizer:
 
     def prompt_ids(self, expression: str) -> list[int]:
         """``<bos> Evaluate: E <think>``: what the model is given; it writes from there."""
-        return [BOS, *self.encode(f"{problem_text(expression)} <think>")]
+        return [BOS, *self.encode(prompt_text(expression))]

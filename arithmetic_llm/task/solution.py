@@ -11,18 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from arithmetic_llm.task.expression import MAX_DIGITS, ExpressionError, apply, parse
+from arithmetic_llm.task.expression import ExpressionError, apply, parse
+from arithmetic_llm.task.text import ERROR, Answer, refusal_text, solution_text, step_text
 
-ERROR: Literal["ERROR"] = "ERROR"  # the answer to an invalid expression
-Answer = int | Literal["ERROR"]
-
-SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>", "<think>", "</think>")
-PROBLEM = "Evaluate:"
-NEW_EXPRESSION = "Expression now:"
-FINAL_RESULT = "Final Result:"
-_ANSWER = re.compile(rf" (-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})|{ERROR})")
 _READY = re.compile(r"(-?[0-9]+) ([+-]) (-?[0-9]+)")
 
 
@@ -42,8 +35,7 @@ class Step(NamedTuple):
 
     def text(self, number: int) -> str:
         """The two lines of a solution that state this step, as its ``number``-th from 1."""
-        equation = f"Step {number}: {self.operation} = {self.result}"
-        return f"{equation}\n{NEW_EXPRESSION} {self.expression}"
+        return step_text(number, self.operation, self.result, self.expression)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +49,10 @@ class Solution:
     @property
     def text(self) -> str:
         """The solution as it is stored, several lines from ``<think>`` to ``Final Result: N``."""
-        lines = ["<think>"]
-        lines += [step.text(number) for number, step in enumerate(self.steps, 1)]
+        trace = [step.text(number) for number, step in enumerate(self.steps, 1)]
         if self.error:
-            lines.append(f"Error: {self.error}")
-        lines += ["</think>", f"{FINAL_RESULT} {self.answer}"]
-        return "\n".join(lines)
+            trace.append(refusal_text(self.error))
+        return solution_text(trace, self.answer)
 
 
 def solve(text: str) -> Solution:
@@ -102,31 +92,3 @@ def _put(expression: str, span: tuple[int, int], number: int) -> str:
     while expression[start - 1 : start] == "(" and expression[end : end + 1] == ")":
         start, end = start - 1, end + 1
     return f"{expression[:start]}{number}{expression[end:]}"
-
-
-def read_answer(text: str) -> Answer | None:
-    """The result of a text that ends with ``Final Result: N``; None if it does not.
-
-    The mark occurs once in the whole text, and nothing but white space follows the number; which
-    white space makes no difference.
-    """
-    _, *stated = one_spaced(text).split(FINAL_RESULT)
-    answer = _ANSWER.fullmatch(stated[0]) if len(stated) == 1 else None
-    if answer is None:
-        return None
-    return ERROR if answer[1] == ERROR else int(answer[1])
-
-
-def one_spaced(text: str) -> str:
-    """The words of a text, one space apart."""
-    return " ".join(text.split())
-
-
-def one_line(text: str) -> str:
-    """A solution on one line, as the plain-text corpus and the model have it."""
-    return text.replace("\n", " ")
-
-
-def problem_text(expression: str) -> str:
-    """The problem as it is put to the model."""
-    return f"{PROBLEM} {expression}"

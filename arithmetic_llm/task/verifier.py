@@ -25,31 +25,30 @@ verdict.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from arithmetic_llm.task.expression import ExpressionError, canonicalise, parse
-from arithmetic_llm.task.solution import (
+from arithmetic_llm.task.solution import Step, next_step
+from arithmetic_llm.task.text import (
+    CLOSE,
+    EQUATION,
     ERROR,
     FINAL_RESULT,
+    FOREIGN,
     NEW_EXPRESSION,
-    PROBLEM,
-    SPECIAL_TOKENS,
+    NEXT_STEP,
+    REFUSAL,
     Answer,
-    Step,
-    next_step,
     one_line,
     one_spaced,
     read_answer,
+    refusal_text,
+    result_text,
+    step_label,
 )
 
 ErrorKind = Literal["arithmetic", "wrong_reduction", "wrong_copy", "unparseable", "cut_off"]
-
-*_FRAME, _CLOSED = SPECIAL_TOKENS
-_FOREIGN = re.compile("|".join([PROBLEM, *_FRAME]))  # what no solution holds
-_NEXT_STEP = re.compile(r"(?=Step [0-9]+:)")
-_EQUATION = re.compile(r"Step ([0-9]+): (-?[0-9]+ [+-] -?[0-9]+) = (-?[0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +123,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class _Problem:
+class _Goal:
     """What a right solution starts from: an expression, or else the refusal that it consists of."""
 
     expression: str | None
@@ -142,19 +141,19 @@ def verify(expression: str, generated: str, cut_off: bool = False) -> Verdict:
             ``<eos>``.
         cut_off: whether the length limit ended the text, so that no ``<eos>`` did.
     """
-    problem = _read_problem(expression)
+    goal = _goal(expression)
     trace, closed, ending = _sections(generated)
     if cut_off and not closed:
         trace = _without_half_a_mark(trace)
-    preamble, *steps = _NEXT_STEP.split(trace)
-    verdicts = _judge_steps(problem, preamble, steps)
+    preamble, *steps = NEXT_STEP.split(trace)
+    verdicts = _judge_steps(goal, preamble, steps)
     if cut_off and not closed:
-        verdicts = _excuse_last(problem, verdicts)
-    refused = problem.expression is None and preamble.strip() == problem.refusal
-    conclusion = ERROR if refused else _before(problem, verdicts)
+        verdicts = _excuse_last(goal, verdicts)
+    refused = goal.expression is None and preamble.strip() == goal.refusal
+    conclusion = ERROR if refused else _before(goal, verdicts)
     end_error = _ending_error(conclusion, closed, ending, cut_off)
     predicted = None if cut_off or _has_no_result(generated) else read_answer(generated)
-    return Verdict(predicted, problem.answer, tuple(verdicts), problem.operations, end_error)
+    return Verdict(predicted, goal.answer, tuple(verdicts), goal.operations, end_error)
 
 
 def check_step(
@@ -181,11 +180,11 @@ def check_step(
 
 
 def _is_expression_line(line: str) -> bool:
-    return line.startswith(NEW_EXPRESSION) and not _FOREIGN.search(line)
+    return line.startswith(NEW_EXPRESSION) and not FOREIGN.search(line)
 
 
 def _equation_error(expected: Step | None, step_line: str, number: int | None) -> ErrorKind | None:
-    stated = _EQUATION.fullmatch(step_line)
+    stated = EQUATION.fullmatch(step_line)
     if stated is None or (number is not None and stated[1] != str(number)):
         return "unparseable"
     if expected is None or stated[2] != expected.operation:
@@ -193,60 +192,60 @@ def _equation_error(expected: Step | None, step_line: str, number: int | None) -
     return None if stated[3] == str(expected.result) else "arithmetic"
 
 
-def _read_problem(expression: str) -> _Problem:
+def _goal(expression: str) -> _Goal:
     try:
-        problem = parse(expression)
+        tree = parse(expression)
     except ExpressionError as error:
-        return _Problem(None, f"Error: {error.reason}", ERROR, 0)
-    return _Problem(problem.canonical, "", problem.value, problem.operations)
+        return _Goal(None, refusal_text(error.reason), ERROR, 0)
+    return _Goal(tree.canonical, "", tree.value, tree.operations)
 
 
 def _sections(generated: str) -> tuple[str, bool, str]:
     """The trace, whether it is closed, and what follows it, all words one space apart."""
-    trace, closed, ending = generated.partition(_CLOSED)
+    trace, closed, ending = generated.partition(CLOSE)
     return one_spaced(trace), bool(closed), one_spaced(ending)
 
 
 def _has_no_result(generated: str) -> bool:
     """Marks stand in the text that no solution has, whatever it ends with."""
-    return _FOREIGN.search(generated) is not None or generated.count(_CLOSED) > 1
+    return FOREIGN.search(generated) is not None or generated.count(CLOSE) > 1
 
 
 def _without_half_a_mark(trace: str) -> str:
     """A trace without the beginning of ``Step k`` or ``</think>`` that it was cut off in."""
-    marks = (f"Step {len(_NEXT_STEP.split(trace))}", _CLOSED)
+    marks = (step_label(len(NEXT_STEP.split(trace))), CLOSE)
     halves = [mark[:end] for mark in marks for end in range(1, len(mark) + 1)]
     half = next((half for half in halves if f" {trace}".endswith(f" {half}")), "")
     return trace.removesuffix(half)
 
 
-def _judge_steps(problem: _Problem, preamble: str, steps: list[str]) -> list[StepVerdict]:
+def _judge_steps(goal: _Goal, preamble: str, steps: list[str]) -> list[StepVerdict]:
     """A verdict on each step; a wrong word before the first of them counts as a step as well."""
     verdicts = []
     preamble = preamble.strip()
-    if preamble not in ("", problem.refusal):
-        refusal = preamble.startswith("Error:") and not _FOREIGN.search(preamble)
+    if preamble not in ("", goal.refusal):
+        refusal = preamble.startswith(REFUSAL) and not FOREIGN.search(preamble)
         error = "wrong_reduction" if refusal else "unparseable"
-        verdicts.append(StepVerdict(preamble, error, problem.expression))
+        verdicts.append(StepVerdict(preamble, error, goal.expression))
     for number, text in enumerate(steps, 1):
         step_line, mark, expression = text.partition(NEW_EXPRESSION)
-        previous = _before(problem, verdicts)
+        previous = _before(goal, verdicts)
         verdicts.append(check_step(previous, step_line, mark + expression, number))
     return verdicts
 
 
-def _before(problem: _Problem, verdicts: list[StepVerdict]) -> str | None:
+def _before(goal: _Goal, verdicts: list[StepVerdict]) -> str | None:
     """The expression that stands after the steps so far."""
-    return verdicts[-1].expression if verdicts else problem.expression
+    return verdicts[-1].expression if verdicts else goal.expression
 
 
-def _excuse_last(problem: _Problem, verdicts: list[StepVerdict]) -> list[StepVerdict]:
+def _excuse_last(goal: _Goal, verdicts: list[StepVerdict]) -> list[StepVerdict]:
     """A last step that is the beginning of a right one was cut off, not wrong."""
     if not verdicts or verdicts[-1].ok:
         return verdicts
     *earlier, last = verdicts
-    expected = next_step(_before(problem, earlier) or "")
-    right = one_line(expected.text(len(verdicts))) if expected else problem.refusal
+    expected = next_step(_before(goal, earlier) or "")
+    right = one_line(expected.text(len(verdicts))) if expected else goal.refusal
     return [*earlier, replace(last, error="cut_off")] if right.startswith(last.text) else verdicts
 
 
@@ -258,7 +257,7 @@ def _ending_error(
         return "cut_off" if cut_off else "unparseable"
     if conclusion is None or " " in conclusion:  # an operation is left
         return "wrong_reduction"
-    right = f"{FINAL_RESULT} {conclusion}"
+    right = result_text(conclusion)
     if cut_off and right.startswith(ending):  # 1 may have become 12
         return "cut_off"
     if ending == right:

@@ -13,7 +13,7 @@ from arithmetic_llm.config import ModelConfig
 from arithmetic_llm.corpus.files import Record
 from arithmetic_llm.model.tokenizer import BOS, EOS, PAD, THINK, UNK, ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.task.solution import one_line
+from arithmetic_llm.task.text import OPEN
 
 _CHUNK = 10_000  # records tokenised at a time
 _ROUND_TO = 8  # batch widths are multiples of this: fewer distinct shapes run faster
@@ -76,7 +76,7 @@ class TokenisedSamples:
         parts: list[np.ndarray] = []
         self.dropped: list[str] = []
         for chunk in _chunks(records, _CHUNK):
-            texts = [sequence_text(record) for record in chunk]
+            texts = [record.sequence for record in chunk]
             for record, ids in zip(chunk, tokenizer.encode_batch(texts), strict=True):
                 if len(ids) + 2 > max_seq_length:
                     self.dropped.append(record.expression)
@@ -106,11 +106,6 @@ class TokenisedSamples:
             weights[row, : end - start] = self.weights[start:end]
         tokens = torch.from_numpy(ids)
         return Batch(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(weights)[:, 1:])
-
-
-def sequence_text(record: Record) -> str:
-    """``Evaluate: E <think> Step 1: ... </think> Final Result: N``, on one line."""
-    return f"{record.problem} {one_line(record.solution)}"
 
 
 def token_weights(ids: np.ndarray, tokenizer: ArithmeticTokenizer, loss: LossWeights) -> np.ndarray:
@@ -239,7 +234,7 @@ def _check(record: Record, ids: list[int]) -> None:
             "train it on this corpus with train_tokenizer.py"
         )
     if THINK not in ids:
-        raise UserError(f"{record.expression!r}: its solution has no <think>; make the corpus anew")
+        raise UserError(f"{record.expression!r}: its solution has no {OPEN}; make the corpus anew")
 
 
 def _chunks(records: Iterable[Record], size: int) -> Iterable[list[Record]]:

@@ -1,0 +1,50 @@
+"""How long right answers are, and so how much a model may write."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from arithmetic_llm.model.tokenizer import EOS, ArithmeticTokenizer
+from arithmetic_llm.task.problem import Problem
+from arithmetic_llm.task.solution import solve
+from arithmetic_llm.task.text import one_line
+
+CONTEXTS_TO_WRITE = 4  # how far beyond the trained context decoding goes by default
+
+
+def right_answers(problems: Sequence[Problem], tokenizer: ArithmeticTokenizer) -> list[list[int]]:
+    """The tokens of a right answer to each problem: what follows the prompt, ``<eos>`` included."""
+    texts = [one_line(solve(problem.expression).text) for problem in problems]
+    # The first token is <think>, which belongs to the prompt.
+    return [[*ids[1:], EOS] for ids in tokenizer.encode_batch(texts)]
+
+
+def answer_lengths(problems: Sequence[Problem], tokenizer: ArithmeticTokenizer) -> list[int]:
+    """How many tokens a right answer to each problem takes, ``<eos>`` included."""
+    return [len(answer) for answer in right_answers(problems, tokenizer)]
+
+
+def room_to_answer(
+    problems: Sequence[Problem], tokenizer: ArithmeticTokenizer, context: int
+) -> int:
+    """How many new tokens a policy may write: those of the longest right answer and a quarter more.
+
+    At most `CONTEXTS_TO_WRITE` contexts, which cuts off no trained depth: a training sample, prompt
+    and all, fits into one.
+    """
+    longest = max(answer_lengths(problems, tokenizer), default=0)
+    return min(longest + max(32, longest // 4), CONTEXTS_TO_WRITE * context)
+
+
+def warn_if_too_short(
+    limit: int, problems: Sequence[Problem], tokenizer: ArithmeticTokenizer
+) -> None:
+    """Say so if a length limit cuts off right answers; 0 = no limit was asked for."""
+    lengths = answer_lengths(problems, tokenizer) if limit else []
+    if longer := sum(length > limit for length in lengths):
+        print(
+            f"warning: --max-gen-length {limit} cuts off the right answers to {longer:,} of "
+            f"{len(problems):,} problems; the longest takes {max(lengths):,} tokens",
+            file=sys.stderr,
+        )

@@ -1,0 +1,104 @@
+"""Every word that the model reads or writes, and the patterns that read them back.
+
+    <bos> Evaluate: 5 + 7 <think>
+    Step 1: 5 + 7 = 12 Expression now: 12 </think> Final Result: 12 <eos>
+
+What stands up to ``<think>`` is the prompt, what follows it the completion. A solution is stored in
+several lines and goes to the model in one.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from arithmetic_llm.task.expression import MAX_DIGITS
+
+SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>", "<think>", "</think>")
+*_FRAME, CLOSE = SPECIAL_TOKENS
+OPEN = _FRAME[-1]
+PROBLEM = "Evaluate:"
+STEP = "Step"
+NEW_EXPRESSION = "Expression now:"
+REFUSAL = "Error:"
+FINAL_RESULT = "Final Result:"
+
+ERROR: Literal["ERROR"] = "ERROR"  # the answer to an invalid expression
+Answer = int | Literal["ERROR"]
+
+NEXT_STEP = re.compile(rf"(?={STEP} [0-9]+:)")
+EQUATION = re.compile(rf"{STEP} ([0-9]+): (-?[0-9]+ [+-] -?[0-9]+) = (-?[0-9]+)")
+FOREIGN = re.compile("|".join([PROBLEM, *_FRAME]))  # what no completion holds
+_ANSWER = re.compile(rf" (-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})|{ERROR})")
+
+
+def problem_text(expression: str) -> str:
+    """``Evaluate: E``, the problem as a corpus stores it."""
+    return f"{PROBLEM} {expression}"
+
+
+def prompt_text(expression: str) -> str:
+    """``Evaluate: E <think>``, the problem as it is put to the model."""
+    return f"{problem_text(expression)} {OPEN}"
+
+
+def sequence_text(problem: str, solution: str) -> str:
+    """``Evaluate: E <think> Step 1: ... </think> Final Result: N``: a whole sample, on one line.
+
+    Args:
+        problem, solution: as a corpus stores them; the solution's ``<think>`` is the prompt's.
+    """
+    return f"{problem} {one_line(solution)}"
+
+
+def step_label(number: int) -> str:
+    """``Step k``."""
+    return f"{STEP} {number}"
+
+
+def step_text(number: int, operation: str, result: int, expression: str) -> str:
+    """The two lines that state a step."""
+    return f"{step_label(number)}: {operation} = {result}\n{NEW_EXPRESSION} {expression}"
+
+
+def refusal_text(reason: str) -> str:
+    """``Error: <reason>``, which stands for the steps where an expression is invalid."""
+    return f"{REFUSAL} {reason}"
+
+
+def result_text(answer: Answer | str) -> str:
+    """``Final Result: N``."""
+    return f"{FINAL_RESULT} {answer}"
+
+
+def solution_text(trace: list[str], answer: Answer) -> str:
+    """A solution as it is stored: the trace between ``<think>`` and ``</think>``, the result."""
+    return "\n".join([OPEN, *trace, CLOSE, result_text(answer)])
+
+
+def is_solution(text: str) -> bool:
+    """Whether a text begins and closes a trace, as every stored solution does."""
+    return text.startswith(OPEN) and CLOSE in text
+
+
+def read_answer(text: str) -> Answer | None:
+    """The result of a text that ends with ``Final Result: N``; None if it does not.
+
+    The mark occurs once in the whole text, and nothing but white space follows the number; which
+    white space makes no difference.
+    """
+    _, *stated = one_spaced(text).split(FINAL_RESULT)
+    answer = _ANSWER.fullmatch(stated[0]) if len(stated) == 1 else None
+    if answer is None:
+        return None
+    return ERROR if answer[1] == ERROR else int(answer[1])
+
+
+def one_spaced(text: str) -> str:
+    """The words of a text, one space apart."""
+    return " ".join(text.split())
+
+
+def one_line(text: str) -> str:
+    """A solution on one line, as the plain-text corpus and the model have it."""
+    return text.replace("\n", " ")
