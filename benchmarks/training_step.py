@@ -18,7 +18,7 @@ import torch  # noqa: E402
 
 from arithmetic_llm.cli import build, read_json  # noqa: E402
 from arithmetic_llm.config import FoundationalConfig, FoundationalCorpusConfig, ModelConfig  # noqa: E402
-from arithmetic_llm.corpus.files import generate  # noqa: E402
+from arithmetic_llm.corpus.draw import draw_samples  # noqa: E402
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer  # noqa: E402
 from arithmetic_llm.model.transformer import ArithmeticModel, initialise  # noqa: E402
 from arithmetic_llm.runtime import prepare_training  # noqa: E402
@@ -37,7 +37,7 @@ def prepare():
     paths = {"tokenizer_path": "-", "corpus_path": "-"}
     config = build(FoundationalConfig, {**read_json(RECIPE / "foundational.json"), **paths}, {})
     spec = build(FoundationalCorpusConfig, read_json(RECIPE / "foundational_corpus.json"), {})
-    records = [sample.record for sample in generate(spec, 8000, seed=1)]
+    records = [sample.record for sample in draw_samples(spec, 8000, seed=1)]
     tokenizer = ArithmeticTokenizer.train((record.sequence for record in records), 1000)
     shape = build(ModelConfig, read_json(RECIPE / "model.json"), {})
     samples = TokenisedSamples(records, tokenizer, shape.max_seq_length, LossWeights(0.05, 3.0))

@@ -8,7 +8,7 @@ import torch
 from helpers import call, checkpoint_of, make_tokenizer, random_model
 
 from arithmetic_llm.config import SampleSpec, TrainingConfig
-from arithmetic_llm.corpus.files import generate
+from arithmetic_llm.corpus.draw import draw_samples
 from arithmetic_llm.model.checkpoint import save_checkpoint
 from arithmetic_llm.model.transformer import initialise
 from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, plan_epoch
@@ -43,7 +43,7 @@ def trained_model(tokenizer):
     """A small model after some seconds of training: it writes steps, and many are right."""
     torch.manual_seed(0)
     model = initialise(random_model(tokenizer.vocab_size, d_model=64, dim_feedforward=128))
-    corpus = [sample.record for sample in generate(SMALL_WORLD, 5000, seed=1)]
+    corpus = [sample.record for sample in draw_samples(SMALL_WORLD, 5000, seed=1)]
     samples = TokenisedSamples(corpus, tokenizer, 1024, LossWeights(prompt=0.0, result=3.0))
     plan = plan_epoch(samples.lengths, 32, 0, np.random.default_rng(0))
     config = TrainingConfig(optimizer="muon", learning_rate=5e-3, warmup_steps=0)

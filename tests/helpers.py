@@ -19,7 +19,8 @@ import torch
 from arithmetic_llm import runtime
 from arithmetic_llm.cli import run_main
 from arithmetic_llm.config import ModelConfig, SampleSpec
-from arithmetic_llm.corpus.files import Record, generate
+from arithmetic_llm.corpus.draw import draw_samples
+from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.model.checkpoint import Checkpoint
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
@@ -101,7 +102,7 @@ def records(count: int = 400, seed: int = 0, **settings: object) -> list[Record]
         "flat_rate": 0.1,
         "drill_rate": 0.1,
     }
-    samples = generate(SampleSpec(**{**spec, **settings}), count, seed)
+    samples = draw_samples(SampleSpec(**{**spec, **settings}), count, seed)
     return [sample.record for sample in samples]
 
 

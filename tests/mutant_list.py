@@ -103,9 +103,9 @@ MUTANTS = [
     ),
     Mutant(
         "GRPO: validation on problems of the train split",
-        'samples = test_set(spec, config.eval_samples, config.seed, "validation")\n'
+        'samples = distinct_samples(spec, config.eval_samples, config.seed, "validation")\n'
         "    return [sample.record.expression",
-        'samples = test_set(spec, config.eval_samples, config.seed, "train")\n'
+        'samples = distinct_samples(spec, config.eval_samples, config.seed, "train")\n'
         "    return [sample.record.expression",
         f"{GRPO} -k held_out",
     ),
@@ -516,13 +516,13 @@ MUTANTS = [
     ),
     Mutant(
         "corpus: test problems of any split",
-        "stratum.every() if split_of_problem(problem) == split]",
+        "stratum.every() if split_of_drawn(problem) == split]",
         "stratum.every()]",
         "test_corpus.py",
     ),
     Mutant(
         "corpus: train problems of any split",
-        "        if split_of_problem(problem) == split:\n            return problem",
+        "        if split_of_drawn(problem) == split:\n            return problem",
         "        if problem:\n            return problem",
         "test_corpus.py",
     ),

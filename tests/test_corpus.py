@@ -12,8 +12,8 @@ import pytest
 
 from arithmetic_llm.config import SPLITS, STYLES, TREE_STYLES, CorpusConfig, SampleSpec
 from arithmetic_llm.corpus import files as corpus
-from arithmetic_llm.corpus.draw import shuffled
-from arithmetic_llm.corpus.files import generate, json_line, make_corpus, plain_lines, read_corpus
+from arithmetic_llm.corpus.draw import distinct_samples, draw_samples, shuffled
+from arithmetic_llm.corpus.files import json_line, make_corpus, plain_lines, read_corpus
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.expression import parse
 from arithmetic_llm.task.problem import split_of
@@ -93,7 +93,7 @@ def test_any_text_has_a_split():
 def test_samples_are_of_their_split_and_style(style, split):
     rates = dict.fromkeys((f"{other}_rate" for other in STYLES[1:]), 0.0)
     rates |= {f"{style}_rate": 1.0} if style != "nested" else {}
-    for sample in generate(SampleSpec(**rates), 60, seed=1, split=split):
+    for sample in draw_samples(SampleSpec(**rates), 60, seed=1, split=split):
         assert sample.style == style
         assert split_of(sample.record.expression) == split
 
@@ -102,7 +102,7 @@ def test_samples_are_of_their_split_and_style(style, split):
 
 
 def test_counts_are_exact_in_any_order():
-    styles = [sample.style for sample in generate(MIXED, 1000, seed=5)]
+    styles = [sample.style for sample in draw_samples(MIXED, 1000, seed=5)]
     assert Counter(styles) == MIXED.style_counts(1000)
     assert Counter(styles)["invalid"] == 100
     assert 20 < styles[:300].count("invalid") < 45  # spread all over, not in one place
@@ -116,7 +116,7 @@ def test_shuffled_is_uniform():
 
 
 def test_records_are_what_the_solver_says():
-    for record, style, depth, terms in generate(MIXED, 500, seed=3):
+    for record, style, depth, terms in draw_samples(MIXED, 500, seed=3):
         solution = solve(record.expression)
         assert record.problem == f"Evaluate: {record.expression}"
         assert (record.solution, record.answer) == (solution.text, solution.answer)
@@ -131,7 +131,7 @@ def test_records_are_what_the_solver_says():
 
 
 def test_generating_takes_constant_memory():
-    samples = generate(MIXED, 100_000, seed=1)
+    samples = draw_samples(MIXED, 100_000, seed=1)
     next(samples)
     tracemalloc.start()
     for _ in itertools.islice(samples, 5000):
@@ -145,9 +145,9 @@ def test_a_split_without_problems_is_an_error_and_not_an_endless_search():
     spec = SampleSpec(num_range=(3, 3), max_depth=1, invalid_rate=0.0, typed_rate=0.0)
     assert split_of("3 + 3") == split_of("3 - 3") == "train"
     with pytest.raises(UserError, match="test split has no problem of nested style"):
-        next(generate(spec, 1, seed=1, split="test"))
+        next(draw_samples(spec, 1, seed=1, split="test"))
     with pytest.raises(UserError, match="test split has no problem of depth 1"):
-        corpus.test_set(spec, 10, seed=1)
+        distinct_samples(spec, 10, seed=1)
 
 
 # ------------------------------------------------------------------------------ test sets
@@ -155,7 +155,7 @@ def test_a_split_without_problems_is_an_error_and_not_an_endless_search():
 
 def test_test_problems_are_distinct_and_of_the_test_split():
     spec = SampleSpec(max_depth=4, invalid_rate=0.1, typed_rate=0.3, padded_rate=0.2)
-    samples = corpus.test_set(spec, 1000, seed=42)
+    samples = distinct_samples(spec, 1000, seed=42)
     assert len(samples) == 1000
     assert {split_of(sample.record.expression) for sample in samples} == {"test"}
     trees = [tree_of(sample) for sample in samples if sample.style in TREE_STYLES]
@@ -177,18 +177,18 @@ def test_test_problems_are_distinct_and_of_the_test_split():
 def test_no_problem_is_in_a_file_twice_in_whatever_styles(settings, split):
     """1 + 2 - 3 is a flat sum and a typed tree, 1 + 2 can also be a drill."""
     spec = SampleSpec(**{"max_depth": 3, "invalid_rate": 0.1} | settings)
-    samples = corpus.test_set(spec, 400, 7, split)
+    samples = distinct_samples(spec, 400, 7, split)
     assert {s.style for s in samples} == {s for s, n in spec.style_counts(400).items() if n}
     valid = [tree_of(sample) for sample in samples if sample.style != "invalid"]
     invalid = [sample.record.expression for sample in samples if sample.style == "invalid"]
     assert len({*valid, *invalid}) == len(samples)
     assert {split_of(sample.record.expression) for sample in samples} == {split}
-    assert samples == corpus.test_set(spec, 400, 7, split)
+    assert samples == distinct_samples(spec, 400, 7, split)
 
 
 def test_other_styles_take_nothing_from_trees():
     spec = SampleSpec(max_depth=3, flat_rate=0.2, flat_terms=4, drill_rate=0.3, invalid_rate=0.0)
-    mixed = corpus.test_set(spec, 400, seed=1)
+    mixed = distinct_samples(spec, 400, seed=1)
     trees = Counter(s.depth for s in mixed if s.style in TREE_STYLES)
     assert sum(trees.values()) == 200
     assert max(trees.values()) - min(trees.values()) > 0  # depth 1 has about 40 problems
@@ -198,25 +198,25 @@ def test_other_styles_take_nothing_from_trees():
 
 def test_a_style_whose_problems_are_all_taken_is_left_out():
     spec = SampleSpec(max_depth=1, drill_rate=0.5, invalid_rate=0.0, typed_rate=0.0)
-    samples = corpus.test_set(spec, 100, seed=1)
+    samples = distinct_samples(spec, 100, seed=1)
     everything = {text for text in ALL_DEPTH_1 if split_of(text) == "test"}
     assert {sample.record.expression for sample in samples} == everything
     assert {sample.style for sample in samples} == {"nested"}
     with pytest.raises(UserError, match="test split has no problem of drill style"):
-        corpus.test_set(replace(spec, num_range=(3, 3), drill_rate=1.0), 10, seed=1)
+        distinct_samples(replace(spec, num_range=(3, 3), drill_rate=1.0), 10, seed=1)
 
 
 def test_test_files_of_trees_stay_as_they_were_published():
     """The quickstart's test file, and what a validation draws; made before styles were compared."""
     recipe = SampleSpec(max_depth=4, invalid_rate=0.0, typed_rate=0.0)
     styles = SampleSpec(max_depth=5)
-    assert file_hash(corpus.test_set(recipe, 1000, 42)) == PUBLISHED_TEST_SHA256
-    assert file_hash(corpus.test_set(styles, 400, 42, "validation")) == PUBLISHED_STYLES_SHA256
+    assert file_hash(distinct_samples(recipe, 1000, 42)) == PUBLISHED_TEST_SHA256
+    assert file_hash(distinct_samples(styles, 400, 42, "validation")) == PUBLISHED_STYLES_SHA256
 
 
 def test_a_small_depth_is_exhausted_and_the_others_share_the_rest():
     spec = SampleSpec(max_depth=4, invalid_rate=0.0, typed_rate=0.0)
-    samples = corpus.test_set(spec, 1000, seed=1)
+    samples = distinct_samples(spec, 1000, seed=1)
     ones = {sample.record.expression for sample in samples if sample.depth == 1}
     assert ones == {text for text in ALL_DEPTH_1 if split_of(text) == "test"}
     rest = Counter(sample.depth for sample in samples if sample.depth > 1)
@@ -228,7 +228,7 @@ def test_a_small_depth_is_exhausted_and_the_others_share_the_rest():
 def test_all_there_is_and_no_more(largest):
     numbers = range(-largest, largest + 1)
     spec = SampleSpec(num_range=(-largest, largest), max_depth=1, invalid_rate=0.0, typed_rate=0.5)
-    samples = corpus.test_set(spec, 5000, seed=1)
+    samples = distinct_samples(spec, 5000, seed=1)
     everything = [f"{a} {op} {b}" for a, b in itertools.product(numbers, repeat=2) for op in "+-"]
     in_split = {text for text in everything if split_of(text) == "test"}
     assert len(samples) == len(in_split)
@@ -237,7 +237,7 @@ def test_all_there_is_and_no_more(largest):
 
 def test_flat_sums_are_even_over_their_lengths():
     spec = SampleSpec(flat_rate=1.0, flat_terms=6, invalid_rate=0.0, typed_rate=0.0)
-    samples = corpus.test_set(spec, 300, seed=1)
+    samples = distinct_samples(spec, 300, seed=1)
     counts = Counter(sample.terms for sample in samples)
     assert counts[2] == sum(split_of(text) == "test" for text in ALL_DEPTH_1)
     assert sum(counts.values()) == 300
@@ -245,8 +245,8 @@ def test_flat_sums_are_even_over_their_lengths():
 
 
 def test_the_same_seed_makes_the_same_set():
-    assert corpus.test_set(MIXED, 200, seed=9) == corpus.test_set(MIXED, 200, seed=9)
-    assert corpus.test_set(MIXED, 200, seed=9) != corpus.test_set(MIXED, 200, seed=8)
+    assert distinct_samples(MIXED, 200, seed=9) == distinct_samples(MIXED, 200, seed=9)
+    assert distinct_samples(MIXED, 200, seed=9) != distinct_samples(MIXED, 200, seed=8)
 
 
 # ------------------------------------------------------------------------------- writing
@@ -263,7 +263,7 @@ def config():
 def test_what_is_written_is_read_back(tmp_path, config, as_text, capsys):
     path = tmp_path / "new" / "corpus.txt"
     make_corpus(config, path, as_text)
-    written = [sample.record for sample in generate(config, 200, seed=42)]
+    written = [sample.record for sample in draw_samples(config, 200, seed=42)]
     if as_text is plain_lines:
         written = [record._replace(solution=one_line(record.solution)) for record in written]
     assert list(read_corpus(path)) == written
@@ -271,7 +271,7 @@ def test_what_is_written_is_read_back(tmp_path, config, as_text, capsys):
 
 
 def test_json_keys_are_in_the_documented_order(config):
-    record = next(generate(config, 1, seed=1)).record
+    record = next(draw_samples(config, 1, seed=1)).record
     assert list(json.loads(json_line(record))) == ["expression", "problem", "solution", "answer"]
 
 
@@ -291,7 +291,7 @@ def test_the_sidecar_describes_the_file(tmp_path, config):
     assert meta["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert meta["samples"] == 200
     assert meta["by_style"] == {style: n for style, n in config.style_counts(200).items() if n}
-    samples = [*generate(config, 200, seed=42)]
+    samples = [*draw_samples(config, 200, seed=42)]
     depths = Counter(str(sample.depth) for sample in samples if sample.style in TREE_STYLES)
     assert meta["by_depth"] == depths
     assert sum(meta["flat_by_terms"].values()) == 20
@@ -302,7 +302,7 @@ def test_the_sidecar_describes_the_file(tmp_path, config):
 def test_a_failed_write_leaves_the_old_file(tmp_path, config, monkeypatch):
     path = tmp_path / "corpus.txt"
     path.write_text("old")
-    monkeypatch.setattr(corpus, "generate", lambda *_: (1 / 0 for _ in range(3)))
+    monkeypatch.setattr(corpus, "draw_samples", lambda *_: (1 / 0 for _ in range(3)))
     with pytest.raises(ZeroDivisionError):
         make_corpus(config, path, json_line)
     assert path.read_text() == "old"
@@ -319,8 +319,8 @@ def test_fewer_problems_than_asked_for_are_announced(tmp_path, capsys):
 
 # ------------------------------------------------------------------------------- reading
 
-GOOD_JSON = json_line(next(generate(MIXED, 1, seed=1)).record).strip()
-GOOD_PLAIN = plain_lines(next(generate(MIXED, 1, seed=1)).record).strip()
+GOOD_JSON = json_line(next(draw_samples(MIXED, 1, seed=1)).record).strip()
+GOOD_PLAIN = plain_lines(next(draw_samples(MIXED, 1, seed=1)).record).strip()
 FIELDS = json.loads(GOOD_JSON)
 ONE = {
     "expression": "2 - 1",

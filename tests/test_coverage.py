@@ -9,8 +9,9 @@ from helpers import ROOT, call, records
 
 from arithmetic_llm.config import MAX_DEPTH, MAX_FLAT_TERMS
 from arithmetic_llm.corpus.coverage import coverage, merge, survey
-from arithmetic_llm.corpus.files import json_line, solved
-from arithmetic_llm.corpus.files import test_set as draw_test_set
+from arithmetic_llm.corpus.draw import distinct_samples as draw_test_set
+from arithmetic_llm.corpus.files import json_line
+from arithmetic_llm.corpus.record import solved
 from arithmetic_llm.corpus.trees import exact_tree, write
 from arithmetic_llm.task.expression import parse
 

@@ -8,7 +8,7 @@ import torch
 from helpers import make_tokenizer, random_model, records
 
 from arithmetic_llm.config import FoundationalConfig
-from arithmetic_llm.corpus.files import Record
+from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.model.tokenizer import PAD, SMALLEST_VOCAB
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.solution import solve

@@ -16,8 +16,9 @@ from oracle import Oracle, right_answer, with_result
 
 from arithmetic_llm.config import MAX_DEPTH, EvaluationConfig, SampleSpec
 from arithmetic_llm.corpus.coverage import covered
-from arithmetic_llm.corpus.files import generate as draw
-from arithmetic_llm.corpus.files import json_line, test_set
+from arithmetic_llm.corpus.draw import distinct_samples
+from arithmetic_llm.corpus.draw import draw_samples as draw
+from arithmetic_llm.corpus.files import json_line
 from arithmetic_llm.evaluation import evaluate as evaluation
 from arithmetic_llm.evaluation.evaluate import evaluate, problems_for, problems_from, save
 from arithmetic_llm.evaluation.judge import judge
@@ -28,8 +29,6 @@ from arithmetic_llm.model.tokenizer import END_THINK, EOS, SPECIAL_TOKENS, Arith
 from arithmetic_llm.runtime import UserError, atomic_write_text
 from arithmetic_llm.task.problem import problem_from, split_of
 
-test_set.__test__ = False  # a function of the package, not a test
-
 SEEN = {
     "styles": {"nested": 9},
     "depths": [1, 2, 3],
@@ -38,7 +37,7 @@ SEEN = {
     "splits": {"train": 9},
 }
 SPEC = SampleSpec(max_depth=4, invalid_rate=0.1, typed_rate=0.0)
-PROBLEMS = problems_from(test_set(SPEC, 80, seed=3))
+PROBLEMS = problems_from(distinct_samples(SPEC, 80, seed=3))
 
 
 def judged(tokenizer, answer, problems=PROBLEMS, trained_on=SEEN, **options):
@@ -133,7 +132,7 @@ def test_on_an_invalid_expression_only_error_is_right(tokenizer):
 
 def test_flat_sums_have_rows_by_terms_and_none_by_depth(tokenizer):
     spec = SampleSpec(flat_rate=1.0, flat_terms=5, invalid_rate=0.0, typed_rate=0.0)
-    problems = problems_from(test_set(spec, 40, seed=1))
+    problems = problems_from(distinct_samples(spec, 40, seed=1))
     metrics = judged(tokenizer, right_answer, problems).metrics
     assert metrics["by_depth"] == []
     assert [row["terms"] for row in metrics["by_terms"]] == [2, 3, 4, 5]
@@ -368,7 +367,7 @@ def test_nothing_known_of_the_training_marks_nothing(tokenizer):
 
 
 def test_the_default_limit_cuts_off_no_right_answer(tokenizer):
-    deep = problems_from(test_set(SampleSpec(max_depth=5, invalid_rate=0.1), 50, seed=2))
+    deep = problems_from(distinct_samples(SampleSpec(max_depth=5, invalid_rate=0.1), 50, seed=2))
     assert judged(tokenizer, right_answer, deep).metrics["cut_off_rate"] == 0
 
 
@@ -383,7 +382,7 @@ def test_the_limit_counts_new_tokens_and_cuts(tokenizer):
 
 
 def test_the_limit_is_four_contexts_at_most(tokenizer):
-    deep = problems_from(test_set(SampleSpec(min_depth=6, max_depth=6), 10, seed=2))
+    deep = problems_from(distinct_samples(SampleSpec(min_depth=6, max_depth=6), 10, seed=2))
     assert room_to_answer(deep, tokenizer, context=100) == 400
 
 
@@ -397,7 +396,7 @@ def test_an_evaluation_of_nothing_is_refused(tokenizer):
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=7)])
 def test_the_batch_size_changes_no_text(trained_model, tokenizer, sampling):
-    problems = problems_from(test_set(SMALL_WORLD, 65, seed=5))
+    problems = problems_from(distinct_samples(SMALL_WORLD, 65, seed=5))
 
     def outputs(batch_size):
         options = {"trained_on": SEEN, "sampling": sampling, "batch_size": batch_size}
@@ -412,7 +411,7 @@ def test_the_batch_size_changes_no_text(trained_model, tokenizer, sampling):
 
 
 def test_another_seed_samples_other_texts(trained_model, tokenizer):
-    problems = problems_from(test_set(SMALL_WORLD, 20, seed=5))
+    problems = problems_from(distinct_samples(SMALL_WORLD, 20, seed=5))
     texts = [
         [
             outcome.text
@@ -446,7 +445,7 @@ def test_problems_are_of_the_test_split_and_of_the_style_asked_for():
 
 def test_a_test_file_is_used_whole_and_its_train_problems_are_counted(tmp_path):
     train = [sample.record for sample in draw(SPEC, 30, seed=1, split="train")]
-    held_out = [sample.record for sample in test_set(SPEC, 20, seed=1, split="test")]
+    held_out = [sample.record for sample in distinct_samples(SPEC, 20, seed=1, split="test")]
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(map(json_line, train + held_out)))
     problems, source = problems_for(EvaluationConfig(test_file=str(path), num_samples=5))

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from arithmetic_llm.config import SampleSpec
-from arithmetic_llm.corpus.trees import draw, write
+from arithmetic_llm.corpus.draw import draw
+from arithmetic_llm.corpus.trees import write
 from arithmetic_llm.task.expression import (
     MAX_DIGITS,
     REASONS,

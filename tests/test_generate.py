@@ -7,7 +7,7 @@ import torch
 from helpers import of_transformers, random_model
 
 from arithmetic_llm.config import SampleSpec
-from arithmetic_llm.corpus.files import generate as draw_samples
+from arithmetic_llm.corpus.draw import draw_samples
 from arithmetic_llm.model.decode import (
     GREEDY,
     Completion,

@@ -16,7 +16,9 @@ from helpers import call, checkpoint_of, command, one_thread, random_model, reco
 from oracle import Oracle, right_answer
 
 from arithmetic_llm.config import GRPOConfig
-from arithmetic_llm.corpus.files import json_line, solved, test_set
+from arithmetic_llm.corpus.draw import distinct_samples
+from arithmetic_llm.corpus.files import json_line
+from arithmetic_llm.corpus.record import solved
 from arithmetic_llm.evaluation.evaluate import evaluate, problems_from
 from arithmetic_llm.evaluation.judge import Outcome, judge
 from arithmetic_llm.grpo import task as reinforce
@@ -34,8 +36,6 @@ from arithmetic_llm.model.decode import GREEDY, Completion
 from arithmetic_llm.model.tokenizer import BOS, EOS, PAD
 from arithmetic_llm.task.problem import Problem, Row, problem_from, split_of
 from arithmetic_llm.task.verifier import verify
-
-test_set.__test__ = False  # a function of the package, not a test
 
 SCRIPT = "run_grpo_training.py"
 STEPS = 6
@@ -634,7 +634,7 @@ def test_rollouts_stand_in_groups_of_their_prompts(tokenizer):
 
 @pytest.mark.parametrize("room", [20, 25, 35, 60])
 def test_validation_judges_as_an_evaluation_does(trained_model, tokenizer, room):
-    problems = problems_from(test_set(SMALL_WORLD, 60, 3, "validation"))
+    problems = problems_from(distinct_samples(SMALL_WORLD, 60, 3, "validation"))
     expressions = [problem.expression for problem in problems]
     config = settings(max_gen_length=room)
     source = PromptSource(config, PassRates())

@@ -7,13 +7,13 @@ import pytest
 
 from arithmetic_llm.config import TREE_STYLES, SampleSpec
 from arithmetic_llm.corpus import corruption
+from arithmetic_llm.corpus.draw import draw
 from arithmetic_llm.corpus.trees import (
     MANY,
     all_flat_sums,
     all_trees,
     count_flat_sums,
     count_trees,
-    draw,
     exact_tree,
     flat_sum,
     write,

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from arithmetic_llm.config import SampleSpec
-from arithmetic_llm.corpus.trees import draw, write
+from arithmetic_llm.corpus.draw import draw
+from arithmetic_llm.corpus.trees import write
 from arithmetic_llm.task.expression import parse
 from arithmetic_llm.task.solution import next_step, reductions, solve, solve_canonical
 from arithmetic_llm.task.text import one_line, problem_text, read_answer

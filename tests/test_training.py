@@ -18,8 +18,8 @@ from helpers import call, command, damages, edit, one_thread, put, removals, run
 
 from arithmetic_llm.cli import parse
 from arithmetic_llm.config import InstructionConfig
-from arithmetic_llm.corpus import files as corpus
 from arithmetic_llm.corpus.coverage import coverage
+from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.model.checkpoint import FINISHED, load_checkpoint, weights_hash
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.training import supervised
@@ -274,7 +274,7 @@ def test_held_out_samples_beyond_the_context_are_reported_and_count_as_wrong(
     ended = call(FOUNDATIONAL, *argv, "--output-dir", tmp_path)
     tokenizer = ArithmeticTokenizer.load(workshop / "tokenizer")
     spec = coverage(workshop / "corpus.txt").held_out_spec()
-    drawn = corpus.test_set(spec, 20, seed=42, split="validation")
+    drawn = distinct_samples(spec, 20, seed=42, split="validation")
     depths = Counter(
         sample.depth
         for sample in drawn

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from oracle import right_answer
 
 from arithmetic_llm.config import STYLES, SampleSpec
-from arithmetic_llm.corpus.trees import draw, write
+from arithmetic_llm.corpus.draw import draw
+from arithmetic_llm.corpus.trees import write
 from arithmetic_llm.task.expression import canonicalise
 from arithmetic_llm.task.solution import solve
 from arithmetic_llm.task.text import SPECIAL_TOKENS, one_line

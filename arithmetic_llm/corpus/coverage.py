@@ -20,7 +20,8 @@ from arithmetic_llm.config import (
     SampleSpec,
 )
 from arithmetic_llm.corpus.draw import split_of_drawn
-from arithmetic_llm.corpus.files import Record, read_corpus
+from arithmetic_llm.corpus.files import read_corpus
+from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.runtime import sha256_file
 from arithmetic_llm.task.expression import Expression, ExpressionError, parse, spell
 from arithmetic_llm.task.problem import Problem

@@ -1,4 +1,8 @@
-"""How to draw problems of a style from a split: any, or distinct ones spread over depths."""
+"""Drawing problems and samples of a style from a split: any, or distinct ones spread over depths.
+
+What is drawn is a tree, or the text of an invalid expression. Everything is a function of the
+``random.Random`` that it is given.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,81 @@ from collections.abc import Callable, Collection, Iterator
 from random import Random
 from typing import NamedTuple
 
-from arithmetic_llm.config import SampleSpec
+from arithmetic_llm.config import TREE_STYLES, SampleSpec
+from arithmetic_llm.corpus.corruption import corrupt
+from arithmetic_llm.corpus.record import Sample, record_of, solved
 from arithmetic_llm.corpus.trees import (
     all_flat_sums,
     all_trees,
     count_flat_sums,
     count_trees,
-    draw,
     exact_tree,
     flat_sum,
+    write,
 )
 from arithmetic_llm.runtime import UserError
+from arithmetic_llm.task.expression import Postfix, apply, spell, tree_depth
 from arithmetic_llm.task.problem import Drawn, split_of_drawn
+from arithmetic_llm.task.solution import solve_canonical
 
 _MAX_DRAWS = 20_000  # a split without a hit in so many draws (0.95 ** 20,000) has no such problem
+
+
+# -------------------------------------------------------------------------------- samples
+
+
+def draw_samples(
+    spec: SampleSpec, num_samples: int, seed: int, split: str = "train"
+) -> Iterator[Sample]:
+    """Draw exactly ``num_samples`` samples of a split, with replacement and in constant memory.
+
+    Raises:
+        UserError: the split holds no problem of a style.
+    """
+    rng = Random(seed)
+    for style in shuffled(spec.style_counts(num_samples), rng):
+        yield _sample(draw_any(spec, style, split, rng), style, rng)
+
+
+def distinct_samples(
+    spec: SampleSpec,
+    num_samples: int,
+    seed: int,
+    split: str = "test",
+) -> list[Sample]:
+    """Draw distinct problems of a split, as many of each depth (and length of flat sum) as of any.
+
+    No tree occurs twice, in whatever styles: a flat sum or a drill can be a tree that another style
+    has, so trees are drawn first, then flat sums, then drills, each from what is left.
+
+    Where a depth has fewer problems than its share, all are used, and deeper ones take up the
+    rest; so a style has fewer samples than its rate asks for only when all its depths or lengths
+    are exhausted.
+
+    Raises:
+        UserError: a depth has no problem in the split at all; it is named.
+    """
+    rng = Random(seed)
+    counts = spec.style_counts(num_samples)
+    samples: list[Sample] = []
+    taken: set[Drawn] = set()
+    for styles in (TREE_STYLES, ("flat",), ("drill",), ("invalid",)):
+        order = [*shuffled({style: counts[style] for style in styles}, rng)]
+        problems = draw_distinct(spec, styles[0], len(order), split, rng, taken)
+        taken.update(problems)
+        samples += [
+            _sample(problem, style, rng) for problem, style in zip(problems, order, strict=False)
+        ]
+    rng.shuffle(samples)
+    return samples
+
+
+def _sample(problem: Drawn, style: str, rng: Random) -> Sample:
+    if isinstance(problem, str):
+        return Sample(solved(problem), style, None, None)
+    expression = write(problem, style, rng)
+    record = record_of(expression, solve_canonical(expression))
+    return Sample(record, style, tree_depth(problem), len(problem) // 2 + 1)
 
 
 def shuffled(counts: dict[str, int], rng: Random) -> Iterator[str]:
@@ -37,6 +102,36 @@ def _key_at(counts: dict[str, int], place: int) -> str:
             return key
         place -= count
     raise IndexError(place)
+
+
+# ------------------------------------------------------------------------------- problems
+
+
+def draw(spec: SampleSpec, style: str, rng: Random) -> Postfix | str:
+    """A tree to be written in a style; for ``"invalid"``, the text of an invalid expression."""
+    if style == "flat":
+        return flat_sum(rng.randint(2, spec.flat_terms), spec.num_range, rng)
+    if style == "drill":
+        return drill(spec, rng)
+    tree = exact_tree(rng.randint(spec.min_depth, spec.max_depth), spec.num_range, rng)
+    return corrupt(spell(tree), rng) if style == "invalid" else tree
+
+
+def drill(spec: SampleSpec, rng: Random) -> Postfix:
+    """One operation on two numbers, picked among the steps that solve a tree of ``max_depth``.
+
+    So drills have just the numbers, large and negative ones included, that traces meet, as often.
+    """
+    results: list[int] = []
+    steps: list[Postfix] = []
+    for symbol in exact_tree(spec.max_depth, spec.num_range, rng):
+        if isinstance(symbol, int):
+            results.append(symbol)
+            continue
+        right, left = results.pop(), results.pop()
+        steps.append((left, right, symbol))
+        results.append(apply(left, symbol, right))
+    return rng.choice(steps)
 
 
 def draw_any(spec: SampleSpec, style: str, split: str, rng: Random) -> Drawn:

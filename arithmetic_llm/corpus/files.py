@@ -1,4 +1,4 @@
-"""Problems with their solutions: how they are drawn, stored and read back."""
+"""Corpus files: how samples are written, with a sidecar, and read back."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
-from arithmetic_llm.config import STYLES, TREE_STYLES, CorpusConfig, SampleSpec
-from arithmetic_llm.corpus.draw import Drawn, draw_any, draw_distinct, shuffled
-from arithmetic_llm.corpus.trees import write
+from arithmetic_llm.config import STYLES, TREE_STYLES, CorpusConfig
+from arithmetic_llm.corpus.draw import (
+    distinct_samples,
+    draw_samples,
+)
+from arithmetic_llm.corpus.record import Record, Sample
 from arithmetic_llm.runtime import (
     Progress,
     UserError,
@@ -21,109 +23,15 @@ from arithmetic_llm.runtime import (
     atomic_write_text,
     require_file,
 )
-from arithmetic_llm.task.expression import tree_depth
-from arithmetic_llm.task.solution import Solution, solve, solve_canonical
 from arithmetic_llm.task.text import (
     CLOSE,
     OPEN,
-    Answer,
     is_solution,
     one_line,
     problem_text,
     read_answer,
     result_text,
-    sequence_text,
 )
-
-
-class Record(NamedTuple):
-    """One line of a corpus; the fields are its JSON keys, in their order."""
-
-    expression: str
-    problem: str
-    solution: str
-    answer: Answer
-
-    @property
-    def sequence(self) -> str:
-        """The whole sample as the model has it: ``Evaluate: E <think> ... Final Result: N``."""
-        return sequence_text(self.problem, self.solution)
-
-
-class Sample(NamedTuple):
-    """A record and how it was drawn; an invalid expression has no depth and no terms."""
-
-    record: Record
-    style: str
-    depth: int | None
-    terms: int | None
-
-
-# ------------------------------------------------------------------------------- drawing
-
-
-def generate(
-    spec: SampleSpec, num_samples: int, seed: int, split: str = "train"
-) -> Iterator[Sample]:
-    """Draw exactly ``num_samples`` samples of a split, with replacement and in constant memory.
-
-    Raises:
-        UserError: the split holds no problem of a style.
-    """
-    rng = Random(seed)
-    for style in shuffled(spec.style_counts(num_samples), rng):
-        yield _sample(draw_any(spec, style, split, rng), style, rng)
-
-
-def test_set(
-    spec: SampleSpec,
-    num_samples: int,
-    seed: int,
-    split: str = "test",  # noqa: PT028  (this is no test)
-) -> list[Sample]:
-    """Draw distinct problems of a split, as many of each depth (and length of flat sum) as of any.
-
-    No tree occurs twice, in whatever styles: a flat sum or a drill can be a tree that another style
-    has, so trees are drawn first, then flat sums, then drills, each from what is left.
-
-    Where a depth has fewer problems than its share, all are used, and deeper ones take up the
-    rest; so a style has fewer samples than its rate asks for only when all its depths or lengths
-    are exhausted.
-
-    Raises:
-        UserError: a depth has no problem in the split at all; it is named.
-    """
-    rng = Random(seed)
-    counts = spec.style_counts(num_samples)
-    samples: list[Sample] = []
-    taken: set[Drawn] = set()
-    for styles in (TREE_STYLES, ("flat",), ("drill",), ("invalid",)):
-        order = [*shuffled({style: counts[style] for style in styles}, rng)]
-        problems = draw_distinct(spec, styles[0], len(order), split, rng, taken)
-        taken.update(problems)
-        samples += [
-            _sample(problem, style, rng) for problem, style in zip(problems, order, strict=False)
-        ]
-    rng.shuffle(samples)
-    return samples
-
-
-def solved(expression: str) -> Record:
-    """The record of an expression, whatever its spelling; that of an invalid one says ERROR."""
-    return _record(expression, solve(expression))
-
-
-def _sample(problem: Drawn, style: str, rng: Random) -> Sample:
-    if isinstance(problem, str):
-        return Sample(solved(problem), style, None, None)
-    expression = write(problem, style, rng)
-    record = _record(expression, solve_canonical(expression))
-    return Sample(record, style, tree_depth(problem), len(problem) // 2 + 1)
-
-
-def _record(expression: str, solution: Solution) -> Record:
-    return Record(expression, problem_text(expression), solution.text, solution.answer)
-
 
 # ------------------------------------------------------------------------------- writing
 
@@ -142,7 +50,7 @@ def make_corpus(config: CorpusConfig, path: str, as_text: Callable[[Record], str
     """Write a corpus file with its sidecar ``<path>.meta.json``, and print what is in it."""
     if Path(path).is_dir():
         raise UserError(f"{path}: is a directory; name the corpus file itself")
-    draw = generate if config.split == "train" else test_set
+    draw = draw_samples if config.split == "train" else distinct_samples
     samples = draw(config, config.num_samples, config.seed, config.split)
     meta = write_corpus(path, samples, as_text, config.num_samples, asdict(config))
     print(summary(path, meta, config))

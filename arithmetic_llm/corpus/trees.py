@@ -10,25 +10,10 @@ import itertools
 from collections.abc import Iterator
 from random import Random
 
-from arithmetic_llm.config import SampleSpec
-from arithmetic_llm.corpus.corruption import corrupt
-from arithmetic_llm.task.expression import Postfix, apply, spell
+from arithmetic_llm.task.expression import Postfix, spell
 
 LEAF_PROBABILITY = 0.3  # that the free side of an operation stops growing, at every level
 MANY = 10**15
-
-
-# -------------------------------------------------------------------------------- problems
-
-
-def draw(spec: SampleSpec, style: str, rng: Random) -> Postfix | str:
-    """A tree to be written in a style; for ``"invalid"``, the text of an invalid expression."""
-    if style == "flat":
-        return flat_sum(rng.randint(2, spec.flat_terms), spec.num_range, rng)
-    if style == "drill":
-        return drill(spec, rng)
-    tree = exact_tree(rng.randint(spec.min_depth, spec.max_depth), spec.num_range, rng)
-    return corrupt(spell(tree), rng) if style == "invalid" else tree
 
 
 # ---------------------------------------------------------------------------------- trees
@@ -58,23 +43,6 @@ def flat_sum(terms: int, num_range: tuple[int, int], rng: Random) -> Postfix:
     for _ in range(terms - 1):
         tree += (_number(num_range, rng), _operator(rng))
     return tuple(tree)
-
-
-def drill(spec: SampleSpec, rng: Random) -> Postfix:
-    """One operation on two numbers, picked among the steps that solve a tree of ``max_depth``.
-
-    So drills have just the numbers, large and negative ones included, that traces meet, as often.
-    """
-    results: list[int] = []
-    steps: list[Postfix] = []
-    for symbol in exact_tree(spec.max_depth, spec.num_range, rng):
-        if isinstance(symbol, int):
-            results.append(symbol)
-            continue
-        right, left = results.pop(), results.pop()
-        steps.append((left, right, symbol))
-        results.append(apply(left, symbol, right))
-    return rng.choice(steps)
 
 
 def _number(num_range: tuple[int, int], rng: Random) -> int:

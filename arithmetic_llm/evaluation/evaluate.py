@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from arithmetic_llm.config import EvaluationConfig, SampleSpec
-from arithmetic_llm.corpus.files import Sample, read_corpus, test_set
+from arithmetic_llm.corpus.draw import distinct_samples
+from arithmetic_llm.corpus.files import read_corpus
+from arithmetic_llm.corpus.record import Sample
 from arithmetic_llm.evaluation.judge import Outcome, judge
 from arithmetic_llm.evaluation.length import right_answers, room_to_answer, warn_if_too_short
 from arithmetic_llm.evaluation.metrics import EvaluationResult
@@ -96,7 +98,7 @@ def _drawn(config: EvaluationConfig) -> tuple[list[Problem], dict[str, Any]]:
     names = ("num_range", "min_depth", "max_depth", "invalid_rate", "flat_terms")
     chosen = {name: getattr(config, name) for name in names}
     problems = problems_from(
-        test_set(SampleSpec(**chosen, **rates), config.num_samples, config.seed)
+        distinct_samples(SampleSpec(**chosen, **rates), config.num_samples, config.seed)
     )
     if len(problems) < config.num_samples:
         print(f"{len(problems):,} of {config.num_samples:,} problems: the test split has no more")

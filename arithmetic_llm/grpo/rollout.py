@@ -11,7 +11,8 @@ from typing import Any
 
 from arithmetic_llm.config import GRPOConfig, SampleSpec
 from arithmetic_llm.corpus.draw import draw_any
-from arithmetic_llm.corpus.files import Record, read_corpus
+from arithmetic_llm.corpus.files import read_corpus
+from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.evaluation.judge import Outcome, judge
 from arithmetic_llm.evaluation.length import right_answers
 from arithmetic_llm.grpo.rewards import Attempt, score

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from arithmetic_llm.config import GRPOConfig
 from arithmetic_llm.corpus.coverage import Coverage, coverage, merge
-from arithmetic_llm.corpus.files import solved, test_set
+from arithmetic_llm.corpus.draw import distinct_samples
+from arithmetic_llm.corpus.record import solved
 from arithmetic_llm.evaluation.length import room_to_answer, warn_if_too_short
 from arithmetic_llm.grpo.loss import (
     Episode,
@@ -505,7 +506,7 @@ def _seen(
 def _validation_prompts(config: GRPOConfig, covered: Coverage | None) -> list[str]:
     """Held-out problems like the prompts."""
     spec = covered.held_out_spec() if covered else nested(config)
-    samples = test_set(spec, config.eval_samples, config.seed, "validation")
+    samples = distinct_samples(spec, config.eval_samples, config.seed, "validation")
     return [sample.record.expression for sample in samples]
 
 

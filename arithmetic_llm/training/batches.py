@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from arithmetic_llm.config import ModelConfig
-from arithmetic_llm.corpus.files import Record
+from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.model.tokenizer import BOS, EOS, PAD, THINK, UNK, ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.text import OPEN

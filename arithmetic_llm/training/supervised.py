@@ -21,7 +21,9 @@ from arithmetic_llm.config import (
     TrainingConfig,
 )
 from arithmetic_llm.corpus.coverage import Coverage, coverage, merge
-from arithmetic_llm.corpus.files import Record, read_corpus, test_set
+from arithmetic_llm.corpus.draw import distinct_samples
+from arithmetic_llm.corpus.files import read_corpus
+from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.model.checkpoint import (
     Checkpoint,
     check_tokenizer,
@@ -249,7 +251,8 @@ def _task(
 
 def _held_out_records(covered: Coverage, config: TrainingConfig) -> list[Record]:
     """Problems of the validation split, drawn like the corpus's own."""
-    samples = test_set(covered.held_out_spec(), config.eval_samples, config.seed, "validation")
+    spec = covered.held_out_spec()
+    samples = distinct_samples(spec, config.eval_samples, config.seed, "validation")
     return [sample.record for sample in samples]
 
 

@@ -1,0 +1,41 @@
+"""One sample of a corpus: a problem with its solution, and how it was drawn."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from arithmetic_llm.task.solution import Solution, solve
+from arithmetic_llm.task.text import Answer, problem_text, sequence_text
+
+
+class Record(NamedTuple):
+    """One line of a corpus; the fields are its JSON keys, in their order."""
+
+    expression: str
+    problem: str
+    solution: str
+    answer: Answer
+
+    @property
+    def sequence(self) -> str:
+        """The whole sample as the model has it: ``Evaluate: E <think> ... Final Result: N``."""
+        return sequence_text(self.problem, self.solution)
+
+
+class Sample(NamedTuple):
+    """A record and how it was drawn; an invalid expression has no depth and no terms."""
+
+    record: Record
+    style: str
+    depth: int | None
+    terms: int | None
+
+
+def solved(expression: str) -> Record:
+    """The record of an expression, whatever its spelling; that of an invalid one says ERROR."""
+    return record_of(expression, solve(expression))
+
+
+def record_of(expression: str, solution: Solution) -> Record:
+    """The record of an expression whose solution is known."""
+    return Record(expression, problem_text(expression), solution.text, solution.answer)
