@@ -453,6 +453,20 @@ def test_a_test_file_is_used_whole_and_its_train_problems_are_counted(tmp_path):
     assert source["in_train_split"] == 30
 
 
+def test_a_test_file_with_a_problem_beyond_the_sampler_is_refused_at_once(tmp_path):
+    """Solving 4,096 numbers takes minutes and gigabytes; 1,024 are a full tree of depth 10."""
+    path = tmp_path / "corpus.txt"
+    for numbers, fits in ((1024, True), (1025, False)):
+        text = " + ".join(["1"] * numbers)
+        path.write_text(f"Evaluate: {text}\n<think> </think> Final Result: {numbers}\n")
+        config = EvaluationConfig(test_file=str(path))
+        if fits:
+            assert problems_for(config)[0][0].terms == 1024
+        else:
+            with pytest.raises(UserError, match=r"corpus\.txt: has a problem of 1,025 numbers"):
+                problems_for(config)
+
+
 # --------------------------------------------------------------------------------- the files
 
 NAMES = ("evaluation_metrics", "evaluation_summary", "sample_outputs")
