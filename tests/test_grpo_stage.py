@@ -182,8 +182,9 @@ def test_validation_is_told_by_exact_depth(finished):
             assert min(depths) <= line["eval_exact"] == line["eval_reward"] <= max(depths)
 
 
-def test_the_best_model_is_that_of_the_highest_validation_reward(world, tmp_path, monkeypatch):
-    rewards = iter([0.2, 0.1, 0.5, 0.3])
+def test_the_best_model_is_the_first_of_the_highest_reward(world, tmp_path, monkeypatch):
+    """Ties are common: a reward of 200 prompts has few values."""
+    rewards = iter([0.2, 0.1, 0.5, 0.5])
     monkeypatch.setattr(GRPOTask, "evaluate", lambda self, model: {"eval_reward": next(rewards)})
     argv = arguments(world, "--max-steps", 3, "--eval-every", 1)
     folder, _ = train(argv, tmp_path / "out")

@@ -158,15 +158,15 @@ def test_instruction_tuning_starts_from_the_foundational_weights(undisturbed):
     assert after[-1] < after[0] < before[-1] < before[0]
 
 
-def test_the_best_model_is_that_of_the_lowest_held_out_loss(workshop, tmp_path, monkeypatch):
-    losses = iter([3.0, 1.0, 2.0])
+def test_the_best_model_is_the_first_of_the_lowest_held_out_loss(workshop, tmp_path, monkeypatch):
+    losses = iter([3.0, 1.0, 1.0, 2.0])
     monkeypatch.setattr(SupervisedTask, "evaluate", lambda self, model: {"eval_loss": next(losses)})
-    argv = foundational(workshop, "--max-steps", 15, "--eval-every", 5)
+    argv = foundational(workshop, "--max-steps", 20, "--eval-every", 5)
     folder = train(FOUNDATIONAL, argv, tmp_path)
     assert load_checkpoint(folder / "best_model.pt").step == 10
-    assert load_checkpoint(folder / "final_model.pt").step == 15
+    assert load_checkpoint(folder / "final_model.pt").step == 20
     assert read_json(folder / FINISHED)["best"] == {"step": 10, "eval_loss": 1.0}
-    assert read_json(folder / FINISHED)["final"] == {"step": 15, "eval_loss": 2.0}
+    assert read_json(folder / FINISHED)["final"] == {"step": 20, "eval_loss": 2.0}
 
 
 def test_a_run_shorter_than_every_interval_has_all_files_and_figures(workshop, tmp_path):
