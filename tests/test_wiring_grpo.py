@@ -440,6 +440,12 @@ def test_rollouts_are_sampled_as_the_config_says(opened, decoded, options):
     assert len({*seeds}) == 3
 
 
+def test_refills_are_sampled_with_random_numbers_of_their_own(opened, decoded):
+    """Of pairs, half are alike, so that there is something to replace."""
+    opened(num_candidates=2, refill_rounds=2).step()
+    assert len(decoded) == len({call.sampling.seed for call in decoded}) == 3
+
+
 def test_rollouts_at_another_temperature_than_the_loss_end_the_run(opened, monkeypatch):
     def hotter(*args, **options):
         asked = asked_of(*args, **options)
