@@ -149,7 +149,7 @@ def readable_seconds(seconds: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
-# ------------------------------------------------------------------------ devices and seeds
+# ------------------------------------------------------------ devices, precision and seeds
 
 
 def resolve_device(name: str):
@@ -177,6 +177,22 @@ def multiplies_bf16(device) -> bool:
         return False
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch has no public name
     return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def resolve_precision(name: str, device):
+    """The ``torch.dtype`` of the matrix products; weights and optimizer state are fp32 anyway."""
+    import torch
+
+    if name == "auto":
+        name = "bf16" if multiplies_bf16(device) else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def autocast(device, precision) -> contextlib.AbstractContextManager:
+    """Matrix products in a precision; those of fp32 are left alone."""
+    import torch
+
+    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
 def keep_freed_memory() -> None:

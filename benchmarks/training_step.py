@@ -21,11 +21,13 @@ from arithmetic_llm.config import FoundationalConfig, FoundationalCorpusConfig, 
 from arithmetic_llm.corpus.draw import draw_samples  # noqa: E402
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer  # noqa: E402
 from arithmetic_llm.model.transformer import ArithmeticModel, initialise  # noqa: E402
-from arithmetic_llm.runtime import prepare_training  # noqa: E402
+from arithmetic_llm.runtime import (  # noqa: E402
+    autocast,
+    prepare_training,
+    resolve_precision,
+)
 from arithmetic_llm.training.batches import LossWeights, TokenisedSamples  # noqa: E402
-from arithmetic_llm.training.loop import autocast  # noqa: E402
 from arithmetic_llm.training.optim import build_optimizer  # noqa: E402
-from arithmetic_llm.training.run import resolve_precision  # noqa: E402
 from arithmetic_llm.training.supervised import SupervisedTask  # noqa: E402
 
 RECIPE = ROOT / "configs" / "cpu"

@@ -60,13 +60,14 @@ from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import (
     UserError,
+    autocast,
     prepare_training,
     resolve_device,
     sha256_file,
 )
 from arithmetic_llm.task.problem import problem_from
 from arithmetic_llm.training.batches import Batch, LossWeights, TokenisedSamples, micro_batches
-from arithmetic_llm.training.loop import autocast, fit
+from arithmetic_llm.training.loop import fit
 from arithmetic_llm.training.run import ROLLOUTS, MetricsLog, Run, open_run
 from arithmetic_llm.training.supervised import (
     counted_logits,

@@ -113,19 +113,27 @@ def token_weights(ids: np.ndarray, tokenizer: ArithmeticTokenizer, loss: LossWei
 
     A prompt runs from ``<bos>`` to ``<think>``. A result is the run of digits and signs after "=",
     which may be a token of its own or end one, with or without the space that follows; and the
-    token behind the run, because how many digits a number has is arithmetic, too.
+    token behind the run, because how many digits a number has is arithmetic, too. With weights of
+    0.05 for the prompt and 3 for a result:
+
+        <bos> Evaluate: ... <think> " Step " 1 ": " 7 " + " 5 " = " 1 2 " Expression now: " ...
+          0     0.05        0.05      1     1  1   1   1   1   1    3 3         3           1
     """
+    if not len(ids):
+        return np.zeros(0, dtype=np.float32)
     place = np.arange(len(ids))
 
     def latest(mark: np.ndarray) -> np.ndarray:
-        return np.maximum.accumulate(np.where(mark, place, 0)) if len(ids) else place
+        """For each place the last one up to it where ``mark`` holds; 0 where none does."""
+        return np.maximum.accumulate(np.where(mark, place, 0))
 
     in_prompt = (latest(ids == BOS) >= latest(ids == THINK)) | (ids == THINK)
     texts = [tokenizer.token(i) for i in range(tokenizer.vocab_size)]
-    numeric = np.array([text.isdigit() or text == "-" for text in texts])
-    blank = np.array([text == " " for text in texts])
-    equals = np.array([text.rstrip().endswith("=") for text in texts])
-    in_result = numeric[ids] & equals[ids[latest(~(numeric | blank)[ids])]]
+    numeric = np.array([text.isdigit() or text == "-" for text in texts])[ids]
+    blank = np.array([text == " " for text in texts])[ids]
+    ends_with_equals = np.array([text.rstrip().endswith("=") for text in texts])[ids]
+    word_before = latest(~(numeric | blank))  # where the last token that is no number stands
+    in_result = numeric & ends_with_equals[word_before]
     in_result[1:] |= in_result[:-1]
     weights = np.where(in_prompt, loss.prompt, np.where(in_result, loss.result, 1.0))
     weights[ids == BOS] = 0.0  # nothing precedes it, so nothing can predict it

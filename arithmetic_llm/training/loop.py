@@ -24,7 +24,7 @@ from torch import Tensor
 
 from arithmetic_llm.model.checkpoint import FINISHED
 from arithmetic_llm.model.transformer import ArithmeticModel
-from arithmetic_llm.runtime import Progress, UserError, readable_seconds
+from arithmetic_llm.runtime import Progress, UserError, autocast, readable_seconds
 from arithmetic_llm.training.optim import learning_rate_factor, learning_rates
 from arithmetic_llm.training.run import MetricsLog, Run
 
@@ -234,11 +234,6 @@ def should_move(parameter: Tensor, before: Tensor, rate: float) -> bool:
     felt = parameter.grad.abs() > 1e-6
     shows = rate > 32 * torch.finfo(before.dtype).eps * before.abs()
     return bool((felt & shows).any())
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager:
-    """Matrix products in a precision; those of fp32 are left alone."""
-    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
 def evaluate(run: Run, task: Task, log: MetricsLog, bar: Progress) -> None:

@@ -27,7 +27,12 @@ from arithmetic_llm.model.checkpoint import (
     step_checkpoints,
 )
 from arithmetic_llm.model.transformer import ArithmeticModel
-from arithmetic_llm.runtime import UserError, atomic_write_text, multiplies_bf16, versions
+from arithmetic_llm.runtime import (
+    UserError,
+    atomic_write_text,
+    resolve_precision,
+    versions,
+)
 from arithmetic_llm.training.optim import MuonAdamW, build_optimizer
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
@@ -164,13 +169,6 @@ def check_optimizer_state(optimizer: MuonAdamW, saved: dict[str, Any]) -> None:
 def _layout(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The parameters of each group, and the types of its settings."""
     return [{k: v if k == "params" else type(v) for k, v in group.items()} for group in groups]
-
-
-def resolve_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matrix products; weights and optimizer state are fp32 in any case."""
-    if name == "auto":
-        name = "bf16" if multiplies_bf16(device) else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
 def open_run(config: RunConfig, checkpoint: Checkpoint, **sources: str) -> Run:
