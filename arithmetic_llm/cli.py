@@ -68,7 +68,7 @@ def like(config_class: type, name: str, *default: Any, **metadata: Any) -> Any:
 # ------------------------------------------------------------------------------ the command line
 
 
-class _Parser(argparse.ArgumentParser):
+class _FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message}; see --help")
 
@@ -136,7 +136,7 @@ def read_flags(
     sections: dict[str, type], argv: Sequence[str] | None, description: str
 ) -> dict[str, Any]:
     """What the command line says and nothing else: no defaults, no JSON."""
-    parser = _Parser(
+    parser = _FlagParser(
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -140,13 +140,17 @@ def decode(
     with evaluating(model):
         _read_prompts(model, prompts, cache)
         while not texts.done.all():
+            # Finished rows cost as much as others, but copying the cache without them costs, too.
             if texts.done.float().mean() > COMPACT_AT:
                 cache.keep(texts.drop_finished().to(model.device))
             drafts = texts.drafts()
+            # Row by row: the last token that is certain, then the draft; -1 is no token to read.
             logits = _forward(model, torch.cat((texts.last, drafts.clamp(min=PAD)), dim=1), cache)
             choice = _choose(logits, sampling, texts.of_places(draws, logits.shape[1]))
             counts = texts.accept(choice.tokens.cpu(), drafts)
-            # The cache holds every token but the last, whatever else the pass has left in it.
+            # The pass has left the whole draft in the cache. Lengths alone say what counts there, so
+            # moving them on by what was accepted is all it takes to forget the rest; the last token
+            # accepted is not in it yet, because the next pass reads that first.
             cache.lengths = cache.lengths + counts.to(model.device)
             yield from _emissions(choice, [row_ids[i] for i in texts.index.tolist()], counts)
 

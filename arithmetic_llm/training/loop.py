@@ -120,14 +120,14 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
     return finish(run, task, log, meter, more_files)
 
 
-class Update(NamedTuple):
+class UpdateResult(NamedTuple):
     """What an optimizer update tells."""
 
     loss: float  # nats per counted token
     gradient_norm: float  # of all gradients together, before clipping
 
 
-class Step(NamedTuple):
+class StepResult(NamedTuple):
     """What a step tells."""
 
     loss: float  # mean over its updates; 0 if it had none
@@ -136,7 +136,7 @@ class Step(NamedTuple):
     gradient_norm: float | None  # of the last update; None if it had none
 
 
-def train_step(run: Run, task: Task) -> Step:
+def train_step(run: Run, task: Task) -> StepResult:
     """One step: as many updates as the task has for it, at one learning rate."""
     scale = learning_rate_factor(run.config, run.step, task.total_steps)
     updates, tokens = [], 0
@@ -145,7 +145,7 @@ def train_step(run: Run, task: Task) -> Step:
         tokens += sum(batch.tokens for batch in micro_batches)
     run.step += 1
     run.task_state = task.state_dict()
-    return Step(
+    return StepResult(
         fmean(u.loss for u in updates) if updates else 0.0,
         tokens,
         learning_rates(run.optimizer, scale),
@@ -153,7 +153,7 @@ def train_step(run: Run, task: Task) -> Step:
     )
 
 
-def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) -> Update:
+def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) -> UpdateResult:
     """One optimizer update.
 
     The gradients of all micro-batches add up and are divided once by the count of them all, so
@@ -176,7 +176,7 @@ def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) 
             flags = run.config.rate_flags
             raise UserError(f"the {name} is {value} at step {run.step}; lower {flags}")
     run.optimizer.step(scale)
-    return Update(loss_sum, norm)
+    return UpdateResult(loss_sum, norm)
 
 
 def clip_gradients(model: ArithmeticModel, limit: float) -> float:
@@ -192,7 +192,7 @@ class FirstUpdate:
             name: parameter.detach().clone() for name, parameter in model.named_parameters()
         }
 
-    def check(self, run: Run, step: Step) -> None:
+    def check(self, run: Run, step: StepResult) -> None:
         """Compare once, after the first step that has an update.
 
         A tensor may stay where its gradient is missing or zero (an adapter's A at first, as its B
@@ -320,7 +320,7 @@ class Meter:
         self._open_window()
 
     def _open_window(self) -> None:
-        self.window: list[Step] = []
+        self.window: list[StepResult] = []
         self.figures: list[dict[str, float]] = []
         self.window_start = time.monotonic()
 
@@ -332,7 +332,7 @@ class Meter:
     def tokens_per_second(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
 
-    def add(self, step: Step, bar: Progress) -> None:
+    def add(self, step: StepResult, bar: Progress) -> None:
         """Count a step and show it."""
         figures = self.task.figures()
         self.window.append(step)

@@ -102,11 +102,13 @@ class MuonAdamW(torch.optim.Optimizer):
         gradients = [p.grad for p in parameters]
         momenta = self._buffers(parameters, "momentum_buffer")
         torch._foreach_lerp_(momenta, gradients, 1.0 - group["momentum"])
+        # Nesterov: the gradient again, before the momentum that already holds it.
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
         by_shape: dict[torch.Size, list[int]] = defaultdict(list)
         for index, parameter in enumerate(parameters):
             by_shape[parameter.shape].append(index)
         for (rows, columns), indices in by_shape.items():
+            # One product for all matrices of a shape: each alone is too small to fill a core.
             directions = orthogonalise(torch.stack([updates[i] for i in indices]))
             # Tall matrices move further, so that a step changes outputs alike for every shape.
             step = -rate * max(1.0, rows / columns) ** 0.5
