@@ -148,9 +148,9 @@ def decode(
             logits = _forward(model, torch.cat((texts.last, drafts.clamp(min=PAD)), dim=1), cache)
             choice = _choose(logits, sampling, texts.of_places(draws, logits.shape[1]))
             counts = texts.accept(choice.tokens.cpu(), drafts)
-            # The pass has left the whole draft in the cache. Lengths alone say what counts there, so
-            # moving them on by what was accepted is all it takes to forget the rest; the last token
-            # accepted is not in it yet, because the next pass reads that first.
+            # The pass has left the whole draft in the cache, but lengths alone say what counts
+            # there: moving them on by what was accepted forgets the rest. The last token accepted
+            # is not in it yet; the next pass reads that first.
             cache.lengths = cache.lengths + counts.to(model.device)
             yield from _emissions(choice, [row_ids[i] for i in texts.index.tolist()], counts)
 
