@@ -27,12 +27,12 @@ from arithmetic_llm.evaluation.metrics import (
     problem_from,
     problems_from,
 )
+from arithmetic_llm.folders import FINISHED
 from arithmetic_llm.grpo import task as reinforce
 from arithmetic_llm.grpo.rewards import REWARDS
 from arithmetic_llm.grpo.rollout import PassRates, PromptSource, Rollout, rewarded, roll_out
 from arithmetic_llm.grpo.task import GRPOTask
 from arithmetic_llm.model.checkpoint import (
-    FINISHED,
     load_checkpoint,
     read_checkpoint,
     save_checkpoint,

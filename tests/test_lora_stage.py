@@ -8,8 +8,8 @@ import torch
 from helpers import call, checkpoint_of, random_model, run
 
 from arithmetic_llm.evaluation.solver import ArithmeticSolver
+from arithmetic_llm.folders import FINISHED
 from arithmetic_llm.model.checkpoint import (
-    FINISHED,
     load_checkpoint,
     read_checkpoint,
     save_checkpoint,

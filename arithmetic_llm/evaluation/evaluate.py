@@ -26,11 +26,11 @@ from arithmetic_llm.evaluation.metrics import (
     problem_from,
     problems_from,
 )
+from arithmetic_llm.folders import resolve_stamp
 from arithmetic_llm.model.checkpoint import (
     Checkpoint,
     check_tokenizer,
     load_checkpoint,
-    resolve_stamp,
     weights_hash,
 )
 from arithmetic_llm.model.decode import GREEDY, Completion, Sampling, generate

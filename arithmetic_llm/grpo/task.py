@@ -22,6 +22,7 @@ from arithmetic_llm.corpus.coverage import Coverage, coverage, merge
 from arithmetic_llm.corpus.files import solved, test_set
 from arithmetic_llm.evaluation.evaluate import room_to_answer, warn_if_too_short
 from arithmetic_llm.evaluation.metrics import problem_from
+from arithmetic_llm.folders import resolve_paths
 from arithmetic_llm.grpo.loss import (
     Episode,
     EpisodeBatch,
@@ -45,7 +46,6 @@ from arithmetic_llm.model.checkpoint import (
     Checkpoint,
     check_tokenizer,
     load_checkpoint,
-    resolve_paths,
     weights_hash,
 )
 from arithmetic_llm.model.decode import GREEDY, Sampling, evaluating

@@ -14,17 +14,15 @@ from torch import Tensor
 
 from arithmetic_llm.cli import read_json, to_json
 from arithmetic_llm.config import RunConfig
+from arithmetic_llm.folders import FINISHED, new_run_folder, step_checkpoints
 from arithmetic_llm.model.checkpoint import (
-    FINISHED,
     Checkpoint,
     Content,
     checked,
     load_weights,
-    new_run_folder,
     read_checkpoint,
     reason,
     save_checkpoint,
-    step_checkpoints,
 )
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError, atomic_write_text, multiplies_bf16, versions

@@ -22,11 +22,11 @@ from arithmetic_llm.config import (
 )
 from arithmetic_llm.corpus.coverage import Coverage, coverage, merge
 from arithmetic_llm.corpus.files import Record, read_corpus, test_set
+from arithmetic_llm.folders import resolve_paths
 from arithmetic_llm.model.checkpoint import (
     Checkpoint,
     check_tokenizer,
     load_checkpoint,
-    resolve_paths,
     weights_hash,
 )
 from arithmetic_llm.model.peft import (
