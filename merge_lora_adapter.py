@@ -23,7 +23,8 @@ class Config:
 def main(argv=None):
     config = parse(Config, argv, __doc__)
     from arithmetic_llm.folders import resolve_stamp
-    from arithmetic_llm.model.checkpoint import load_checkpoint, save_checkpoint
+    from arithmetic_llm.model.checkpoint import save_checkpoint
+    from arithmetic_llm.model.load import load_checkpoint
 
     base, adapter = resolve_stamp(config.base_checkpoint), resolve_stamp(config.adapter_path)
     output = resolve_stamp(config.output_path)

@@ -16,12 +16,8 @@ from helpers import (
     random_model,
 )
 
-from arithmetic_llm.model.checkpoint import (
-    check_tokenizer,
-    load_checkpoint,
-    save_checkpoint,
-    weights_hash,
-)
+from arithmetic_llm.model.checkpoint import save_checkpoint, weights_hash
+from arithmetic_llm.model.load import check_tokenizer, load_checkpoint
 from arithmetic_llm.runtime import UserError, atomic_write, atomic_write_text
 
 

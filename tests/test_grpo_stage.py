@@ -32,13 +32,9 @@ from arithmetic_llm.grpo import task as reinforce
 from arithmetic_llm.grpo.rewards import REWARDS
 from arithmetic_llm.grpo.rollout import PassRates, PromptSource, Rollout, rewarded, roll_out
 from arithmetic_llm.grpo.task import GRPOTask
-from arithmetic_llm.model.checkpoint import (
-    load_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-    weights_hash,
-)
+from arithmetic_llm.model.checkpoint import read_checkpoint, save_checkpoint, weights_hash
 from arithmetic_llm.model.decode import GREEDY, Completion
+from arithmetic_llm.model.load import load_checkpoint
 from arithmetic_llm.model.tokenizer import BOS, EOS, PAD
 from arithmetic_llm.task.verifier import verify
 from arithmetic_llm.training.batches import sequence_text

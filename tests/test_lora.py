@@ -9,7 +9,8 @@ import torch
 from helpers import checkpoint_of, of_transformers, random_model
 
 from arithmetic_llm.config import LoRAConfig, TrainingConfig
-from arithmetic_llm.model.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from arithmetic_llm.model.checkpoint import read_checkpoint, save_checkpoint
+from arithmetic_llm.model.load import load_checkpoint, load_peft
 from arithmetic_llm.model.lora import (
     adapter_weights,
     add_lora,
@@ -19,8 +20,9 @@ from arithmetic_llm.model.lora import (
     target_names,
     without_adapter,
 )
-from arithmetic_llm.model.peft import load_peft, save_peft, with_adapter
+from arithmetic_llm.model.peft import save_peft
 from arithmetic_llm.runtime import UserError
+from arithmetic_llm.training.adapters import with_adapter
 from arithmetic_llm.training.optim import build_optimizer
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -9,12 +9,8 @@ from helpers import call, checkpoint_of, random_model, run
 
 from arithmetic_llm.evaluation.solver import ArithmeticSolver
 from arithmetic_llm.folders import FINISHED
-from arithmetic_llm.model.checkpoint import (
-    load_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-    weights_hash,
-)
+from arithmetic_llm.model.checkpoint import read_checkpoint, save_checkpoint, weights_hash
+from arithmetic_llm.model.load import load_checkpoint
 
 LORA, MERGE = "run_instruction_training_lora.py", "merge_lora_adapter.py"
 STEPS = 12

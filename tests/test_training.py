@@ -21,7 +21,8 @@ from arithmetic_llm.config import InstructionConfig
 from arithmetic_llm.corpus import files as corpus
 from arithmetic_llm.corpus.coverage import coverage
 from arithmetic_llm.folders import FINISHED
-from arithmetic_llm.model.checkpoint import load_checkpoint, weights_hash
+from arithmetic_llm.model.checkpoint import weights_hash
+from arithmetic_llm.model.load import load_checkpoint
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.training import supervised
 from arithmetic_llm.training.batches import sequence_text

@@ -19,7 +19,8 @@ from helpers import call, checkpoint_of, of_transformers, random_model
 from tokenizers import Tokenizer
 
 from arithmetic_llm.corpus.draw import split_of
-from arithmetic_llm.model.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from arithmetic_llm.model.checkpoint import read_checkpoint, save_checkpoint
+from arithmetic_llm.model.load import load_checkpoint
 from arithmetic_llm.model.lora import adapter_weights
 from arithmetic_llm.model.tokenizer import BOS, EOS, ArithmeticTokenizer
 from arithmetic_llm.training import optim, supervised

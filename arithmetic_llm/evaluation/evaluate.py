@@ -27,13 +27,9 @@ from arithmetic_llm.evaluation.metrics import (
     problems_from,
 )
 from arithmetic_llm.folders import resolve_stamp
-from arithmetic_llm.model.checkpoint import (
-    Checkpoint,
-    check_tokenizer,
-    load_checkpoint,
-    weights_hash,
-)
+from arithmetic_llm.model.checkpoint import Checkpoint, weights_hash
 from arithmetic_llm.model.decode import GREEDY, Completion, Sampling, generate
+from arithmetic_llm.model.load import check_tokenizer, load_checkpoint
 from arithmetic_llm.model.tokenizer import EOS, ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import (

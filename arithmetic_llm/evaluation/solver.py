@@ -17,8 +17,8 @@ from typing import Any, overload
 from arithmetic_llm.evaluation.evaluate import room_to_answer
 from arithmetic_llm.evaluation.metrics import Outcome, Problem, covered, judge, problem_from
 from arithmetic_llm.folders import resolve_stamp
-from arithmetic_llm.model.checkpoint import check_tokenizer, load_checkpoint
 from arithmetic_llm.model.decode import GREEDY, Completion, Sampling, decode, generate
+from arithmetic_llm.model.load import check_tokenizer, load_checkpoint
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError, resolve_device

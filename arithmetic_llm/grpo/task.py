@@ -42,20 +42,10 @@ from arithmetic_llm.grpo.rollout import (
     roll_out,
     row_name,
 )
-from arithmetic_llm.model.checkpoint import (
-    Checkpoint,
-    check_tokenizer,
-    load_checkpoint,
-    weights_hash,
-)
+from arithmetic_llm.model.checkpoint import Checkpoint, weights_hash
 from arithmetic_llm.model.decode import GREEDY, Sampling, evaluating
-from arithmetic_llm.model.lora import disable_adapter, lora_layers
-from arithmetic_llm.model.peft import (
-    keep_base,
-    parameter_summary,
-    save_adapter_files,
-    with_adapter,
-)
+from arithmetic_llm.model.load import check_tokenizer, load_checkpoint
+from arithmetic_llm.model.lora import disable_adapter, lora_layers, parameter_summary
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import (
@@ -64,6 +54,7 @@ from arithmetic_llm.runtime import (
     resolve_device,
     sha256_file,
 )
+from arithmetic_llm.training.adapters import keep_base, save_adapter_files, with_adapter
 from arithmetic_llm.training.batches import Batch, LossWeights, TokenisedSamples, micro_batches
 from arithmetic_llm.training.loop import autocast, fit
 from arithmetic_llm.training.run import ROLLOUTS, MetricsLog, Run, open_run

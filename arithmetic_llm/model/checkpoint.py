@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -10,18 +9,17 @@ import reprlib
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import Any, get_args, get_origin
+
+import torch
+from torch import Tensor
 
 from arithmetic_llm.cli import build
-from arithmetic_llm.config import LoRAConfig, ModelConfig
+from arithmetic_llm.config import ModelConfig
+from arithmetic_llm.model.lora import adapter_weights
+from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
+from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError, atomic_write, require_file
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
-    from arithmetic_llm.model.transformer import ArithmeticModel
 
 FORMAT = "arithmetic_llm checkpoint 1"
 
@@ -67,10 +65,6 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     It needs no other file, unless the model has an adapter: then it holds the adapter alone and
     remembers the hash of its base.
     """
-    import torch
-
-    from arithmetic_llm.model.lora import adapter_weights
-
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     weights = adapter_weights(model) if checkpoint.adapter else model.state_dict()
     content = {
@@ -98,8 +92,6 @@ def read_checkpoint(path: str | Path) -> Content:
         UserError: no file, truncated, not a checkpoint of this package, code instead of data,
             parts missing or of another form, weights that are not finite.
     """
-    from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
-
     path = require_file(path, "checkpoint")
     raw = _read(path)
     try:
@@ -165,122 +157,7 @@ def checked(form: Any, value: Any, name: str) -> Any:
     return value
 
 
-def load_checkpoint(
-    path: str | Path, device: torch.device | str = "cpu", base_checkpoint: str | Path = ""
-) -> Checkpoint:
-    """A model ready for use. An adapter is merged into its base, which is found by its hash.
-
-    Args:
-        path: a checkpoint of any stage, or a PEFT folder.
-        base_checkpoint: where an adapter's base is, if it has moved.
-
-    Raises:
-        UserError: as `read_checkpoint`; weights that do not fit the model config; no base, or one
-            for a model that needs none.
-    """
-    if Path(path).is_dir() and (Path(path) / "adapter_config.json").exists():
-        from arithmetic_llm.model.peft import load_peft_checkpoint
-
-        checkpoint = load_peft_checkpoint(Path(path), base_checkpoint)
-        checkpoint.model.to(device)
-        return checkpoint
-    content = read_checkpoint(path)
-    if base_checkpoint and not content.adapter:
-        raise UserError(
-            f"{path}: is a whole model, not an adapter; merge nothing, leave --base-checkpoint out"
-        )
-    try:
-        if content.adapter:
-            model = _merged(content, path, base_checkpoint)
-        else:
-            model = build_model(content.config, content.tokenizer.vocab_size, content.weights)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, error) from None
-    return Checkpoint(
-        model.to(device),
-        content.tokenizer,
-        content.stage,
-        content.trained_on,
-        content.step,
-        content.training,
-    )
-
-
-def _merged(content: Content, path: str | Path, base_checkpoint: str | Path) -> ArithmeticModel:
-    from arithmetic_llm.model.lora import merge_adapter
-
-    base = find_base(content.adapter, Path(path), base_checkpoint)
-    # The shape as it was in training: the base's own context may have been another.
-    model = build_model(content.config, content.tokenizer.vocab_size, base.model.state_dict())
-    return merge_adapter(load_adapter(model, _adapter_config(content.adapter), content.weights))
-
-
-def _adapter_config(adapter: dict[str, Any]) -> LoRAConfig:
-    try:
-        return build(LoRAConfig, adapter["config"], {})
-    except UserError as error:
-        raise ValueError(str(error)) from None
-
-
-def find_base(adapter: dict[str, Any], path: Path, base_checkpoint: str | Path) -> Checkpoint:
-    """The model that an adapter was trained on: where it was then, or in a run folder nearby.
-
-    Raises:
-        UserError: it is nowhere, or ``base_checkpoint`` is another model.
-    """
-    if base_checkpoint:
-        base = load_checkpoint(base_checkpoint)
-        if weights_hash(base.model) != adapter["base_hash"]:
-            raise UserError(
-                f"{base_checkpoint}: not the base of {path}; that was {adapter['base_path']}"
-            )
-        return base
-    around = path.resolve().parents[1:3]  # models/ of models/RUN/x.pt and of models/grpo/RUN/x.pt
-    nearby = [found for folder in around for found in sorted(folder.glob("*/*_model.pt"))]
-    for candidate in (Path(adapter["base_path"]), *nearby):
-        with contextlib.suppress(UserError):
-            content = read_checkpoint(candidate)
-            if content.adapter is None and hash_of(content.weights) == adapter["base_hash"]:
-                return load_checkpoint(candidate)
-    raise UserError(
-        f"{path}: its base model {adapter['base_path']} is not there and none near it has the "
-        "same weights; say where it is with --base-checkpoint, if need be in merge_lora_adapter.py"
-    )
-
-
-def load_adapter(
-    model: ArithmeticModel, config: LoRAConfig, weights: dict[str, Tensor]
-) -> ArithmeticModel:
-    """Put an adapter of these weights on a model, in place; returns the model.
-
-    Raises:
-        ValueError: the weights are of another rank, or their names or shapes differ.
-    """
-    from arithmetic_llm.model.lora import add_lora
-
-    ranks = {w.shape[0] for name, w in weights.items() if name.endswith("lora_A.weight") and w.ndim}
-    if ranks != {config.lora_rank}:  # before a huge rank takes all memory
-        raise ValueError(f"rank {config.lora_rank} in its settings, {sorted(ranks)} in its weights")
-    load_weights(add_lora(model, config), weights)
-    return model
-
-
-def load_weights(model: ArithmeticModel, weights: dict[str, Tensor]) -> None:
-    """Copy weights into a model, or an adapter's into a model with that adapter.
-
-    Raises:
-        ValueError: names or shapes differ.
-    """
-    from arithmetic_llm.model.lora import adapter_weights
-
-    expected = adapter_weights(model) or model.state_dict()
-    _same_shapes(expected, weights)
-    model.load_state_dict(weights, strict=False)
-
-
 def _read(path: Path) -> dict[str, Any]:
-    import torch
-
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: not a checkpoint, or a truncated one; use another checkpoint")
     try:
@@ -299,42 +176,14 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def build_model(
-    config: ModelConfig, vocab_size: int, weights: dict[str, Tensor]
-) -> ArithmeticModel:
-    """A model of these weights; nothing is allocated before the shapes are known to agree."""
-    import torch
-
-    from arithmetic_llm.model.transformer import ArithmeticModel
-
-    with torch.device("meta"):
-        model = ArithmeticModel(config, vocab_size)
-    _same_shapes(model.state_dict(), weights)
-    model.load_state_dict(weights, assign=True)
-    if config.tie_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model.requires_grad_(True)
-
-
 def _finite(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights in fp32, in whatever they are stored."""
-    import torch
-
     for name, tensor in checked(dict[str, torch.Tensor], weights, "weights").items():
         if tensor.layout is not torch.strided or not tensor.is_floating_point():
             raise ValueError(f"weight {name} is no plain tensor of fractions")
         if not tensor.isfinite().all():
             raise ValueError(f"weight {name} holds NaN or infinity")
     return {name: tensor.float() for name, tensor in weights.items()}
-
-
-def _same_shapes(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    for name in sorted(expected.keys() | weights.keys()):
-        if name not in weights or name not in expected:
-            raise ValueError(f"weight {name} is {'missing' if name in expected else 'unknown'}")
-        if weights[name].shape != expected[name].shape:
-            shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
-            raise ValueError(f"weight {name} has shape {shapes}")
 
 
 def weights_hash(model: ArithmeticModel) -> str:
@@ -349,16 +198,6 @@ def hash_of(weights: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def check_tokenizer(checkpoint: Checkpoint, path: str, checkpoint_path: str) -> None:
-    """Refuse a tokenizer other than the one inside the checkpoint; an empty path is fine."""
-    from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
-
-    if path and ArithmeticTokenizer.load(path).hash != checkpoint.tokenizer.hash:
-        raise UserError(
-            f"{path}: not the tokenizer that {checkpoint_path} was trained with; name that one"
-        )
 
 
 def _damaged(path: str | Path, error: BaseException) -> UserError:

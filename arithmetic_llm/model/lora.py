@@ -147,3 +147,12 @@ def _plain_copy(
         parent, _, name = path.rpartition(".")
         setattr(copied.get_submodule(parent), name, plain(layer))
     return copied.requires_grad_(True)
+
+
+def parameter_summary(model: ArithmeticModel) -> str:
+    """``861,568 parameters``, and how many of them train if not all do."""
+    total = model.parameter_count()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if trainable == total:
+        return f"{total:,} parameters"
+    return f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %) train"

@@ -1,46 +1,25 @@
-"""Adapters as files: beside a checkpoint, merged into one, and as a folder that PEFT reads."""
+"""PEFT's own format: a folder with a JSON config and a safetensors file."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from arithmetic_llm.cli import build, read_json
-from arithmetic_llm.config import AdapterFilesConfig, LoRAConfig, ModelConfig
+from arithmetic_llm.cli import build
+from arithmetic_llm.config import LoRAConfig
 from arithmetic_llm.model.checkpoint import (
-    Checkpoint,
     Content,
-    build_model,
-    checked,
-    description,
-    find_base,
-    load_adapter,
-    load_checkpoint,
-    read_checkpoint,
-    reason,
-    save_checkpoint,
-    weights_hash,
 )
 from arithmetic_llm.model.lora import (
-    add_lora,
-    lora_config,
-    merge_adapter,
     target_names,
-    without_adapter,
 )
-from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError, atomic_write, atomic_write_text, require_file
 
-if TYPE_CHECKING:
-    from arithmetic_llm.training.run import Run
-
-BASE_MODEL = "base_model.pt"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 _PEFT_READ = {  # settings of PEFT's that have a meaning here
@@ -75,54 +54,6 @@ _PEFT_IDLE = {
 # Ways to begin, beside true and false, that leave the base's weights alone. The others (pissa,
 # olora, corda, lora_ga, loftq) train beside a changed base, which the adapter's file does not hold.
 _PEFT_INITS = ("eva", "gaussian", "mica", "orthogonal")
-
-
-def with_adapter(checkpoint: Checkpoint, config: LoRAConfig, base_path: str) -> Checkpoint:
-    """The checkpoint with a fresh adapter on its model, which is frozen from now on."""
-    adapter = {
-        "config": dataclasses.asdict(lora_config(config)),
-        "base_hash": weights_hash(checkpoint.model),
-        "base_path": base_path,
-    }
-    return replace(checkpoint, model=add_lora(checkpoint.model, config), adapter=adapter)
-
-
-def keep_base(run: Run) -> None:
-    """Write ``base_model.pt`` into the run's folder if the base is in no file of its own.
-
-    That is so if the run started from an adapter: its base is then the merged model.
-    """
-    checkpoint, path = run.checkpoint, run.folder / BASE_MODEL
-    start = Path(checkpoint.adapter["base_path"])
-    if start.is_file() and read_checkpoint(start).adapter is None:
-        return
-    if not path.exists():
-        base = without_adapter(checkpoint.model)
-        save_checkpoint(path, replace(checkpoint, model=base, adapter=None))
-    checkpoint.adapter["base_path"] = str(path)
-
-
-def parameter_summary(model: ArithmeticModel) -> str:
-    """``861,568 parameters``, and how many of them train if not all do."""
-    total = model.parameter_count()
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if trainable == total:
-        return f"{total:,} parameters"
-    return f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %) train"
-
-
-def save_adapter_files(run: Run, config: AdapterFilesConfig) -> None:
-    """From a run's best model: ``lora_adapter.pt``, and what else ``config`` asks for."""
-    best = run.folder / "best_model.pt"
-    with atomic_write(run.folder / "lora_adapter.pt") as file:
-        file.write(best.read_bytes())
-    if config.save_merged_model:
-        save_checkpoint(run.folder / "merged_model.pt", load_checkpoint(best))
-    if config.save_peft_adapter:
-        save_peft(run.folder / "peft_adapter", read_checkpoint(best))
-
-
-# --------------------------------------------------------------------------- PEFT's own format
 
 
 def save_peft(folder: Path, content: Content) -> None:
@@ -169,69 +100,6 @@ def peft_config(config: LoRAConfig, base_path: str) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-
-
-def load_peft_checkpoint(folder: Path, base_checkpoint: str | Path = "") -> Checkpoint:
-    """A base with a PEFT folder's adapter merged into it.
-
-    Stage, step, model config and ``trained_on`` are those of the adapter's training. A folder that
-    PEFT itself wrote tells none of them: its stage is ``adapter``, its step 0, its config the
-    base's, and ``trained_on`` is empty, which means unknown. The base's ``trained_on`` would call
-    problems unseen that the adapter may have been trained on.
-
-    Raises:
-        UserError: as `load_peft`; damaged metadata; no base, or another one than the folder
-            remembers.
-    """
-    metadata = _peft_weights(folder)[1]
-    if base_hash := metadata.get("base_hash"):
-        base_path = read_json(folder / PEFT_CONFIG).get("base_model_name_or_path")
-        adapter = {"base_hash": base_hash, "base_path": str(base_path)}
-        base = find_base(adapter, folder, base_checkpoint)
-    elif base_checkpoint:  # PEFT itself does not write what it was trained on
-        base = load_checkpoint(base_checkpoint)
-    else:
-        raise UserError(
-            f"{folder}: does not say what its base is; name it with --base-checkpoint, if need be "
-            "in merge_lora_adapter.py"
-        )
-    try:
-        trained = _as_in_training(base, metadata.get("training"))
-    except (KeyError, RecursionError, ValueError, UserError) as error:
-        raise UserError(
-            f"{folder / PEFT_WEIGHTS}: damaged metadata ({reason(error)}); use another copy"
-        ) from None
-    return replace(trained, model=merge_adapter(load_peft(folder, trained.model)))
-
-
-def _as_in_training(base: Checkpoint, text: str | None) -> Checkpoint:
-    """The base with what the metadata of a PEFT folder say of the adapter's training.
-
-    Raises:
-        KeyError, RecursionError, ValueError, UserError: they are damaged.
-    """
-    if text is None:
-        return replace(base, stage="adapter", step=0, trained_on={})
-    said = checked(dict, json.loads(text), "training")
-    config = build(ModelConfig, checked(dict, said["model_config"], "model_config"), {})
-    model = build_model(config, base.tokenizer.vocab_size, base.model.state_dict())
-    return replace(base, model=model, **description(said))
-
-
-def load_peft(folder: str | Path, base: ArithmeticModel) -> ArithmeticModel:
-    """Put a PEFT folder's adapter on a model, in place; returns the model.
-
-    Raises:
-        UserError: files missing or damaged, an adapter of another kind, or for another shape.
-    """
-    folder = Path(folder)
-    config = _from_peft(read_json(folder / PEFT_CONFIG), folder)
-    weights, _ = _peft_weights(folder)
-    try:
-        ours = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in weights.items()}
-        return load_adapter(base, config, ours)
-    except ValueError as error:
-        raise UserError(f"{folder}: does not fit this model ({error})") from None
 
 
 def _check_plain(settings: dict[str, Any], folder: Path) -> None:

@@ -19,11 +19,11 @@ from arithmetic_llm.model.checkpoint import (
     Checkpoint,
     Content,
     checked,
-    load_weights,
     read_checkpoint,
     reason,
     save_checkpoint,
 )
+from arithmetic_llm.model.load import load_weights
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError, atomic_write_text, multiplies_bf16, versions
 from arithmetic_llm.training.optim import MuonAdamW, build_optimizer

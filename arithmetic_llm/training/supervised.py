@@ -23,18 +23,9 @@ from arithmetic_llm.config import (
 from arithmetic_llm.corpus.coverage import Coverage, coverage, merge
 from arithmetic_llm.corpus.files import Record, read_corpus, test_set
 from arithmetic_llm.folders import resolve_paths
-from arithmetic_llm.model.checkpoint import (
-    Checkpoint,
-    check_tokenizer,
-    load_checkpoint,
-    weights_hash,
-)
-from arithmetic_llm.model.peft import (
-    keep_base,
-    parameter_summary,
-    save_adapter_files,
-    with_adapter,
-)
+from arithmetic_llm.model.checkpoint import Checkpoint, weights_hash
+from arithmetic_llm.model.load import check_tokenizer, load_checkpoint
+from arithmetic_llm.model.lora import parameter_summary
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel, initialise
 from arithmetic_llm.runtime import (
@@ -44,6 +35,7 @@ from arithmetic_llm.runtime import (
     sha256_file,
 )
 from arithmetic_llm.task.expression import ExpressionError, parse
+from arithmetic_llm.training.adapters import keep_base, save_adapter_files, with_adapter
 from arithmetic_llm.training.batches import (
     Batch,
     LossWeights,
