@@ -24,11 +24,11 @@ def main(argv=None):
     config = parse(Config, argv, __doc__)
     from arithmetic_llm.folders import resolve_stamp
     from arithmetic_llm.model.checkpoint import save_checkpoint
-    from arithmetic_llm.model.load import load_checkpoint
+    from arithmetic_llm.model.load import load_model
 
     base, adapter = resolve_stamp(config.base_checkpoint), resolve_stamp(config.adapter_path)
     output = resolve_stamp(config.output_path)
-    save_checkpoint(output, load_checkpoint(adapter, base_checkpoint=base))
+    save_checkpoint(output, load_model(adapter, base_checkpoint=base))
     print(f"merged model in {output}")
 
 

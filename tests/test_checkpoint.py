@@ -17,7 +17,7 @@ from helpers import (
 )
 
 from arithmetic_llm.model.checkpoint import save_checkpoint, weights_hash
-from arithmetic_llm.model.load import check_tokenizer, load_checkpoint
+from arithmetic_llm.model.load import check_tokenizer, load_model
 from arithmetic_llm.runtime import UserError, atomic_write, atomic_write_text
 
 
@@ -32,7 +32,7 @@ def saved(tiny_model, tokenizer, tmp_path):
 def refusal(path):
     """The one line that a load is refused with; it names the file."""
     with pytest.raises(UserError) as caught:
-        load_checkpoint(path)
+        load_model(path)
     text = str(caught.value)
     assert str(path) in text
     assert "\n" not in text
@@ -49,7 +49,7 @@ def test_everything_comes_back(tokenizer, tmp_path, tied):
     checkpoint.step = 17
     checkpoint.training = {"best": 0.5, "rng": torch.get_rng_state()}
     save_checkpoint(tmp_path / "m.pt", checkpoint)
-    loaded = load_checkpoint(tmp_path / "m.pt")
+    loaded = load_model(tmp_path / "m.pt")
     assert weights_hash(loaded.model) == weights_hash(model)
     assert loaded.model.config == model.config
     assert (loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight) == tied
@@ -63,7 +63,7 @@ def test_everything_comes_back(tokenizer, tmp_path, tied):
 def test_it_needs_no_file_beside_it(saved, tiny_model):
     elsewhere = saved.rename(saved.parent / "other.pt")
     ids = torch.tensor([[2, 50, 60]])
-    assert torch.equal(load_checkpoint(elsewhere).model.eval()(ids), tiny_model(ids))
+    assert torch.equal(load_model(elsewhere).model.eval()(ids), tiny_model(ids))
 
 
 def test_the_hash_of_the_weights_sees_every_change(tiny_model, tokenizer):
@@ -194,7 +194,7 @@ def test_content_that_does_not_fit_is_refused(saved, change, named):
 
 def test_nothing_known_of_the_training_is_no_damage(saved):
     edit(saved, _set("trained_on", {}))
-    assert load_checkpoint(saved).trained_on == {}
+    assert load_model(saved).trained_on == {}
 
 
 def test_weights_of_another_kind_of_number_still_give_an_fp32_model(saved, tiny_model):
@@ -204,9 +204,9 @@ def test_weights_of_another_kind_of_number_still_give_an_fp32_model(saved, tiny_
         content["weights"] = {name: w.double() for name, w in content["weights"].items()}
 
     edit(saved, halve)
-    assert weights_hash(load_checkpoint(saved).model) == weights_hash(tiny_model)
+    assert weights_hash(load_model(saved).model) == weights_hash(tiny_model)
     ids = torch.tensor([[2, 50, 60]])
-    assert torch.equal(load_checkpoint(saved).model.eval()(ids), tiny_model(ids))
+    assert torch.equal(load_model(saved).model.eval()(ids), tiny_model(ids))
 
 
 def test_other_files_are_refused(tmp_path, tokenizer):

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from arithmetic_llm.corpus.draw import split_of
 from arithmetic_llm.model.checkpoint import read_checkpoint, save_checkpoint
-from arithmetic_llm.model.load import load_checkpoint
+from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.lora import adapter_weights
 from arithmetic_llm.model.tokenizer import BOS, EOS, ArithmeticTokenizer
 from arithmetic_llm.training import optim, supervised
@@ -236,7 +236,7 @@ def backward(model, samples):
 
 def of_base(world):
     """transformers' model with the weights of the base."""
-    return of_transformers(load_checkpoint(world.base).model).train()
+    return of_transformers(load_model(world.base).model).train()
 
 
 def with_adapter_of_peft(world, fresh):

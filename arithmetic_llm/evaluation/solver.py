@@ -18,7 +18,7 @@ from arithmetic_llm.evaluation.evaluate import room_to_answer
 from arithmetic_llm.evaluation.metrics import Outcome, Problem, covered, judge, problem_from
 from arithmetic_llm.folders import resolve_stamp
 from arithmetic_llm.model.decode import GREEDY, Completion, Sampling, decode, generate
-from arithmetic_llm.model.load import check_tokenizer, load_checkpoint
+from arithmetic_llm.model.load import check_tokenizer, load_model
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError, resolve_device
@@ -65,7 +65,7 @@ class ArithmeticSolver:
         """
         path = resolve_stamp(str(path))
         base = resolve_stamp(base_checkpoint)
-        checkpoint = load_checkpoint(path, resolve_device(device), base)
+        checkpoint = load_model(path, resolve_device(device), base)
         check_tokenizer(checkpoint, tokenizer_path, path)
         return cls(checkpoint.model, checkpoint.tokenizer, checkpoint.trained_on, **options)
 

@@ -44,7 +44,7 @@ from arithmetic_llm.grpo.rollout import (
 )
 from arithmetic_llm.model.checkpoint import Checkpoint, weights_hash
 from arithmetic_llm.model.decode import GREEDY, Sampling, evaluating
-from arithmetic_llm.model.load import check_tokenizer, load_checkpoint
+from arithmetic_llm.model.load import check_tokenizer, load_model
 from arithmetic_llm.model.lora import disable_adapter, lora_layers, parameter_summary
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
@@ -455,7 +455,7 @@ def _check(config: GRPOConfig) -> None:
 
 def _start(config: GRPOConfig) -> Checkpoint:
     path = config.sft_checkpoint
-    base = load_checkpoint(path, resolve_device(config.device), config.base_checkpoint)
+    base = load_model(path, resolve_device(config.device), config.base_checkpoint)
     check_tokenizer(base, config.tokenizer, path)
     return base
 

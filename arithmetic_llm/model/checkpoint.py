@@ -46,7 +46,7 @@ class Checkpoint:
 
 
 @dataclass
-class Content:
+class CheckpointData:
     """What a checkpoint file holds, checked, but not yet a model."""
 
     config: ModelConfig
@@ -85,7 +85,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         file.write(memory.getbuffer())
 
 
-def read_checkpoint(path: str | Path) -> Content:
+def read_checkpoint(path: str | Path) -> CheckpointData:
     """Read a checkpoint file without executing anything in it.
 
     Raises:
@@ -95,7 +95,7 @@ def read_checkpoint(path: str | Path) -> Content:
     path = require_file(path, "checkpoint")
     raw = _read(path)
     try:
-        return Content(
+        return CheckpointData(
             config=build(ModelConfig, checked(dict, raw["model_config"], "model_config"), {}),
             weights=_finite(raw["weights"]),
             tokenizer=_with_hash(ArithmeticTokenizer(raw["tokenizer"]), raw["tokenizer_hash"]),

@@ -15,7 +15,7 @@ from arithmetic_llm.cli import build, read_json
 from arithmetic_llm.config import LoRAConfig, ModelConfig
 from arithmetic_llm.model.checkpoint import (
     Checkpoint,
-    Content,
+    CheckpointData,
     _damaged,
     checked,
     description,
@@ -37,7 +37,7 @@ from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError
 
 
-def load_checkpoint(
+def load_model(
     path: str | Path, device: torch.device | str = "cpu", base_checkpoint: str | Path = ""
 ) -> Checkpoint:
     """A model ready for use. An adapter is merged into its base, which is found by its hash.
@@ -76,7 +76,9 @@ def load_checkpoint(
     )
 
 
-def _merged(content: Content, path: str | Path, base_checkpoint: str | Path) -> ArithmeticModel:
+def _merged(
+    content: CheckpointData, path: str | Path, base_checkpoint: str | Path
+) -> ArithmeticModel:
     base = find_base(content.adapter, Path(path), base_checkpoint)
     # The shape as it was in training: the base's own context may have been another.
     model = build_model(content.config, content.tokenizer.vocab_size, base.model.state_dict())
@@ -97,7 +99,7 @@ def find_base(adapter: dict[str, Any], path: Path, base_checkpoint: str | Path) 
         UserError: it is nowhere, or ``base_checkpoint`` is another model.
     """
     if base_checkpoint:
-        base = load_checkpoint(base_checkpoint)
+        base = load_model(base_checkpoint)
         if weights_hash(base.model) != adapter["base_hash"]:
             raise UserError(
                 f"{base_checkpoint}: not the base of {path}; that was {adapter['base_path']}"
@@ -109,7 +111,7 @@ def find_base(adapter: dict[str, Any], path: Path, base_checkpoint: str | Path) 
         with contextlib.suppress(UserError):
             content = read_checkpoint(candidate)
             if content.adapter is None and hash_of(content.weights) == adapter["base_hash"]:
-                return load_checkpoint(candidate)
+                return load_model(candidate)
     raise UserError(
         f"{path}: its base model {adapter['base_path']} is not there and none near it has the "
         "same weights; say where it is with --base-checkpoint, if need be in merge_lora_adapter.py"
@@ -134,7 +136,7 @@ def load_peft_checkpoint(folder: Path, base_checkpoint: str | Path = "") -> Chec
         adapter = {"base_hash": base_hash, "base_path": str(base_path)}
         base = find_base(adapter, folder, base_checkpoint)
     elif base_checkpoint:  # PEFT itself does not write what it was trained on
-        base = load_checkpoint(base_checkpoint)
+        base = load_model(base_checkpoint)
     else:
         raise UserError(
             f"{folder}: does not say what its base is; name it with --base-checkpoint, if need be "

@@ -13,7 +13,7 @@ from torch import Tensor
 from arithmetic_llm.cli import build
 from arithmetic_llm.config import LoRAConfig
 from arithmetic_llm.model.checkpoint import (
-    Content,
+    CheckpointData,
 )
 from arithmetic_llm.model.lora import (
     target_names,
@@ -56,7 +56,7 @@ _PEFT_IDLE = {
 _PEFT_INITS = ("eva", "gaussian", "mica", "orthogonal")
 
 
-def save_peft(folder: Path, content: Content) -> None:
+def save_peft(folder: Path, content: CheckpointData) -> None:
     """Write the adapter of a checkpoint as PEFT does: a JSON config and a safetensors file.
 
     What a checkpoint says beside its weights is in their metadata, which PEFT passes over.
@@ -70,7 +70,7 @@ def save_peft(folder: Path, content: Content) -> None:
     atomic_write_text(folder / PEFT_CONFIG, text + "\n")
 
 
-def _metadata(content: Content) -> dict[str, str]:
+def _metadata(content: CheckpointData) -> dict[str, str]:
     """Texts, as safetensors has them: the hash of the base, and the training as one JSON object."""
     training = {
         "stage": content.stage,

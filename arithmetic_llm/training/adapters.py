@@ -13,7 +13,7 @@ from arithmetic_llm.model.checkpoint import (
     save_checkpoint,
     weights_hash,
 )
-from arithmetic_llm.model.load import load_checkpoint
+from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.lora import add_lora, lora_config, without_adapter
 from arithmetic_llm.model.peft import save_peft
 from arithmetic_llm.runtime import atomic_write
@@ -53,6 +53,6 @@ def save_adapter_files(run: Run, config: AdapterFilesConfig) -> None:
     with atomic_write(run.folder / "lora_adapter.pt") as file:
         file.write(best.read_bytes())
     if config.save_merged_model:
-        save_checkpoint(run.folder / "merged_model.pt", load_checkpoint(best))
+        save_checkpoint(run.folder / "merged_model.pt", load_model(best))
     if config.save_peft_adapter:
         save_peft(run.folder / "peft_adapter", read_checkpoint(best))

@@ -17,7 +17,7 @@ from arithmetic_llm.config import RunConfig
 from arithmetic_llm.folders import FINISHED, new_run_folder, step_checkpoints
 from arithmetic_llm.model.checkpoint import (
     Checkpoint,
-    Content,
+    CheckpointData,
     checked,
     read_checkpoint,
     reason,
@@ -91,7 +91,7 @@ class Run:
             "precision": str(self.precision),
         }
 
-    def restore(self, saved: Content) -> None:
+    def restore(self, saved: CheckpointData) -> None:
         """Continue from a resumable checkpoint: weights, optimizer, random state, best so far.
 
         Raises:

@@ -24,7 +24,7 @@ from arithmetic_llm.corpus.coverage import Coverage, coverage, merge
 from arithmetic_llm.corpus.files import Record, read_corpus, test_set
 from arithmetic_llm.folders import resolve_paths
 from arithmetic_llm.model.checkpoint import Checkpoint, weights_hash
-from arithmetic_llm.model.load import check_tokenizer, load_checkpoint
+from arithmetic_llm.model.load import check_tokenizer, load_model
 from arithmetic_llm.model.lora import parameter_summary
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel, initialise
@@ -210,7 +210,7 @@ def _starting_point(
     """The untrained model, or the one to go on from with what it has seen."""
     seen = covered.as_dict()
     if start:
-        base = load_checkpoint(start)
+        base = load_model(start)
         check_tokenizer(base, config.tokenizer_path, start)
         model, seen = base.model, merge(base.trained_on, seen)
         if context := getattr(config, "max_seq_length", 0):
