@@ -28,7 +28,7 @@ def main(argv=None):
 
     base, adapter = resolve_stamp(config.base_checkpoint), resolve_stamp(config.adapter_path)
     output = resolve_stamp(config.output_path)
-    save_checkpoint(output, load_model(adapter, base_checkpoint=base))
+    save_checkpoint(output, load_model(adapter, base=base))
     print(f"merged model in {output}")
 
 

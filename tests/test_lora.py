@@ -9,8 +9,9 @@ import torch
 from helpers import checkpoint_of, of_transformers, random_model
 
 from arithmetic_llm.config import LoRAConfig, TrainingConfig
+from arithmetic_llm.model import load
 from arithmetic_llm.model.checkpoint import read_checkpoint, save_checkpoint
-from arithmetic_llm.model.load import load_model, load_peft
+from arithmetic_llm.model.load import load_adapter, load_model
 from arithmetic_llm.model.lora import (
     adapter_weights,
     add_lora,
@@ -20,7 +21,7 @@ from arithmetic_llm.model.lora import (
     target_names,
     without_adapter,
 )
-from arithmetic_llm.model.peft import save_peft
+from arithmetic_llm.model.peft import read_peft, save_peft
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.training.adapters import with_adapter
 from arithmetic_llm.training.optim import build_optimizer
@@ -46,6 +47,12 @@ def move(model):
     for _, layer in lora_layers(model):
         torch.nn.init.normal_(layer.lora_B.weight, std=0.3)
     return model
+
+
+def with_peft(folder, model):
+    """The model with the adapter of a PEFT folder on it, not merged."""
+    adapter = read_peft(folder)
+    return load_adapter(model, adapter.config, adapter.weights)
 
 
 def fresh_model(**shape):
@@ -131,7 +138,7 @@ def test_our_adapter_loads_in_peft(on_disk, tmp_path):
 def test_an_adapter_that_peft_saved_loads_here(config, tmp_path):
     model = trained(fresh_model(), config)
     of_peft(model, config).save_pretrained(tmp_path)
-    loaded = load_peft(tmp_path, fresh_model())
+    loaded = with_peft(tmp_path, fresh_model())
     with torch.no_grad():
         assert torch.equal(loaded(IDS), model(IDS))
 
@@ -159,7 +166,7 @@ def trained_by_peft(folder, **settings):
 
 def logits_here(folder):
     with torch.no_grad():
-        return load_peft(folder, fresh_model()).eval()(IDS)
+        return with_peft(folder, fresh_model()).eval()(IDS)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +194,7 @@ def test_what_peft_trained_beside_a_changed_base_is_refused_unless_it_was_conver
 ):
     theirs, logits = trained_by_peft(tmp_path, init_lora_weights=start)
     with pytest.raises(UserError, match=f"init_lora_weights '{start}'.*weight_conversion") as error:
-        load_peft(tmp_path / "as_it_is", fresh_model())
+        with_peft(tmp_path / "as_it_is", fresh_model())
     assert "\n" not in str(error.value)
     change_settings(tmp_path / "as_it_is", init_lora_weights=True)
     assert (logits_here(tmp_path / "as_it_is") - logits).abs().max() > 0.5  # as well it is
@@ -228,20 +235,20 @@ def test_a_setting_that_may_change_the_computation_is_refused_by_name(on_disk, t
         for value in (0, True, 1.5, "x", {"q_proj": 3}):
             change_settings(folder, **{name: value})
             with pytest.raises(UserError, match=f"it uses {name}; train one without"):
-                load_peft(folder, on_disk)
+                with_peft(folder, on_disk)
         change_settings(folder, **{name: None})
     base = tmp_path / "base" / "best_model.pt"
     for empty in (None, False, [], {}, ""):
         change_settings(folder, **dict.fromkeys(names, empty))
         with torch.no_grad():
-            close(load_peft(folder, load_model(base).model).eval()(IDS), on_disk(IDS))
+            close(with_peft(folder, load_model(base).model).eval()(IDS), on_disk(IDS))
 
 
 def test_a_folder_of_pefts_own_needs_to_be_told_its_base(on_disk, tokenizer, tmp_path):
     of_peft(on_disk, KINDS["rslora"]).save_pretrained(tmp_path / "theirs")
     with pytest.raises(UserError, match="--base-checkpoint"):
         load_model(tmp_path / "theirs")
-    loaded = load_model(tmp_path / "theirs", base_checkpoint=tmp_path / "base" / "best_model.pt")
+    loaded = load_model(tmp_path / "theirs", base=tmp_path / "base" / "best_model.pt")
     with torch.no_grad():
         close(loaded.model.eval()(IDS), on_disk(IDS))
 
@@ -256,7 +263,7 @@ def test_a_folder_of_pefts_own_tells_nothing_of_its_training(on_disk, tmp_path):
     """The base's claim to have seen depth 1 to 3 alone would be false of the adapter."""
     of_peft(on_disk, KINDS["rslora"]).save_pretrained(tmp_path / "theirs")
     base = tmp_path / "base" / "best_model.pt"
-    loaded = load_model(tmp_path / "theirs", base_checkpoint=base)
+    loaded = load_model(tmp_path / "theirs", base=base)
     assert (loaded.stage, loaded.step, loaded.trained_on) == ("adapter", 0, {})
     assert loaded.tokenizer.hash == load_model(base).tokenizer.hash
 
@@ -535,13 +542,27 @@ def test_a_base_is_found_from_a_folder_within_the_models_folder(on_disk, tmp_pat
         loads_as(tmp_path / "grpo" / "lora" / name, on_disk)
 
 
+@pytest.mark.parametrize("name", ["lora_adapter.pt", "peft"])
+def test_a_base_is_read_once(on_disk, tmp_path, monkeypatch, name):
+    """Reading takes most of the time of loading a large model."""
+    read = []
+    reader = load.read_checkpoint
+    monkeypatch.setattr(load, "read_checkpoint", lambda path: read.append(path) or reader(path))
+    base = tmp_path / "base" / "best_model.pt"
+    for named in ("", base):
+        loads_as(tmp_path / "lora" / name, on_disk, base=named)
+        assert read.count(base) == 1
+        assert len(read) == len({*read})
+        read.clear()
+
+
 def test_a_base_that_is_far_away_must_be_named(on_disk, tmp_path, tmp_path_factory):
     far = tmp_path_factory.mktemp("far") / "model.pt"
     shutil.move(tmp_path / "base" / "best_model.pt", far)
     for path in (tmp_path / "lora" / "lora_adapter.pt", tmp_path / "lora" / "peft"):
         with pytest.raises(UserError, match="say where it is with --base-checkpoint"):
             load_model(path)
-        loads_as(path, on_disk, base_checkpoint=far)
+        loads_as(path, on_disk, base=far)
 
 
 def test_another_base_is_refused(on_disk, tokenizer, tmp_path):
@@ -549,13 +570,13 @@ def test_another_base_is_refused(on_disk, tokenizer, tmp_path):
     save_checkpoint(tmp_path / "other.pt", checkpoint_of(other, tokenizer))
     for path in (tmp_path / "lora" / "lora_adapter.pt", tmp_path / "lora" / "peft"):
         with pytest.raises(UserError, match=r"other\.pt: not the base of"):
-            load_model(path, base_checkpoint=tmp_path / "other.pt")
+            load_model(path, base=tmp_path / "other.pt")
 
 
 def test_a_base_for_a_model_that_needs_none_is_refused(on_disk, tmp_path):
     base = tmp_path / "base" / "best_model.pt"
     with pytest.raises(UserError, match="leave --base-checkpoint out"):
-        load_model(base, base_checkpoint=base)
+        load_model(base, base=base)
 
 
 @pytest.mark.parametrize(

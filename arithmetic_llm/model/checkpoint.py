@@ -104,7 +104,7 @@ def read_checkpoint(path: str | Path) -> CheckpointData:
             **description(raw),
         )
     except (AttributeError, KeyError, TypeError, ValueError, UserError) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
 def description(said: Any) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def hash_of(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _damaged(path: str | Path, error: BaseException) -> UserError:
+def damaged(path: str | Path, error: BaseException) -> UserError:
     return UserError(f"{path}: damaged checkpoint ({reason(error)}); use another")
 
 
