@@ -1,4 +1,4 @@
-"""The folders that runs live in: their names, and which one is meant."""
+"""Folders that runs live in: their names, and which one a literal time stamp means."""
 
 from __future__ import annotations
 

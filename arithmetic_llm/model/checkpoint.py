@@ -1,4 +1,4 @@
-"""Checkpoints that describe themselves."""
+"""Checkpoints, file <-> data: one file that describes itself, written whole and read with care."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TRAINED_ON = {  # the form of corpus.coverage.Coverage.as_dict
 
 @dataclass
 class Checkpoint:
-    """Everything a model is: weights, shape, tokenizer, and what it was trained on."""
+    """A model with all that belongs to it: its tokenizer, and what it was trained on."""
 
     model: ArithmeticModel
     tokenizer: ArithmeticTokenizer
@@ -47,7 +47,7 @@ class Checkpoint:
 
 @dataclass
 class CheckpointData:
-    """What a checkpoint file holds, checked, but not yet a model."""
+    """Content of a checkpoint file, checked, before it becomes a model."""
 
     config: ModelConfig
     weights: dict[str, Tensor]  # the whole model's; an adapter's alone if there is one
@@ -56,14 +56,17 @@ class CheckpointData:
     trained_on: dict[str, Any]
     step: int
     training: dict[str, Any]
-    adapter: dict[str, Any] | None
+    adapter: dict[str, Any] | None  # config, base_hash and base_path; None of a whole model
+
+
+# ------------------------------------------------------------------------------------- writing
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write atomically; the file loads with ``weights_only=True``.
+    """Write a checkpoint file, whole or not at all; it loads with ``weights_only=True``.
 
-    It needs no other file, unless the model has an adapter: then it holds the adapter alone and
-    remembers the hash of its base.
+    The file needs no other one, unless the model has an adapter: then it holds the adapter alone
+    and the hash of its base.
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     weights = adapter_weights(model) if checkpoint.adapter else model.state_dict()
@@ -83,6 +86,9 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     torch.save(content, memory)
     with atomic_write(path) as file:
         file.write(memory.getbuffer())
+
+
+# ------------------------------------------------------------------------------------- reading
 
 
 def read_checkpoint(path: str | Path) -> CheckpointData:
@@ -107,57 +113,12 @@ def read_checkpoint(path: str | Path) -> CheckpointData:
         raise damaged(path, error) from None
 
 
-def description(said: Any) -> dict[str, Any]:
-    """Stage, step and ``trained_on`` of what a file says of a model, checked.
-
-    Raises:
-        KeyError, TypeError, ValueError: missing, or of another form.
-    """
-    stage, step = checked(str, said["stage"], "stage"), checked(int, said["step"], "step")
-    if step < 0:
-        raise ValueError(f"step is {step}")
-    trained_on = checked(dict, said["trained_on"], "trained_on")
-    for key, form in TRAINED_ON.items() if trained_on else ():
-        checked(form, trained_on[key], f"trained_on {key}")
-    return {"stage": stage, "step": step, "trained_on": trained_on}
-
-
-def _with_hash(tokenizer: ArithmeticTokenizer, expected: str) -> ArithmeticTokenizer:
-    if tokenizer.hash != expected:
-        raise ValueError("its tokenizer is another than it was trained with")
-    return tokenizer
-
-
-def _adapter(said: Any) -> dict[str, Any] | None:
-    if said is None:
-        return None
-    for key, form in {"config": dict, "base_hash": str, "base_path": str}.items():
-        checked(form, checked(dict, said, "adapter")[key], f"adapter {key}")
-    return said
-
-
-def checked(form: Any, value: Any, name: str) -> Any:
-    """The value, if it has a form: a type, ``list[T]``, ``dict[K, V]`` or ``tuple[T, T]``.
-
-    A float may be whole; a bool is no number; a list of as many values will do for a tuple.
-
-    Raises:
-        ValueError: it has another one; the message has the name.
-    """
-    kind, parts = get_origin(form) or form, get_args(form)
-    kinds = {float: (float, int), list: (list, tuple), tuple: (list, tuple)}.get(kind, kind)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name} is {reprlib.repr(value)}, not of type {kind.__name__}")
-    if kind is tuple and len(value) != len(parts):
-        raise ValueError(f"{name} is {reprlib.repr(value)}, not {len(parts)} values")
-    columns = (value, value.values()) if kind is dict else zip(value) if kind is tuple else (value,)
-    for part, column in zip(parts, columns, strict=False):  # a bare type has no parts
-        for item in column:
-            checked(part, item, name)
-    return value
-
-
 def _read(path: Path) -> dict[str, Any]:
+    """Plain values and tensors of the file, unchecked but for their format.
+
+    Raises:
+        UserError: truncated, damaged, another format, or code instead of data.
+    """
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: not a checkpoint, or a truncated one; use another checkpoint")
     try:
@@ -177,7 +138,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _finite(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights in fp32, in whatever they are stored."""
+    """Weights in fp32, however they are stored; none is NaN or infinite."""
     for name, tensor in checked(dict[str, torch.Tensor], weights, "weights").items():
         if tensor.layout is not torch.strided or not tensor.is_floating_point():
             raise ValueError(f"weight {name} is no plain tensor of fractions")
@@ -186,8 +147,76 @@ def _finite(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in weights.items()}
 
 
+def _with_hash(tokenizer: ArithmeticTokenizer, expected: str) -> ArithmeticTokenizer:
+    if tokenizer.hash != expected:
+        raise ValueError("its tokenizer is another than it was trained with")
+    return tokenizer
+
+
+def _adapter(said: Any) -> dict[str, Any] | None:
+    if said is None:
+        return None
+    for key, form in {"config": dict, "base_hash": str, "base_path": str}.items():
+        checked(form, checked(dict, said, "adapter")[key], f"adapter {key}")
+    return said
+
+
+def description(said: Any) -> dict[str, Any]:
+    """Stage, step and ``trained_on`` of a model as a file states them, checked.
+
+    Raises:
+        KeyError, TypeError, ValueError: missing, or of another form.
+    """
+    stage, step = checked(str, said["stage"], "stage"), checked(int, said["step"], "step")
+    if step < 0:
+        raise ValueError(f"step is {step}")
+    trained_on = checked(dict, said["trained_on"], "trained_on")
+    for key, form in TRAINED_ON.items() if trained_on else ():
+        checked(form, trained_on[key], f"trained_on {key}")
+    return {"stage": stage, "step": step, "trained_on": trained_on}
+
+
+# --------------------------------------------------------------- checks that other files share
+
+
+def checked(form: Any, value: Any, name: str) -> Any:
+    """The value, if it is of a form: a type, ``list[T]``, ``dict[K, V]`` or ``tuple[T, T]``.
+
+    A float may be whole; a bool is no number; a list of as many values will do for a tuple.
+
+    Raises:
+        ValueError: it is of another one; the message has the name.
+    """
+    kind, parts = get_origin(form) or form, get_args(form)
+    kinds = {float: (float, int), list: (list, tuple), tuple: (list, tuple)}.get(kind, kind)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not of type {kind.__name__}")
+    if kind is tuple and len(value) != len(parts):
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not {len(parts)} values")
+    columns = (value, value.values()) if kind is dict else zip(value) if kind is tuple else (value,)
+    for part, column in zip(parts, columns, strict=False):  # a bare type has no parts
+        for item in column:
+            checked(part, item, name)
+    return value
+
+
+def damaged(path: str | Path, error: BaseException) -> UserError:
+    """Refusal of a checkpoint file that does not hold what it should."""
+    return UserError(f"{path}: damaged checkpoint ({reason(error)}); use another")
+
+
+def reason(error: BaseException) -> str:
+    """Reason that an error gives, in one line."""
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is missing"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# ------------------------------------------------------------------------- identity of weights
+
+
 def weights_hash(model: ArithmeticModel) -> str:
-    """SHA-256 over names and values of all weights; what an adapter remembers of its base."""
+    """SHA-256 over names and values of all weights; an adapter knows its base by it."""
     return hash_of(model.state_dict())
 
 
@@ -198,14 +227,3 @@ def hash_of(weights: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def damaged(path: str | Path, error: BaseException) -> UserError:
-    return UserError(f"{path}: damaged checkpoint ({reason(error)}); use another")
-
-
-def reason(error: BaseException) -> str:
-    """What went wrong, in one line."""
-    if isinstance(error, KeyError):
-        return f"{error.args[0]} is missing"
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Adapters of a training run: a fresh one on its start, its base, and the files beside a run's."""
+"""Adapters of a training run: a fresh one at its start, a file of its base, files at its end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BASE_MODEL = "base_model.pt"
 
 
 def with_adapter(checkpoint: Checkpoint, config: LoRAConfig, base_path: str) -> Checkpoint:
-    """The checkpoint with a fresh adapter on its model, which is frozen from now on."""
+    """The checkpoint with a fresh adapter on its model, whose own weights are frozen, in place."""
     adapter = {
         "config": dataclasses.asdict(lora_config(config)),
         "base_hash": weights_hash(checkpoint.model),
@@ -35,7 +35,7 @@ def with_adapter(checkpoint: Checkpoint, config: LoRAConfig, base_path: str) -> 
 def keep_base(run: Run) -> None:
     """Write ``base_model.pt`` into the run's folder if the base is in no file of its own.
 
-    That is so if the run started from an adapter: its base is then the merged model.
+    A run that starts from an adapter has such a base: the merged model.
     """
     checkpoint, path = run.checkpoint, run.folder / BASE_MODEL
     start = Path(checkpoint.adapter["base_path"])
@@ -48,7 +48,7 @@ def keep_base(run: Run) -> None:
 
 
 def save_adapter_files(run: Run, config: AdapterFilesConfig) -> None:
-    """From a run's best model: ``lora_adapter.pt``, and what else ``config`` asks for."""
+    """Write ``lora_adapter.pt`` of a run's best model, and what else ``config`` asks for."""
     best = run.folder / "best_model.pt"
     with atomic_write(run.folder / "lora_adapter.pt") as file:
         file.write(best.read_bytes())
