@@ -12,11 +12,13 @@ from arithmetic_llm.config import MergeConfig
 
 def main(argv=None):
     config = parse(MergeConfig, argv, __doc__)
-    from arithmetic_llm.model.checkpoint import load_checkpoint, resolve_stamp, save_checkpoint
+    from arithmetic_llm.folders import resolve_stamp
+    from arithmetic_llm.model.checkpoint import save_checkpoint
+    from arithmetic_llm.model.load import load_model
 
     base, adapter = resolve_stamp(config.base_checkpoint), resolve_stamp(config.adapter_path)
     output = resolve_stamp(config.output_path)
-    save_checkpoint(output, load_checkpoint(adapter, base_checkpoint=base))
+    save_checkpoint(output, load_model(adapter, base=base))
     print(f"merged model in {output}")
 
 

@@ -12,7 +12,7 @@ def main(argv=None):
     config = parse(EvaluationConfig, argv, __doc__)
     from arithmetic_llm.evaluation.evaluate import evaluate_checkpoint, prepare_folder, save
     from arithmetic_llm.evaluation.report import summary_text
-    from arithmetic_llm.model.checkpoint import resolve_stamp
+    from arithmetic_llm.folders import resolve_stamp
 
     folder = prepare_folder(resolve_stamp(config.output_dir))
     result = evaluate_checkpoint(config)

@@ -565,7 +565,7 @@ MUTANTS = [
     ),
     Mutant(
         "LoRA: any base will do",
-        'if weights_hash(base.model) != adapter["base_hash"]:',
+        "if weights_hash(base.model) != base_hash:",
         "if False:",
         "test_lora.py -k another_base",
     ),

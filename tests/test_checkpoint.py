@@ -1,6 +1,5 @@
 """Checkpoints: whole or not there, never executed, and refused by name if anything is wrong."""
 
-import datetime
 import pickle
 from functools import partial
 
@@ -17,17 +16,8 @@ from helpers import (
     random_model,
 )
 
-from arithmetic_llm.model import checkpoint as checkpoint_module
-from arithmetic_llm.model.checkpoint import (
-    FINISHED,
-    check_tokenizer,
-    load_checkpoint,
-    new_run_folder,
-    resolve_stamp,
-    save_checkpoint,
-    step_checkpoints,
-    weights_hash,
-)
+from arithmetic_llm.model.checkpoint import save_checkpoint, weights_hash
+from arithmetic_llm.model.load import check_tokenizer, load_model
 from arithmetic_llm.runtime import UserError, atomic_write, atomic_write_text
 
 
@@ -42,7 +32,7 @@ def saved(tiny_model, tokenizer, tmp_path):
 def refusal(path):
     """The one line that a load is refused with; it names the file."""
     with pytest.raises(UserError) as caught:
-        load_checkpoint(path)
+        load_model(path)
     text = str(caught.value)
     assert str(path) in text
     assert "\n" not in text
@@ -59,7 +49,7 @@ def test_everything_comes_back(tokenizer, tmp_path, tied):
     checkpoint.step = 17
     checkpoint.training = {"best": 0.5, "rng": torch.get_rng_state()}
     save_checkpoint(tmp_path / "m.pt", checkpoint)
-    loaded = load_checkpoint(tmp_path / "m.pt")
+    loaded = load_model(tmp_path / "m.pt")
     assert weights_hash(loaded.model) == weights_hash(model)
     assert loaded.model.config == model.config
     assert (loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight) == tied
@@ -73,7 +63,7 @@ def test_everything_comes_back(tokenizer, tmp_path, tied):
 def test_it_needs_no_file_beside_it(saved, tiny_model):
     elsewhere = saved.rename(saved.parent / "other.pt")
     ids = torch.tensor([[2, 50, 60]])
-    assert torch.equal(load_checkpoint(elsewhere).model.eval()(ids), tiny_model(ids))
+    assert torch.equal(load_model(elsewhere).model.eval()(ids), tiny_model(ids))
 
 
 def test_the_hash_of_the_weights_sees_every_change(tiny_model, tokenizer):
@@ -204,7 +194,7 @@ def test_content_that_does_not_fit_is_refused(saved, change, named):
 
 def test_nothing_known_of_the_training_is_no_damage(saved):
     edit(saved, _set("trained_on", {}))
-    assert load_checkpoint(saved).trained_on == {}
+    assert load_model(saved).trained_on == {}
 
 
 def test_weights_of_another_kind_of_number_still_give_an_fp32_model(saved, tiny_model):
@@ -214,9 +204,9 @@ def test_weights_of_another_kind_of_number_still_give_an_fp32_model(saved, tiny_
         content["weights"] = {name: w.double() for name, w in content["weights"].items()}
 
     edit(saved, halve)
-    assert weights_hash(load_checkpoint(saved).model) == weights_hash(tiny_model)
+    assert weights_hash(load_model(saved).model) == weights_hash(tiny_model)
     ids = torch.tensor([[2, 50, 60]])
-    assert torch.equal(load_checkpoint(saved).model.eval()(ids), tiny_model(ids))
+    assert torch.equal(load_model(saved).model.eval()(ids), tiny_model(ids))
 
 
 def test_other_files_are_refused(tmp_path, tokenizer):
@@ -293,83 +283,3 @@ def test_a_file_where_a_folder_should_be_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         atomic_write_text(tmp_path / "file" / "inside", "text")
-
-
-# ------------------------------------------------------------------------------- run folders
-
-
-def finished_run(parent, name):
-    (parent / name).mkdir(parents=True)
-    (parent / name / FINISHED).write_text("{}")
-
-
-def test_two_runs_in_one_second_have_two_folders(tmp_path, monkeypatch):
-    class Clock(datetime.datetime):
-        @classmethod
-        def now(cls):
-            return cls(2026, 1, 31, 23, 59, 59)
-
-    monkeypatch.setattr(checkpoint_module.datetime, "datetime", Clock)
-    names = [new_run_folder(tmp_path / "new", "foundational").name for _ in range(3)]
-    assert names == [
-        "foundational_20260131_235959",
-        "foundational_20260201_000000",
-        "foundational_20260201_000001",
-    ]
-
-
-def test_a_file_in_place_of_the_output_folder_is_an_error(tmp_path):
-    (tmp_path / "models").write_text("")
-    with pytest.raises((UserError, OSError)):
-        new_run_folder(tmp_path / "models", "foundational")
-
-
-def test_the_literal_stamp_is_the_newest_finished_run_of_exactly_that_kind(tmp_path, capsys):
-    for name in (
-        "foundational_20250101_000000",
-        "foundational_20250301_000000",
-        "foundational_20250201_235959",
-        "instruction_20260101_000000",
-        "instruction_lora_20270101_000000",
-        "foundational_2025_0401",
-        "my_foundational_20280101_000000",
-    ):
-        finished_run(tmp_path, name)
-    (tmp_path / "foundational_20290101_000000").mkdir()  # still running, or killed
-    for kind, newest in (
-        ("foundational", "20250301_000000"),
-        ("instruction", "20260101_000000"),
-        ("instruction_lora", "20270101_000000"),
-    ):
-        path = f"{tmp_path}/{kind}_YYYYMMDD_HHMMSS/best_model.pt"
-        chosen = f"{tmp_path}/{kind}_{newest}/best_model.pt"
-        assert resolve_stamp(path) == chosen
-        assert chosen in capsys.readouterr().out  # and it says which
-
-
-def test_other_paths_come_back_as_they_are(capsys):
-    assert resolve_stamp("models/foundational_20250101_000000/x.pt") == (
-        "models/foundational_20250101_000000/x.pt"
-    )
-    assert resolve_stamp("") == ""
-    assert capsys.readouterr().out == ""
-
-
-def test_no_finished_run_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="no finished run"):
-        resolve_stamp(f"{tmp_path}/nowhere/foundational_YYYYMMDD_HHMMSS/best_model.pt")
-
-
-def test_a_stamped_file_counts_without_a_summary(tmp_path):
-    (tmp_path / "metrics_20250101_000000.json").write_text("{}")
-    assert resolve_stamp(f"{tmp_path}/metrics_YYYYMMDD_HHMMSS.json").endswith("0101_000000.json")
-
-
-def test_step_checkpoints_are_in_the_order_of_their_steps(tmp_path):
-    for name in ("step_9", "step_10", "step_2", "step_x", "best"):
-        (tmp_path / f"checkpoint_{name}.pt").write_text("")
-    assert [path.stem for path in step_checkpoints(tmp_path)] == [
-        "checkpoint_step_2",
-        "checkpoint_step_9",
-        "checkpoint_step_10",
-    ]

@@ -25,9 +25,10 @@ from arithmetic_llm.evaluation.judge import judge
 from arithmetic_llm.evaluation.length import answer_lengths, room_to_answer
 from arithmetic_llm.evaluation.metrics import figures, wilson_interval
 from arithmetic_llm.model.decode import Completion, Sampling
-from arithmetic_llm.model.tokenizer import END_THINK, EOS, SPECIAL_TOKENS, ArithmeticTokenizer
+from arithmetic_llm.model.tokenizer import END_THINK, EOS, ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError, atomic_write_text
 from arithmetic_llm.task.problem import problem_from, split_of
+from arithmetic_llm.task.text import SPECIAL_TOKENS
 
 SEEN = {
     "styles": {"nested": 9},

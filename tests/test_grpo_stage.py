@@ -21,18 +21,14 @@ from arithmetic_llm.corpus.files import json_line
 from arithmetic_llm.corpus.record import solved
 from arithmetic_llm.evaluation.evaluate import evaluate, problems_from
 from arithmetic_llm.evaluation.judge import Outcome, judge
+from arithmetic_llm.folders import FINISHED
 from arithmetic_llm.grpo import task as reinforce
 from arithmetic_llm.grpo.rewards import REWARDS
 from arithmetic_llm.grpo.rollout import PassRates, PromptSource, Rollout, rewarded, roll_out
 from arithmetic_llm.grpo.task import GRPOTask
-from arithmetic_llm.model.checkpoint import (
-    FINISHED,
-    load_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-    weights_hash,
-)
+from arithmetic_llm.model.checkpoint import read_checkpoint, save_checkpoint, weights_hash
 from arithmetic_llm.model.decode import GREEDY, Completion
+from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.tokenizer import BOS, EOS, PAD
 from arithmetic_llm.task.problem import Problem, Row, problem_from, split_of
 from arithmetic_llm.task.verifier import verify
@@ -198,7 +194,7 @@ def test_the_best_model_is_the_start_if_training_only_harms(world, tmp_path, mon
     argv = arguments(world, "--max-steps", 2, "--eval-every", 1)
     folder, _ = train(argv, tmp_path / "out")
     best = read_checkpoint(folder / "best_model.pt")
-    start = load_checkpoint(world / "start/best_model.pt").model.state_dict()
+    start = load_model(world / "start/best_model.pt").model.state_dict()
     assert best.step == 0
     assert all(torch.equal(weight, start[name]) for name, weight in best.weights.items())
     assert json.loads((folder / FINISHED).read_text())["best"] == {"step": 0, "eval_reward": 0.4}
@@ -271,9 +267,9 @@ def test_bf16_may_be_off_at_single_tokens(world, tmp_path, monkeypatch):
 
 
 def test_the_weights_move(world, finished):
-    start = weights_hash(load_checkpoint(world / "start/best_model.pt").model)
+    start = weights_hash(load_model(world / "start/best_model.pt").model)
     for folder, _ in finished.values():
-        assert weights_hash(load_checkpoint(folder / "final_model.pt").model) != start
+        assert weights_hash(load_model(folder / "final_model.pt").model) != start
 
 
 def test_the_checkpoint_tells_what_it_was_trained_on(finished):
@@ -293,7 +289,7 @@ def test_with_a_rank_only_an_adapter_is_trained(world, finished):
     assert content.weights
     assert all("lora_" in name for name in content.weights)
     start = world / "start/best_model.pt"
-    assert content.adapter["base_hash"] == weights_hash(load_checkpoint(start).model)
+    assert content.adapter["base_hash"] == weights_hash(load_model(start).model)
     assert content.adapter["config"]["lora_rank"] == 4
     assert " parameters (" in ended.out  # so many of so many train
     assert " %) train on cpu" in ended.out
@@ -302,7 +298,7 @@ def test_with_a_rank_only_an_adapter_is_trained(world, finished):
 def test_the_adapter_and_the_merged_model_are_the_best_one(finished):
     folder, _ = finished["lora"]
     hashes = {
-        weights_hash(load_checkpoint(folder / name).model)
+        weights_hash(load_model(folder / name).model)
         for name in ("lora_adapter.pt", "best_model.pt", "merged_model.pt")
     }
     assert len(hashes) == 1
@@ -314,11 +310,11 @@ def test_an_adapter_of_an_adapter_keeps_its_base_and_can_move(world, finished, t
     first, _ = finished["lora"]
     argv = arguments(world, "--sft-checkpoint", first / "lora_adapter.pt", "--lora-rank", 2)
     folder, _ = train([*argv, "--max-steps", 2], tmp_path / "runs")
-    base = load_checkpoint(folder / "base_model.pt")
-    assert weights_hash(base.model) == weights_hash(load_checkpoint(first / "best_model.pt").model)
-    before = weights_hash(load_checkpoint(folder / "lora_adapter.pt").model)
+    base = load_model(folder / "base_model.pt")
+    assert weights_hash(base.model) == weights_hash(load_model(first / "best_model.pt").model)
+    before = weights_hash(load_model(folder / "lora_adapter.pt").model)
     folder = folder.rename(tmp_path / "elsewhere")
-    assert weights_hash(load_checkpoint(folder / "lora_adapter.pt").model) == before
+    assert weights_hash(load_model(folder / "lora_adapter.pt").model) == before
 
 
 # ------------------------------------------------------------------------------------- resuming
@@ -492,7 +488,7 @@ def test_steps_without_signal_are_warned_of_and_the_run_goes_on(world, dead_run)
     assert [line["frac_reward_zero_std"] for line in steps] == [1.0] * 10
     assert not any({"kl", "entropy", "grad_norm"} & line.keys() for line in steps)
     start, final = (world / "start/best_model.pt", folder / "final_model.pt")
-    assert weights_hash(load_checkpoint(start).model) == weights_hash(load_checkpoint(final).model)
+    assert weights_hash(load_model(start).model) == weights_hash(load_model(final).model)
 
 
 def test_a_dead_step_recommends_flags_that_act(tiny_model, tokenizer, capsys):
@@ -704,7 +700,7 @@ def test_replay_goes_on_when_no_step_has_signal(world, tmp_path, monkeypatch):
     steps = [line for line in lines_of(folder) if "loss" in line]
     assert all(line["loss"] > 0 < line["grad_norm"] for line in steps)
     start, final = (world / "start/best_model.pt", folder / "final_model.pt")
-    assert weights_hash(load_checkpoint(start).model) != weights_hash(load_checkpoint(final).model)
+    assert weights_hash(load_model(start).model) != weights_hash(load_model(final).model)
 
 
 # ------------------------------------------------------------------- learning from solutions

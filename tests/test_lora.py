@@ -9,7 +9,9 @@ import torch
 from helpers import checkpoint_of, of_transformers, random_model
 
 from arithmetic_llm.config import LoRAConfig, TrainingConfig
-from arithmetic_llm.model.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from arithmetic_llm.model import load
+from arithmetic_llm.model.checkpoint import read_checkpoint, save_checkpoint
+from arithmetic_llm.model.load import load_adapter, load_model
 from arithmetic_llm.model.lora import (
     adapter_weights,
     add_lora,
@@ -19,8 +21,9 @@ from arithmetic_llm.model.lora import (
     target_names,
     without_adapter,
 )
-from arithmetic_llm.model.peft import load_peft, save_peft, with_adapter
+from arithmetic_llm.model.peft import read_peft, save_peft
 from arithmetic_llm.runtime import UserError
+from arithmetic_llm.training.adapters import with_adapter
 from arithmetic_llm.training.optim import build_optimizer
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -44,6 +47,12 @@ def move(model):
     for _, layer in lora_layers(model):
         torch.nn.init.normal_(layer.lora_B.weight, std=0.3)
     return model
+
+
+def with_peft(folder, model):
+    """The model with the adapter of a PEFT folder on it, not merged."""
+    adapter = read_peft(folder)
+    return load_adapter(model, adapter.config, adapter.weights)
 
 
 def fresh_model(**shape):
@@ -117,7 +126,7 @@ def on_disk(tokenizer, tmp_path):
 def test_our_adapter_loads_in_peft(on_disk, tmp_path):
     from peft import PeftModel
 
-    base = load_checkpoint(tmp_path / "base" / "best_model.pt").model
+    base = load_model(tmp_path / "base" / "best_model.pt").model
     theirs = PeftModel.from_pretrained(of_transformers(base), tmp_path / "lora" / "peft")
     with torch.no_grad():
         close(theirs(input_ids=IDS).logits, on_disk(IDS))
@@ -129,7 +138,7 @@ def test_our_adapter_loads_in_peft(on_disk, tmp_path):
 def test_an_adapter_that_peft_saved_loads_here(config, tmp_path):
     model = trained(fresh_model(), config)
     of_peft(model, config).save_pretrained(tmp_path)
-    loaded = load_peft(tmp_path, fresh_model())
+    loaded = with_peft(tmp_path, fresh_model())
     with torch.no_grad():
         assert torch.equal(loaded(IDS), model(IDS))
 
@@ -157,7 +166,7 @@ def trained_by_peft(folder, **settings):
 
 def logits_here(folder):
     with torch.no_grad():
-        return load_peft(folder, fresh_model()).eval()(IDS)
+        return with_peft(folder, fresh_model()).eval()(IDS)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +194,7 @@ def test_what_peft_trained_beside_a_changed_base_is_refused_unless_it_was_conver
 ):
     theirs, logits = trained_by_peft(tmp_path, init_lora_weights=start)
     with pytest.raises(UserError, match=f"init_lora_weights '{start}'.*weight_conversion") as error:
-        load_peft(tmp_path / "as_it_is", fresh_model())
+        with_peft(tmp_path / "as_it_is", fresh_model())
     assert "\n" not in str(error.value)
     change_settings(tmp_path / "as_it_is", init_lora_weights=True)
     assert (logits_here(tmp_path / "as_it_is") - logits).abs().max() > 0.5  # as well it is
@@ -198,7 +207,7 @@ def test_what_peft_trained_beside_a_changed_base_is_refused_unless_it_was_conver
 def test_a_start_that_is_not_known_to_leave_the_base_alone_is_refused(on_disk, tmp_path, start):
     change_settings(tmp_path / "lora" / "peft", init_lora_weights=start)
     with pytest.raises(UserError, match="init_lora_weights") as error:
-        load_checkpoint(tmp_path / "lora" / "peft")
+        load_model(tmp_path / "lora" / "peft")
     assert repr(start) in str(error.value)
 
 
@@ -226,28 +235,26 @@ def test_a_setting_that_may_change_the_computation_is_refused_by_name(on_disk, t
         for value in (0, True, 1.5, "x", {"q_proj": 3}):
             change_settings(folder, **{name: value})
             with pytest.raises(UserError, match=f"it uses {name}; train one without"):
-                load_peft(folder, on_disk)
+                with_peft(folder, on_disk)
         change_settings(folder, **{name: None})
     base = tmp_path / "base" / "best_model.pt"
     for empty in (None, False, [], {}, ""):
         change_settings(folder, **dict.fromkeys(names, empty))
         with torch.no_grad():
-            close(load_peft(folder, load_checkpoint(base).model).eval()(IDS), on_disk(IDS))
+            close(with_peft(folder, load_model(base).model).eval()(IDS), on_disk(IDS))
 
 
 def test_a_folder_of_pefts_own_needs_to_be_told_its_base(on_disk, tokenizer, tmp_path):
     of_peft(on_disk, KINDS["rslora"]).save_pretrained(tmp_path / "theirs")
     with pytest.raises(UserError, match="--base-checkpoint"):
-        load_checkpoint(tmp_path / "theirs")
-    loaded = load_checkpoint(
-        tmp_path / "theirs", base_checkpoint=tmp_path / "base" / "best_model.pt"
-    )
+        load_model(tmp_path / "theirs")
+    loaded = load_model(tmp_path / "theirs", base=tmp_path / "base" / "best_model.pt")
     with torch.no_grad():
         close(loaded.model.eval()(IDS), on_disk(IDS))
 
 
 def test_a_folder_of_ours_finds_its_base_by_itself(on_disk, tmp_path):
-    loaded = load_checkpoint(tmp_path / "lora" / "peft")
+    loaded = load_model(tmp_path / "lora" / "peft")
     with torch.no_grad():
         close(loaded.model.eval()(IDS), on_disk(IDS))
 
@@ -256,13 +263,13 @@ def test_a_folder_of_pefts_own_tells_nothing_of_its_training(on_disk, tmp_path):
     """The base's claim to have seen depth 1 to 3 alone would be false of the adapter."""
     of_peft(on_disk, KINDS["rslora"]).save_pretrained(tmp_path / "theirs")
     base = tmp_path / "base" / "best_model.pt"
-    loaded = load_checkpoint(tmp_path / "theirs", base_checkpoint=base)
+    loaded = load_model(tmp_path / "theirs", base=base)
     assert (loaded.stage, loaded.step, loaded.trained_on) == ("adapter", 0, {})
-    assert loaded.tokenizer.hash == load_checkpoint(base).tokenizer.hash
+    assert loaded.tokenizer.hash == load_model(base).tokenizer.hash
 
 
 def test_a_folder_of_ours_tells_what_the_adapters_checkpoint_does(on_disk, tokenizer, tmp_path):
-    base = load_checkpoint(tmp_path / "base" / "best_model.pt")
+    base = load_model(tmp_path / "base" / "best_model.pt")
     base.model.config = dataclasses.replace(base.model.config, max_seq_length=77)
     seen = {**base.trained_on, "depths": [1, 2, 3, 4], "styles": {"nested": 7, "flat": 2}}
     trained = dataclasses.replace(base, stage="instruction_lora", step=17, trained_on=seen)
@@ -270,7 +277,7 @@ def test_a_folder_of_ours_tells_what_the_adapters_checkpoint_does(on_disk, token
     save_checkpoint(tmp_path / "lora" / "lora_adapter.pt", trained)
     save_peft(tmp_path / "lora" / "peft", read_checkpoint(tmp_path / "lora" / "lora_adapter.pt"))
     for name in ("lora_adapter.pt", "peft"):
-        loaded = load_checkpoint(tmp_path / "lora" / name)
+        loaded = load_model(tmp_path / "lora" / name)
         assert (loaded.stage, loaded.step) == ("instruction_lora", 17), name
         assert loaded.trained_on == seen, name
         assert loaded.model.config.max_seq_length == 77, name
@@ -315,7 +322,7 @@ def test_damaged_metadata_are_one_line(on_disk, tmp_path, change, named):
     metadata["training"] = change(metadata["training"])
     save_file(load_file(path), path, metadata)
     with pytest.raises(UserError, match="damaged metadata") as error:
-        load_checkpoint(path.parent)
+        load_model(path.parent)
     assert str(error.value).startswith(str(path))
     assert named in str(error.value)
     assert "\n" not in str(error.value)
@@ -353,7 +360,7 @@ def test_a_peft_folder_that_would_compute_something_else_is_refused(
     folder = tmp_path / "lora" / "peft"
     change_settings(folder, **changes)
     with pytest.raises(UserError, match=named) as caught:
-        load_checkpoint(folder)
+        load_model(folder)
     assert str(folder) in str(caught.value)
 
 
@@ -368,13 +375,13 @@ def _truncate(path):
 def test_a_damaged_peft_folder_is_refused(on_disk, tmp_path, name, damage):
     damage(tmp_path / "lora" / "peft" / name)
     with pytest.raises(UserError, match=name):
-        load_checkpoint(tmp_path / "lora" / "peft")
+        load_model(tmp_path / "lora" / "peft")
 
 
 def test_a_peft_folder_without_weights_is_refused(on_disk, tmp_path):
     (tmp_path / "lora" / "peft" / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="no such adapter file"):
-        load_checkpoint(tmp_path / "lora" / "peft")
+        load_model(tmp_path / "lora" / "peft")
 
 
 # --------------------------------------------------------------------------- the adapter itself
@@ -500,7 +507,7 @@ def test_a_target_that_is_none_names_the_candidates(spec, message):
 
 def loads_as(path, model, **options):
     with torch.no_grad():
-        close(load_checkpoint(path, **options).model.eval()(IDS), model(IDS))
+        close(load_model(path, **options).model.eval()(IDS), model(IDS))
 
 
 def test_an_adapter_file_holds_the_adapter_alone(on_disk, tmp_path):
@@ -510,12 +517,12 @@ def test_an_adapter_file_holds_the_adapter_alone(on_disk, tmp_path):
 
 
 def test_an_adapter_loads_merged_and_can_be_saved_as_any_model(on_disk, tokenizer, tmp_path):
-    checkpoint = load_checkpoint(tmp_path / "lora" / "lora_adapter.pt")
+    checkpoint = load_model(tmp_path / "lora" / "lora_adapter.pt")
     save_checkpoint(tmp_path / "merged.pt", checkpoint)
     for folder in ("base", "lora"):
         shutil.rmtree(tmp_path / folder)
     loads_as(tmp_path / "merged.pt", on_disk)
-    assert load_checkpoint(tmp_path / "merged.pt").tokenizer.hash == tokenizer.hash
+    assert load_model(tmp_path / "merged.pt").tokenizer.hash == tokenizer.hash
 
 
 def test_a_base_that_was_renamed_is_found_by_its_hash(on_disk, tokenizer, tmp_path):
@@ -535,13 +542,27 @@ def test_a_base_is_found_from_a_folder_within_the_models_folder(on_disk, tmp_pat
         loads_as(tmp_path / "grpo" / "lora" / name, on_disk)
 
 
+@pytest.mark.parametrize("name", ["lora_adapter.pt", "peft"])
+def test_a_base_is_read_once(on_disk, tmp_path, monkeypatch, name):
+    """Reading takes most of the time of loading a large model."""
+    read = []
+    reader = load.read_checkpoint
+    monkeypatch.setattr(load, "read_checkpoint", lambda path: read.append(path) or reader(path))
+    base = tmp_path / "base" / "best_model.pt"
+    for named in ("", base):
+        loads_as(tmp_path / "lora" / name, on_disk, base=named)
+        assert read.count(base) == 1
+        assert len(read) == len({*read})
+        read.clear()
+
+
 def test_a_base_that_is_far_away_must_be_named(on_disk, tmp_path, tmp_path_factory):
     far = tmp_path_factory.mktemp("far") / "model.pt"
     shutil.move(tmp_path / "base" / "best_model.pt", far)
     for path in (tmp_path / "lora" / "lora_adapter.pt", tmp_path / "lora" / "peft"):
         with pytest.raises(UserError, match="say where it is with --base-checkpoint"):
-            load_checkpoint(path)
-        loads_as(path, on_disk, base_checkpoint=far)
+            load_model(path)
+        loads_as(path, on_disk, base=far)
 
 
 def test_another_base_is_refused(on_disk, tokenizer, tmp_path):
@@ -549,13 +570,13 @@ def test_another_base_is_refused(on_disk, tokenizer, tmp_path):
     save_checkpoint(tmp_path / "other.pt", checkpoint_of(other, tokenizer))
     for path in (tmp_path / "lora" / "lora_adapter.pt", tmp_path / "lora" / "peft"):
         with pytest.raises(UserError, match=r"other\.pt: not the base of"):
-            load_checkpoint(path, base_checkpoint=tmp_path / "other.pt")
+            load_model(path, base=tmp_path / "other.pt")
 
 
 def test_a_base_for_a_model_that_needs_none_is_refused(on_disk, tmp_path):
     base = tmp_path / "base" / "best_model.pt"
     with pytest.raises(UserError, match="leave --base-checkpoint out"):
-        load_checkpoint(base, base_checkpoint=base)
+        load_model(base, base=base)
 
 
 @pytest.mark.parametrize(
@@ -574,6 +595,6 @@ def test_an_adapter_with_damaged_settings_is_refused(on_disk, tmp_path, change):
     content["adapter"].update(change)
     torch.save(content, path)
     with pytest.raises(UserError) as caught:
-        load_checkpoint(path)
+        load_model(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)

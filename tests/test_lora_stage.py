@@ -8,13 +8,9 @@ import torch
 from helpers import call, checkpoint_of, random_model, run
 
 from arithmetic_llm.evaluation.solver import ArithmeticSolver
-from arithmetic_llm.model.checkpoint import (
-    FINISHED,
-    load_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-    weights_hash,
-)
+from arithmetic_llm.folders import FINISHED
+from arithmetic_llm.model.checkpoint import read_checkpoint, save_checkpoint, weights_hash
+from arithmetic_llm.model.load import load_model
 
 LORA, MERGE = "run_instruction_training_lora.py", "merge_lora_adapter.py"
 STEPS = 12
@@ -74,7 +70,7 @@ def test_a_run_leaves_the_documented_files_and_no_other(trained):
 
 def test_trainable_and_total_parameters_are_printed(shelf, trained):
     _, ended = trained
-    base = load_checkpoint(base_of(shelf)).model
+    base = load_model(base_of(shelf)).model
     adapter = 2 * 4 * (4 * 2 * 32)  # layers, modules, rank x (in + out)
     total = base.parameter_count() + adapter
     assert f"{adapter:,} of {total:,} parameters ({100 * adapter / total:.2f} %) train" in ended.out
@@ -86,7 +82,7 @@ def test_the_base_is_bit_equal_after_training_and_the_adapter_is_not_fresh(shelf
     for name in ("best_model.pt", "final_model.pt", "lora_adapter.pt"):
         content = read_checkpoint(folder / name)
         assert all(".lora_" in key for key in content.weights)
-        assert content.adapter["base_hash"] == weights_hash(load_checkpoint(base_of(shelf)).model)
+        assert content.adapter["base_hash"] == weights_hash(load_model(base_of(shelf)).model)
         assert all(w.any() for key, w in content.weights.items() if key.endswith("lora_B.weight"))
 
 
@@ -105,12 +101,12 @@ def merge(shelf, adapter, output):
     ended = run(MERGE, *argv)
     assert ended.code == 0, ended.err
     assert ended.out == f"merged model in {output}\n"
-    return load_checkpoint(output)
+    return load_model(output)
 
 
 def test_merging_gives_what_the_run_merged(shelf, trained, tmp_path):
     folder, _ = trained
-    ours = load_checkpoint(folder / "merged_model.pt")
+    ours = load_model(folder / "merged_model.pt")
     merged = merge(shelf, folder / "lora_adapter.pt", tmp_path / "merged.pt")
     assert weights_hash(merged.model) == weights_hash(ours.model)
     assert (merged.stage, merged.step) == (ours.stage, ours.step) == ("instruction_lora", ours.step)
@@ -124,7 +120,7 @@ def test_merging_gives_what_the_run_merged(shelf, trained, tmp_path):
 
 def test_the_documented_commands_paste_as_they_stand(shelf, trained, monkeypatch):
     folder, _ = trained
-    before = weights_hash(load_checkpoint(folder / "merged_model.pt").model)
+    before = weights_hash(load_model(folder / "merged_model.pt").model)
     (folder / "merged_model.pt").unlink()
     monkeypatch.chdir(shelf)
     ended = call(
@@ -134,7 +130,7 @@ def test_the_documented_commands_paste_as_they_stand(shelf, trained, monkeypatch
         *("--output-path", "models/instruction_lora_YYYYMMDD_HHMMSS/merged_model.pt"),
     )
     assert ended.code == 0, ended.err
-    assert weights_hash(load_checkpoint(folder / "merged_model.pt").model) == before
+    assert weights_hash(load_model(folder / "merged_model.pt").model) == before
 
 
 def evaluate(output, *argv):
@@ -151,7 +147,7 @@ def evaluate(output, *argv):
 @pytest.mark.parametrize("adapter", ["lora_adapter.pt", "peft_adapter"])
 def test_evaluation_takes_an_adapter_directly(trained, shelf, tmp_path, adapter):
     folder, _ = trained
-    merged = weights_hash(load_checkpoint(folder / "lora_adapter.pt").model)
+    merged = weights_hash(load_model(folder / "lora_adapter.pt").model)
     found = evaluate(tmp_path / "found", "--model-path", folder / adapter)
     copy = tmp_path / "far" / "away" / adapter
     copy.parent.mkdir(parents=True)
@@ -162,7 +158,7 @@ def test_evaluation_takes_an_adapter_directly(trained, shelf, tmp_path, adapter)
     for metrics in (found, named):  # what the adapter's training was, and not its base's
         assert [row["trained"] for row in metrics["by_depth"]] == [True, True, False]
         assert metrics["settings"]["stage"] == "instruction_lora"
-        assert metrics["settings"]["step"] == load_checkpoint(folder / "best_model.pt").step > 0
+        assert metrics["settings"]["step"] == load_model(folder / "best_model.pt").step > 0
 
 
 def test_the_solver_takes_an_adapter_directly(trained, shelf, tmp_path):
@@ -250,11 +246,11 @@ def test_an_adapter_of_an_adapter_keeps_its_base_and_can_move(trained, shelf, tm
     first, _ = trained
     start = ["--foundational-checkpoint", first / "lora_adapter.pt", "--max-steps", 2]
     folder = train(arguments(shelf, *start), tmp_path / "runs")
-    base = load_checkpoint(folder / "base_model.pt").model
-    assert weights_hash(base) == weights_hash(load_checkpoint(first / "merged_model.pt").model)
-    before = weights_hash(load_checkpoint(folder / "lora_adapter.pt").model)
+    base = load_model(folder / "base_model.pt").model
+    assert weights_hash(base) == weights_hash(load_model(first / "merged_model.pt").model)
+    before = weights_hash(load_model(folder / "lora_adapter.pt").model)
     moved = folder.rename(tmp_path / "elsewhere")
-    assert weights_hash(load_checkpoint(moved / "lora_adapter.pt").model) == before
+    assert weights_hash(load_model(moved / "lora_adapter.pt").model) == before
 
 
 def test_the_context_that_a_run_was_given_is_the_merged_models(shelf, tmp_path):
@@ -262,7 +258,7 @@ def test_the_context_that_a_run_was_given_is_the_merged_models(shelf, tmp_path):
     argv += ["--save-merged-model", "--save-peft-adapter"]
     folder = train(argv, tmp_path / "runs")
     for name in ("lora_adapter.pt", "merged_model.pt", "peft_adapter"):
-        assert load_checkpoint(folder / name).model.config.max_seq_length == 300
+        assert load_model(folder / name).model.config.max_seq_length == 300
 
 
 @pytest.mark.parametrize(

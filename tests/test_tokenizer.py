@@ -13,14 +13,13 @@ from arithmetic_llm.model.tokenizer import (
     EOS,
     PAD,
     SMALLEST_VOCAB,
-    SPECIAL_TOKENS,
     THINK,
     UNK,
     ArithmeticTokenizer,
 )
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.solution import solve
-from arithmetic_llm.task.text import one_line
+from arithmetic_llm.task.text import SPECIAL_TOKENS, one_line
 
 TOKENIZER = make_tokenizer()
 SMALLEST = make_tokenizer(SMALLEST_VOCAB)

@@ -20,7 +20,9 @@ from arithmetic_llm.cli import parse
 from arithmetic_llm.config import InstructionConfig
 from arithmetic_llm.corpus.coverage import coverage
 from arithmetic_llm.corpus.draw import distinct_samples
-from arithmetic_llm.model.checkpoint import FINISHED, load_checkpoint, weights_hash
+from arithmetic_llm.folders import FINISHED
+from arithmetic_llm.model.checkpoint import weights_hash
+from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.training import supervised
 from arithmetic_llm.training.loop import epoch_log
@@ -105,7 +107,7 @@ def metrics(folder):
 
 def assert_same_models(one, other):
     for name in ("final_model.pt", "best_model.pt"):
-        left, right = (load_checkpoint(folder / name) for folder in (one, other))
+        left, right = (load_model(folder / name) for folder in (one, other))
         assert left.step == right.step
         weights = right.model.state_dict()
         for key, weight in left.model.state_dict().items():
@@ -163,15 +165,15 @@ def test_the_best_model_is_the_first_of_the_lowest_held_out_loss(workshop, tmp_p
     monkeypatch.setattr(SupervisedTask, "evaluate", lambda self, model: {"eval_loss": next(losses)})
     argv = foundational(workshop, "--max-steps", 20, "--eval-every", 5)
     folder = train(FOUNDATIONAL, argv, tmp_path)
-    assert load_checkpoint(folder / "best_model.pt").step == 10
-    assert load_checkpoint(folder / "final_model.pt").step == 20
+    assert load_model(folder / "best_model.pt").step == 10
+    assert load_model(folder / "final_model.pt").step == 20
     assert read_json(folder / FINISHED)["best"] == {"step": 10, "eval_loss": 1.0}
     assert read_json(folder / FINISHED)["final"] == {"step": 20, "eval_loss": 2.0}
 
 
 def test_a_run_shorter_than_every_interval_has_all_files_and_figures(workshop, tmp_path):
     folder = train(FOUNDATIONAL, foundational(workshop, "--max-steps", 3), tmp_path)
-    assert load_checkpoint(folder / "best_model.pt").step == 3
+    assert load_model(folder / "best_model.pt").step == 3
     (epoch,) = read_json(folder / "training_log.json")
     assert epoch["train_loss"] > 0
     assert epoch["eval_loss"] > 0
@@ -221,7 +223,7 @@ def test_run_json_tells_what_is_needed_to_repeat_the_run(undisturbed):
 
 def test_a_checkpoint_tells_what_it_was_trained_on(undisturbed):
     for stage, folder in undisturbed.items():
-        seen = load_checkpoint(folder / "best_model.pt").trained_on
+        seen = load_model(folder / "best_model.pt").trained_on
         assert seen["depths"] == [1, 2], stage
         assert seen["num_range"] == [1, 9]
         assert seen["splits"].keys() == {"train"}
@@ -384,7 +386,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(script, arguments, undisturbed, tmp_pa
     last_lines = (tmp_path / "log.txt").read_text().splitlines()[-2:]
     assert last_lines == [f"saved; go on with --resume {folder}", "interrupted"]
     saved = max(folder.glob("checkpoint_step_*.pt"), key=lambda path: path.stat().st_mtime)
-    assert load_checkpoint(saved).step >= last_step(folder) - 5
+    assert load_model(saved).step >= last_step(folder) - 5
     ended = call(script, "--resume", folder)
     assert ended.code == 0, ended.err
     assert "at step" in ended.out
@@ -536,7 +538,7 @@ def test_a_resumed_run_remembers_its_best(workshop, tmp_path, monkeypatch):
     folder = train(FOUNDATIONAL, argv, tmp_path)
     (folder / FINISHED).unlink()
     assert call(FOUNDATIONAL, "--resume", folder).code == 0
-    assert load_checkpoint(folder / "best_model.pt").step == 5
+    assert load_model(folder / "best_model.pt").step == 5
     assert read_json(folder / FINISHED)["best"]["step"] == 5
 
 
@@ -581,7 +583,7 @@ def test_init_from_starts_a_new_run_from_old_weights(workshop, undisturbed, tmp_
         *("--init-from", base, "--max-steps", 1, "--learning-rate", 1e-9, *SMALL),
     ]
     folder = train(FOUNDATIONAL, argv, tmp_path)
-    left, right = (load_checkpoint(path).model for path in (base, folder / "final_model.pt"))
+    left, right = (load_model(path).model for path in (base, folder / "final_model.pt"))
     for one, other in zip(left.parameters(), right.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
@@ -596,7 +598,7 @@ def test_init_from_takes_the_place_of_the_foundational_checkpoint(workshop, undi
         "error: --foundational-checkpoint is required without --init-from; see --help\n"
     )
     folder = train(INSTRUCTION, [*argv, "--init-from", base], tmp_path)
-    assert read_json(folder / "run.json")["start_hash"] == weights_hash(load_checkpoint(base).model)
+    assert read_json(folder / "run.json")["start_hash"] == weights_hash(load_model(base).model)
     ended = call(INSTRUCTION, *given, "--init-from", base)
     assert ended.code == 2
     assert "--foundational-checkpoint" in ended.err
@@ -622,7 +624,7 @@ def test_a_stamped_base_is_remembered_by_its_real_name(
 def test_the_context_of_a_base_can_be_changed(workshop, undisturbed, tmp_path):
     argv = instruction(workshop, undisturbed[FOUNDATIONAL], "--max-steps", 2)
     folder = train(INSTRUCTION, [*argv, "--max-seq-length", 300], tmp_path)
-    assert load_checkpoint(folder / "best_model.pt").model.config.max_seq_length == 300
+    assert load_model(folder / "best_model.pt").model.config.max_seq_length == 300
 
 
 def test_another_tokenizer_than_the_bases_is_refused(workshop, undisturbed, tmp_path, tokenizer):

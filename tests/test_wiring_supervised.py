@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from helpers import call, checkpoint_of, of_transformers, random_model
 from tokenizers import Tokenizer
 
-from arithmetic_llm.model.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from arithmetic_llm.model.checkpoint import read_checkpoint, save_checkpoint
+from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.lora import adapter_weights
 from arithmetic_llm.model.tokenizer import BOS, EOS, ArithmeticTokenizer
 from arithmetic_llm.task.problem import split_of
@@ -235,7 +236,7 @@ def backward(model, samples):
 
 def of_base(world):
     """transformers' model with the weights of the base."""
-    return of_transformers(load_checkpoint(world.base).model).train()
+    return of_transformers(load_model(world.base).model).train()
 
 
 def with_adapter_of_peft(world, fresh):

@@ -19,12 +19,11 @@ from arithmetic_llm.config import (
     TREE_STYLES,
     SampleSpec,
 )
-from arithmetic_llm.corpus.draw import split_of_drawn
 from arithmetic_llm.corpus.files import read_corpus
 from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.runtime import sha256_file
 from arithmetic_llm.task.expression import Expression, ExpressionError, parse, spell
-from arithmetic_llm.task.problem import Problem
+from arithmetic_llm.task.problem import Problem, split_of_drawn
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,10 @@ from arithmetic_llm.corpus.record import Sample
 from arithmetic_llm.evaluation.judge import Outcome, judge
 from arithmetic_llm.evaluation.length import right_answers, room_to_answer, warn_if_too_short
 from arithmetic_llm.evaluation.metrics import EvaluationResult
-from arithmetic_llm.model.checkpoint import (
-    Checkpoint,
-    check_tokenizer,
-    load_checkpoint,
-    resolve_stamp,
-    weights_hash,
-)
+from arithmetic_llm.folders import resolve_stamp
+from arithmetic_llm.model.checkpoint import Checkpoint, weights_hash
 from arithmetic_llm.model.decode import GREEDY, Completion, Sampling, generate
+from arithmetic_llm.model.load import check_tokenizer, load_model
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import (
@@ -52,7 +48,7 @@ def evaluate_checkpoint(config: EvaluationConfig) -> EvaluationResult:
     path = resolve_stamp(config.model_path)
     # What "auto" means elsewhere would make results depend on the machine and the batch size.
     device = resolve_device("cpu" if config.device == "auto" else config.device)
-    checkpoint = load_checkpoint(path, device, resolve_stamp(config.base_checkpoint))
+    checkpoint = load_model(path, device, resolve_stamp(config.base_checkpoint))
     check_tokenizer(checkpoint, config.tokenizer_path, path)
     problems, source = problems_for(config)
     warn_if_too_short(config.max_gen_length, problems, checkpoint.tokenizer)

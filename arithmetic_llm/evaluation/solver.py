@@ -17,8 +17,9 @@ from typing import Any, overload
 from arithmetic_llm.corpus.coverage import covered
 from arithmetic_llm.evaluation.judge import Outcome, judge
 from arithmetic_llm.evaluation.length import room_to_answer
-from arithmetic_llm.model.checkpoint import check_tokenizer, load_checkpoint, resolve_stamp
+from arithmetic_llm.folders import resolve_stamp
 from arithmetic_llm.model.decode import GREEDY, Completion, Sampling, decode, generate
+from arithmetic_llm.model.load import check_tokenizer, load_model
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError, resolve_device
@@ -66,7 +67,7 @@ class ArithmeticSolver:
         """
         path = resolve_stamp(str(path))
         base = resolve_stamp(base_checkpoint)
-        checkpoint = load_checkpoint(path, resolve_device(device), base)
+        checkpoint = load_model(path, resolve_device(device), base)
         check_tokenizer(checkpoint, tokenizer_path, path)
         return cls(checkpoint.model, checkpoint.tokenizer, checkpoint.trained_on, **options)
 

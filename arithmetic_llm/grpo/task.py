@@ -22,6 +22,7 @@ from arithmetic_llm.corpus.coverage import Coverage, coverage, merge
 from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.corpus.record import solved
 from arithmetic_llm.evaluation.length import room_to_answer, warn_if_too_short
+from arithmetic_llm.folders import resolve_paths
 from arithmetic_llm.grpo.loss import (
     Episode,
     EpisodeBatch,
@@ -41,21 +42,10 @@ from arithmetic_llm.grpo.rollout import (
     roll_out,
     row_name,
 )
-from arithmetic_llm.model.checkpoint import (
-    Checkpoint,
-    check_tokenizer,
-    load_checkpoint,
-    resolve_paths,
-    weights_hash,
-)
+from arithmetic_llm.model.checkpoint import Checkpoint, weights_hash
 from arithmetic_llm.model.decode import GREEDY, Sampling, evaluating
-from arithmetic_llm.model.lora import disable_adapter, lora_layers
-from arithmetic_llm.model.peft import (
-    keep_base,
-    parameter_summary,
-    save_adapter_files,
-    with_adapter,
-)
+from arithmetic_llm.model.load import check_tokenizer, load_model
+from arithmetic_llm.model.lora import disable_adapter, lora_layers, parameter_summary
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import (
@@ -66,6 +56,7 @@ from arithmetic_llm.runtime import (
     sha256_file,
 )
 from arithmetic_llm.task.problem import problem_from
+from arithmetic_llm.training.adapters import keep_base, save_adapter_files, with_adapter
 from arithmetic_llm.training.batches import Batch, LossWeights, TokenisedSamples, micro_batches
 from arithmetic_llm.training.loop import fit
 from arithmetic_llm.training.run import ROLLOUTS, MetricsLog, Run, open_run
@@ -466,7 +457,7 @@ def _check(config: GRPOConfig) -> None:
 
 def _start(config: GRPOConfig) -> Checkpoint:
     path = config.sft_checkpoint
-    base = load_checkpoint(path, resolve_device(config.device), config.base_checkpoint)
+    base = load_model(path, resolve_device(config.device), config.base_checkpoint)
     check_tokenizer(base, config.tokenizer, path)
     return base
 

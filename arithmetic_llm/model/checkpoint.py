@@ -1,38 +1,27 @@
-"""Checkpoints that describe themselves, and the folders that runs live in."""
+"""Checkpoints, file <-> data: one file that describes itself, written whole and read with care."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import datetime
 import hashlib
 import io
-import re
 import reprlib
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import Any, get_args, get_origin
+
+import torch
+from torch import Tensor
 
 from arithmetic_llm.cli import build
-from arithmetic_llm.config import LoRAConfig, ModelConfig
+from arithmetic_llm.config import ModelConfig
+from arithmetic_llm.model.lora import adapter_weights
+from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
+from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError, atomic_write, require_file
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
-    from arithmetic_llm.model.transformer import ArithmeticModel
-
 FORMAT = "arithmetic_llm checkpoint 1"
-STAMP = "YYYYMMDD_HHMMSS"
-FINISHED = "training_summary.json"  # written last: a run folder that holds it is finished
-
-
-# ------------------------------------------------------------------------------ checkpoints
-
 
 TRAINED_ON = {  # the form of corpus.coverage.Coverage.as_dict
     "styles": dict[str, int],
@@ -45,7 +34,7 @@ TRAINED_ON = {  # the form of corpus.coverage.Coverage.as_dict
 
 @dataclass
 class Checkpoint:
-    """Everything a model is: weights, shape, tokenizer, and what it was trained on."""
+    """A model with all that belongs to it: its tokenizer, and what it was trained on."""
 
     model: ArithmeticModel
     tokenizer: ArithmeticTokenizer
@@ -57,8 +46,8 @@ class Checkpoint:
 
 
 @dataclass
-class Content:
-    """What a checkpoint file holds, checked, but not yet a model."""
+class CheckpointData:
+    """Content of a checkpoint file, checked, before it becomes a model."""
 
     config: ModelConfig
     weights: dict[str, Tensor]  # the whole model's; an adapter's alone if there is one
@@ -67,19 +56,18 @@ class Content:
     trained_on: dict[str, Any]
     step: int
     training: dict[str, Any]
-    adapter: dict[str, Any] | None
+    adapter: dict[str, Any] | None  # config, base_hash and base_path; None of a whole model
+
+
+# ------------------------------------------------------------------------------------- writing
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write atomically; the file loads with ``weights_only=True``.
+    """Write a checkpoint file, whole or not at all; it loads with ``weights_only=True``.
 
-    It needs no other file, unless the model has an adapter: then it holds the adapter alone and
-    remembers the hash of its base.
+    The file needs no other one, unless the model has an adapter: then it holds the adapter alone
+    and the hash of its base.
     """
-    import torch
-
-    from arithmetic_llm.model.lora import adapter_weights
-
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     weights = adapter_weights(model) if checkpoint.adapter else model.state_dict()
     content = {
@@ -100,19 +88,20 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         file.write(memory.getbuffer())
 
 
-def read_checkpoint(path: str | Path) -> Content:
+# ------------------------------------------------------------------------------------- reading
+
+
+def read_checkpoint(path: str | Path) -> CheckpointData:
     """Read a checkpoint file without executing anything in it.
 
     Raises:
         UserError: no file, truncated, not a checkpoint of this package, code instead of data,
             parts missing or of another form, weights that are not finite.
     """
-    from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
-
     path = require_file(path, "checkpoint")
     raw = _read(path)
     try:
-        return Content(
+        return CheckpointData(
             config=build(ModelConfig, checked(dict, raw["model_config"], "model_config"), {}),
             weights=_finite(raw["weights"]),
             tokenizer=_with_hash(ArithmeticTokenizer(raw["tokenizer"]), raw["tokenizer_hash"]),
@@ -121,175 +110,15 @@ def read_checkpoint(path: str | Path) -> Content:
             **description(raw),
         )
     except (AttributeError, KeyError, TypeError, ValueError, UserError) as error:
-        raise _damaged(path, error) from None
-
-
-def description(said: Any) -> dict[str, Any]:
-    """Stage, step and ``trained_on`` of what a file says of a model, checked.
-
-    Raises:
-        KeyError, TypeError, ValueError: missing, or of another form.
-    """
-    stage, step = checked(str, said["stage"], "stage"), checked(int, said["step"], "step")
-    if step < 0:
-        raise ValueError(f"step is {step}")
-    trained_on = checked(dict, said["trained_on"], "trained_on")
-    for key, form in TRAINED_ON.items() if trained_on else ():
-        checked(form, trained_on[key], f"trained_on {key}")
-    return {"stage": stage, "step": step, "trained_on": trained_on}
-
-
-def _with_hash(tokenizer: ArithmeticTokenizer, expected: str) -> ArithmeticTokenizer:
-    if tokenizer.hash != expected:
-        raise ValueError("its tokenizer is another than it was trained with")
-    return tokenizer
-
-
-def _adapter(said: Any) -> dict[str, Any] | None:
-    if said is None:
-        return None
-    for key, form in {"config": dict, "base_hash": str, "base_path": str}.items():
-        checked(form, checked(dict, said, "adapter")[key], f"adapter {key}")
-    return said
-
-
-def checked(form: Any, value: Any, name: str) -> Any:
-    """The value, if it has a form: a type, ``list[T]``, ``dict[K, V]`` or ``tuple[T, T]``.
-
-    A float may be whole; a bool is no number; a list of as many values will do for a tuple.
-
-    Raises:
-        ValueError: it has another one; the message has the name.
-    """
-    kind, parts = get_origin(form) or form, get_args(form)
-    kinds = {float: (float, int), list: (list, tuple), tuple: (list, tuple)}.get(kind, kind)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name} is {reprlib.repr(value)}, not of type {kind.__name__}")
-    if kind is tuple and len(value) != len(parts):
-        raise ValueError(f"{name} is {reprlib.repr(value)}, not {len(parts)} values")
-    columns = (value, value.values()) if kind is dict else zip(value) if kind is tuple else (value,)
-    for part, column in zip(parts, columns, strict=False):  # a bare type has no parts
-        for item in column:
-            checked(part, item, name)
-    return value
-
-
-def load_checkpoint(
-    path: str | Path, device: torch.device | str = "cpu", base_checkpoint: str | Path = ""
-) -> Checkpoint:
-    """A model ready for use. An adapter is merged into its base, which is found by its hash.
-
-    Args:
-        path: a checkpoint of any stage, or a PEFT folder.
-        base_checkpoint: where an adapter's base is, if it has moved.
-
-    Raises:
-        UserError: as `read_checkpoint`; weights that do not fit the model config; no base, or one
-            for a model that needs none.
-    """
-    if Path(path).is_dir() and (Path(path) / "adapter_config.json").exists():
-        from arithmetic_llm.model.peft import load_peft_checkpoint
-
-        checkpoint = load_peft_checkpoint(Path(path), base_checkpoint)
-        checkpoint.model.to(device)
-        return checkpoint
-    content = read_checkpoint(path)
-    if base_checkpoint and not content.adapter:
-        raise UserError(
-            f"{path}: is a whole model, not an adapter; merge nothing, leave --base-checkpoint out"
-        )
-    try:
-        if content.adapter:
-            model = _merged(content, path, base_checkpoint)
-        else:
-            model = build_model(content.config, content.tokenizer.vocab_size, content.weights)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, error) from None
-    return Checkpoint(
-        model.to(device),
-        content.tokenizer,
-        content.stage,
-        content.trained_on,
-        content.step,
-        content.training,
-    )
-
-
-def _merged(content: Content, path: str | Path, base_checkpoint: str | Path) -> ArithmeticModel:
-    from arithmetic_llm.model.lora import merge_adapter
-
-    base = find_base(content.adapter, Path(path), base_checkpoint)
-    # The shape as it was in training: the base's own context may have been another.
-    model = build_model(content.config, content.tokenizer.vocab_size, base.model.state_dict())
-    return merge_adapter(load_adapter(model, _adapter_config(content.adapter), content.weights))
-
-
-def _adapter_config(adapter: dict[str, Any]) -> LoRAConfig:
-    try:
-        return build(LoRAConfig, adapter["config"], {})
-    except UserError as error:
-        raise ValueError(str(error)) from None
-
-
-def find_base(adapter: dict[str, Any], path: Path, base_checkpoint: str | Path) -> Checkpoint:
-    """The model that an adapter was trained on: where it was then, or in a run folder nearby.
-
-    Raises:
-        UserError: it is nowhere, or ``base_checkpoint`` is another model.
-    """
-    if base_checkpoint:
-        base = load_checkpoint(base_checkpoint)
-        if weights_hash(base.model) != adapter["base_hash"]:
-            raise UserError(
-                f"{base_checkpoint}: not the base of {path}; that was {adapter['base_path']}"
-            )
-        return base
-    around = path.resolve().parents[1:3]  # models/ of models/RUN/x.pt and of models/grpo/RUN/x.pt
-    nearby = [found for folder in around for found in sorted(folder.glob("*/*_model.pt"))]
-    for candidate in (Path(adapter["base_path"]), *nearby):
-        with contextlib.suppress(UserError):
-            content = read_checkpoint(candidate)
-            if content.adapter is None and hash_of(content.weights) == adapter["base_hash"]:
-                return load_checkpoint(candidate)
-    raise UserError(
-        f"{path}: its base model {adapter['base_path']} is not there and none near it has the "
-        "same weights; say where it is with --base-checkpoint, if need be in merge_lora_adapter.py"
-    )
-
-
-def load_adapter(
-    model: ArithmeticModel, config: LoRAConfig, weights: dict[str, Tensor]
-) -> ArithmeticModel:
-    """Put an adapter of these weights on a model, in place; returns the model.
-
-    Raises:
-        ValueError: the weights are of another rank, or their names or shapes differ.
-    """
-    from arithmetic_llm.model.lora import add_lora
-
-    ranks = {w.shape[0] for name, w in weights.items() if name.endswith("lora_A.weight") and w.ndim}
-    if ranks != {config.lora_rank}:  # before a huge rank takes all memory
-        raise ValueError(f"rank {config.lora_rank} in its settings, {sorted(ranks)} in its weights")
-    load_weights(add_lora(model, config), weights)
-    return model
-
-
-def load_weights(model: ArithmeticModel, weights: dict[str, Tensor]) -> None:
-    """Copy weights into a model, or an adapter's into a model with that adapter.
-
-    Raises:
-        ValueError: names or shapes differ.
-    """
-    from arithmetic_llm.model.lora import adapter_weights
-
-    expected = adapter_weights(model) or model.state_dict()
-    _same_shapes(expected, weights)
-    model.load_state_dict(weights, strict=False)
+        raise damaged(path, error) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import torch
+    """Plain values and tensors of the file, unchecked but for their format.
 
+    Raises:
+        UserError: truncated, damaged, another format, or code instead of data.
+    """
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: not a checkpoint, or a truncated one; use another checkpoint")
     try:
@@ -308,27 +137,8 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def build_model(
-    config: ModelConfig, vocab_size: int, weights: dict[str, Tensor]
-) -> ArithmeticModel:
-    """A model of these weights; nothing is allocated before the shapes are known to agree."""
-    import torch
-
-    from arithmetic_llm.model.transformer import ArithmeticModel
-
-    with torch.device("meta"):
-        model = ArithmeticModel(config, vocab_size)
-    _same_shapes(model.state_dict(), weights)
-    model.load_state_dict(weights, assign=True)
-    if config.tie_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model.requires_grad_(True)
-
-
 def _finite(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights in fp32, in whatever they are stored."""
-    import torch
-
+    """Weights in fp32, however they are stored; none is NaN or infinite."""
     for name, tensor in checked(dict[str, torch.Tensor], weights, "weights").items():
         if tensor.layout is not torch.strided or not tensor.is_floating_point():
             raise ValueError(f"weight {name} is no plain tensor of fractions")
@@ -337,17 +147,76 @@ def _finite(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in weights.items()}
 
 
-def _same_shapes(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    for name in sorted(expected.keys() | weights.keys()):
-        if name not in weights or name not in expected:
-            raise ValueError(f"weight {name} is {'missing' if name in expected else 'unknown'}")
-        if weights[name].shape != expected[name].shape:
-            shapes = f"{tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
-            raise ValueError(f"weight {name} has shape {shapes}")
+def _with_hash(tokenizer: ArithmeticTokenizer, expected: str) -> ArithmeticTokenizer:
+    if tokenizer.hash != expected:
+        raise ValueError("its tokenizer is another than it was trained with")
+    return tokenizer
+
+
+def _adapter(said: Any) -> dict[str, Any] | None:
+    if said is None:
+        return None
+    for key, form in {"config": dict, "base_hash": str, "base_path": str}.items():
+        checked(form, checked(dict, said, "adapter")[key], f"adapter {key}")
+    return said
+
+
+def description(said: Any) -> dict[str, Any]:
+    """Stage, step and ``trained_on`` of a model as a file states them, checked.
+
+    Raises:
+        KeyError, TypeError, ValueError: missing, or of another form.
+    """
+    stage, step = checked(str, said["stage"], "stage"), checked(int, said["step"], "step")
+    if step < 0:
+        raise ValueError(f"step is {step}")
+    trained_on = checked(dict, said["trained_on"], "trained_on")
+    for key, form in TRAINED_ON.items() if trained_on else ():
+        checked(form, trained_on[key], f"trained_on {key}")
+    return {"stage": stage, "step": step, "trained_on": trained_on}
+
+
+# --------------------------------------------------------------- checks that other files share
+
+
+def checked(form: Any, value: Any, name: str) -> Any:
+    """The value, if it is of a form: a type, ``list[T]``, ``dict[K, V]`` or ``tuple[T, T]``.
+
+    A float may be whole; a bool is no number; a list of as many values will do for a tuple.
+
+    Raises:
+        ValueError: it is of another one; the message has the name.
+    """
+    kind, parts = get_origin(form) or form, get_args(form)
+    kinds = {float: (float, int), list: (list, tuple), tuple: (list, tuple)}.get(kind, kind)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not of type {kind.__name__}")
+    if kind is tuple and len(value) != len(parts):
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not {len(parts)} values")
+    columns = (value, value.values()) if kind is dict else zip(value) if kind is tuple else (value,)
+    for part, column in zip(parts, columns, strict=False):  # a bare type has no parts
+        for item in column:
+            checked(part, item, name)
+    return value
+
+
+def damaged(path: str | Path, error: BaseException) -> UserError:
+    """Refusal of a checkpoint file that does not hold what it should."""
+    return UserError(f"{path}: damaged checkpoint ({reason(error)}); use another")
+
+
+def reason(error: BaseException) -> str:
+    """Reason that an error gives, in one line."""
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is missing"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# ------------------------------------------------------------------------- identity of weights
 
 
 def weights_hash(model: ArithmeticModel) -> str:
-    """SHA-256 over names and values of all weights; what an adapter remembers of its base."""
+    """SHA-256 over names and values of all weights; an adapter knows its base by it."""
     return hash_of(model.state_dict())
 
 
@@ -358,86 +227,3 @@ def hash_of(weights: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def check_tokenizer(checkpoint: Checkpoint, path: str, checkpoint_path: str) -> None:
-    """Refuse a tokenizer other than the one inside the checkpoint; an empty path is fine."""
-    from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
-
-    if path and ArithmeticTokenizer.load(path).hash != checkpoint.tokenizer.hash:
-        raise UserError(
-            f"{path}: not the tokenizer that {checkpoint_path} was trained with; name that one"
-        )
-
-
-def _damaged(path: str | Path, error: BaseException) -> UserError:
-    return UserError(f"{path}: damaged checkpoint ({reason(error)}); use another")
-
-
-def reason(error: BaseException) -> str:
-    """What went wrong, in one line."""
-    if isinstance(error, KeyError):
-        return f"{error.args[0]} is missing"
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-# ------------------------------------------------------------------------------ run folders
-
-
-def new_run_folder(output_dir: str | Path, kind: str) -> Path:
-    """Make ``output_dir/kind_YYYYMMDD_HHMMSS``; a name that is taken moves on by a second."""
-    moment = datetime.datetime.now()
-    while True:
-        folder = Path(output_dir) / f"{kind}_{moment:%Y%m%d_%H%M%S}"
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            if not Path(output_dir).is_dir():
-                raise UserError(f"{output_dir}: is a file; name a directory") from None
-            moment += datetime.timedelta(seconds=1)
-
-
-def resolve_stamp(path: str) -> str:
-    """Replace a literal ``YYYYMMDD_HHMMSS`` by the newest finished run of exactly that kind.
-
-    ``models/foundational_YYYYMMDD_HHMMSS/best_model.pt`` becomes the newest finished foundational
-    run's; which one is printed. Any other path comes back as it is.
-    """
-    parts = Path(path).parts
-    place = next((i for i, part in enumerate(parts) if STAMP in part), None)
-    if place is None:
-        return path
-    parent = Path(*parts[:place])
-    pattern = re.compile(re.escape(parts[place]).replace(STAMP, r"\d{8}_\d{6}"))
-    finished = sorted(f.name for f in _entries(parent) if pattern.fullmatch(f.name) and _done(f))
-    if not finished:
-        raise UserError(f"{path}: no finished run of that name in {parent}; run its stage first")
-    chosen = Path(parent, finished[-1], *parts[place + 1 :])
-    print(f"{path} -> {chosen}")
-    return str(chosen)
-
-
-def resolve_paths(config: Any) -> Any:
-    """A config with every literal time stamp in it resolved; see `resolve_stamp`.
-
-    A run keeps this one, so that resuming it does not find a newer base.
-    """
-    values = dataclasses.asdict(config)
-    stamped = {k: v for k, v in values.items() if isinstance(v, str) and STAMP in v}
-    return dataclasses.replace(config, **{k: resolve_stamp(v) for k, v in stamped.items()})
-
-
-def _entries(folder: Path) -> Iterator[Path]:
-    return folder.iterdir() if folder.is_dir() else iter(())
-
-
-def _done(entry: Path) -> bool:
-    return entry.is_file() or (entry / FINISHED).is_file()
-
-
-def step_checkpoints(folder: Path) -> list[Path]:
-    """``checkpoint_step_N.pt`` files of a run, oldest first."""
-    found = folder.glob("checkpoint_step_*.pt")
-    numbered = [(int(m[1]), p) for p in found if (m := re.fullmatch(r"\D+(\d+)\.pt", p.name))]
-    return [path for _, path in sorted(numbered)]

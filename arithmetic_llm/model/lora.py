@@ -102,7 +102,7 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model computes what its frozen base does."""
+    """Make the model compute what its frozen base does, inside the block."""
     layers = [layer for _, layer in lora_layers(model)]
     before = [layer.enabled for layer in layers]
     for layer in layers:
@@ -115,13 +115,13 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
 
 
 def lora_config(config: LoRAConfig) -> LoRAConfig:
-    """The LoRA settings alone, of a config that has more."""
+    """LoRA settings alone, of a config that may have more."""
     names = [field.name for field in dataclasses.fields(LoRAConfig)]
     return LoRAConfig(**{name: getattr(config, name) for name in names})
 
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter alone: ``<path>.lora_A.weight`` and ``<path>.lora_B.weight``."""
+    """Weights of the adapter alone, ``<path>.lora_A.weight`` and ``<path>.lora_B.weight``."""
     return {
         f"{path}.{part}.weight": getattr(layer, part).weight.detach()
         for path, layer in lora_layers(model)
@@ -147,3 +147,12 @@ def _plain_copy(
         parent, _, name = path.rpartition(".")
         setattr(copied.get_submodule(parent), name, plain(layer))
     return copied.requires_grad_(True)
+
+
+def parameter_summary(model: ArithmeticModel) -> str:
+    """Count of the parameters, ``861,568 parameters``, and how many train if not all do."""
+    total = model.parameter_count()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if trainable == total:
+        return f"{total:,} parameters"
+    return f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %) train"

@@ -1,46 +1,22 @@
-"""Adapters as files: beside a checkpoint, merged into one, and as a folder that PEFT reads."""
+"""PEFT's own format, file <-> data: a folder with a JSON config and a safetensors file."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from arithmetic_llm.cli import build, read_json
-from arithmetic_llm.config import AdapterFilesConfig, LoRAConfig, ModelConfig
-from arithmetic_llm.model.checkpoint import (
-    Checkpoint,
-    Content,
-    build_model,
-    checked,
-    description,
-    find_base,
-    load_adapter,
-    load_checkpoint,
-    read_checkpoint,
-    reason,
-    save_checkpoint,
-    weights_hash,
-)
-from arithmetic_llm.model.lora import (
-    add_lora,
-    lora_config,
-    merge_adapter,
-    target_names,
-    without_adapter,
-)
-from arithmetic_llm.model.transformer import ArithmeticModel
+from arithmetic_llm.config import LoRAConfig, ModelConfig
+from arithmetic_llm.model.checkpoint import CheckpointData, checked, description, reason
+from arithmetic_llm.model.lora import target_names
 from arithmetic_llm.runtime import UserError, atomic_write, atomic_write_text, require_file
 
-if TYPE_CHECKING:
-    from arithmetic_llm.training.run import Run
-
-BASE_MODEL = "base_model.pt"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 _PEFT_READ = {  # settings of PEFT's that have a meaning here
@@ -77,84 +53,62 @@ _PEFT_IDLE = {
 _PEFT_INITS = ("eva", "gaussian", "mica", "orthogonal")
 
 
-def with_adapter(checkpoint: Checkpoint, config: LoRAConfig, base_path: str) -> Checkpoint:
-    """The checkpoint with a fresh adapter on its model, which is frozen from now on."""
-    adapter = {
-        "config": dataclasses.asdict(lora_config(config)),
-        "base_hash": weights_hash(checkpoint.model),
-        "base_path": base_path,
-    }
-    return replace(checkpoint, model=add_lora(checkpoint.model, config), adapter=adapter)
+@dataclass
+class PeftData:
+    """Content of a PEFT folder, checked, before it becomes a part of a model.
 
-
-def keep_base(run: Run) -> None:
-    """Write ``base_model.pt`` into the run's folder if the base is in no file of its own.
-
-    That is so if the run started from an adapter: its base is then the merged model.
+    PEFT itself writes neither the base's hash nor anything of the training: the defaults are what
+    is then known.
     """
-    checkpoint, path = run.checkpoint, run.folder / BASE_MODEL
-    start = Path(checkpoint.adapter["base_path"])
-    if start.is_file() and read_checkpoint(start).adapter is None:
-        return
-    if not path.exists():
-        base = without_adapter(checkpoint.model)
-        save_checkpoint(path, replace(checkpoint, model=base, adapter=None))
-    checkpoint.adapter["base_path"] = str(path)
+
+    config: LoRAConfig
+    weights: dict[str, Tensor]  # the adapter's, under our names
+    base_path: str  # where the base was in training
+    base_hash: str = ""
+    model_config: ModelConfig | None = None  # the shape in training; None = the base's
+    stage: str = "adapter"
+    step: int = 0
+    trained_on: dict[str, Any] = field(default_factory=dict)
 
 
-def parameter_summary(model: ArithmeticModel) -> str:
-    """``861,568 parameters``, and how many of them train if not all do."""
-    total = model.parameter_count()
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if trainable == total:
-        return f"{total:,} parameters"
-    return f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %) train"
+def is_peft_folder(path: str | Path) -> bool:
+    """Whether the path is a folder of PEFT's, as its config shows."""
+    return Path(path).is_dir() and (Path(path) / PEFT_CONFIG).exists()
 
 
-def save_adapter_files(run: Run, config: AdapterFilesConfig) -> None:
-    """From a run's best model: ``lora_adapter.pt``, and what else ``config`` asks for."""
-    best = run.folder / "best_model.pt"
-    with atomic_write(run.folder / "lora_adapter.pt") as file:
-        file.write(best.read_bytes())
-    if config.save_merged_model:
-        save_checkpoint(run.folder / "merged_model.pt", load_checkpoint(best))
-    if config.save_peft_adapter:
-        save_peft(run.folder / "peft_adapter", read_checkpoint(best))
+# ------------------------------------------------------------------------------------- writing
 
 
-# --------------------------------------------------------------------------- PEFT's own format
-
-
-def save_peft(folder: Path, content: Content) -> None:
-    """Write the adapter of a checkpoint as PEFT does: a JSON config and a safetensors file.
+def save_peft(folder: Path, data: CheckpointData) -> None:
+    """Write the adapter of a checkpoint as PEFT does.
 
     What a checkpoint says beside its weights is in their metadata, which PEFT passes over.
     """
-    config, adapter = build(LoRAConfig, content.adapter["config"], {}), content.adapter
-    weights = {_PEFT_PREFIX + name: t.contiguous() for name, t in content.weights.items()}
-    data = _safetensors("safetensors.torch").save(weights, metadata=_metadata(content))
+    config, adapter = build(LoRAConfig, data.adapter["config"], {}), data.adapter
+    weights = {_PEFT_PREFIX + name: t.contiguous() for name, t in data.weights.items()}
+    written = _safetensors("safetensors.torch").save(weights, metadata=_metadata(data))
     with atomic_write(folder / PEFT_WEIGHTS) as file:
-        file.write(data)
-    text = json.dumps(peft_config(config, adapter["base_path"]), indent=2)
+        file.write(written)
+    text = json.dumps(_to_peft(config, adapter["base_path"]), indent=2)
     atomic_write_text(folder / PEFT_CONFIG, text + "\n")
 
 
-def _metadata(content: Content) -> dict[str, str]:
+def _metadata(data: CheckpointData) -> dict[str, str]:
     """Texts, as safetensors has them: the hash of the base, and the training as one JSON object."""
     training = {
-        "stage": content.stage,
-        "step": content.step,
-        "trained_on": content.trained_on,
-        "model_config": dataclasses.asdict(content.config),  # the base's context may be another
+        "stage": data.stage,
+        "step": data.step,
+        "trained_on": data.trained_on,
+        "model_config": dataclasses.asdict(data.config),  # the base's context may be another
     }
     return {
         "format": "pt",
-        "base_hash": content.adapter["base_hash"],
+        "base_hash": data.adapter["base_hash"],
         "training": json.dumps(training),
     }
 
 
-def peft_config(config: LoRAConfig, base_path: str) -> dict[str, Any]:
+def _to_peft(config: LoRAConfig, base_path: str) -> dict[str, Any]:
     """Our settings under PEFT's names."""
     return {
         "peft_type": "LORA",
@@ -171,67 +125,89 @@ def peft_config(config: LoRAConfig, base_path: str) -> dict[str, Any]:
     }
 
 
-def load_peft_checkpoint(folder: Path, base_checkpoint: str | Path = "") -> Checkpoint:
-    """A base with a PEFT folder's adapter merged into it.
+# ------------------------------------------------------------------------------------- reading
 
-    Stage, step, model config and ``trained_on`` are those of the adapter's training. A folder that
-    PEFT itself wrote tells none of them: its stage is ``adapter``, its step 0, its config the
-    base's, and ``trained_on`` is empty, which means unknown. The base's ``trained_on`` would call
-    problems unseen that the adapter may have been trained on.
+
+def read_peft(folder: str | Path) -> PeftData:
+    """Read a PEFT folder, written by this toolkit or by PEFT itself.
 
     Raises:
-        UserError: as `load_peft`; damaged metadata; no base, or another one than the folder
-            remembers.
-    """
-    metadata = _peft_weights(folder)[1]
-    if base_hash := metadata.get("base_hash"):
-        base_path = read_json(folder / PEFT_CONFIG).get("base_model_name_or_path")
-        adapter = {"base_hash": base_hash, "base_path": str(base_path)}
-        base = find_base(adapter, folder, base_checkpoint)
-    elif base_checkpoint:  # PEFT itself does not write what it was trained on
-        base = load_checkpoint(base_checkpoint)
-    else:
-        raise UserError(
-            f"{folder}: does not say what its base is; name it with --base-checkpoint, if need be "
-            "in merge_lora_adapter.py"
-        )
-    try:
-        trained = _as_in_training(base, metadata.get("training"))
-    except (KeyError, RecursionError, ValueError, UserError) as error:
-        raise UserError(
-            f"{folder / PEFT_WEIGHTS}: damaged metadata ({reason(error)}); use another copy"
-        ) from None
-    return replace(trained, model=merge_adapter(load_peft(folder, trained.model)))
-
-
-def _as_in_training(base: Checkpoint, text: str | None) -> Checkpoint:
-    """The base with what the metadata of a PEFT folder say of the adapter's training.
-
-    Raises:
-        KeyError, RecursionError, ValueError, UserError: they are damaged.
-    """
-    if text is None:
-        return replace(base, stage="adapter", step=0, trained_on={})
-    said = checked(dict, json.loads(text), "training")
-    config = build(ModelConfig, checked(dict, said["model_config"], "model_config"), {})
-    model = build_model(config, base.tokenizer.vocab_size, base.model.state_dict())
-    return replace(base, model=model, **description(said))
-
-
-def load_peft(folder: str | Path, base: ArithmeticModel) -> ArithmeticModel:
-    """Put a PEFT folder's adapter on a model, in place; returns the model.
-
-    Raises:
-        UserError: files missing or damaged, an adapter of another kind, or for another shape.
+        UserError: files or metadata missing or damaged, or an adapter of another kind.
     """
     folder = Path(folder)
-    config = _from_peft(read_json(folder / PEFT_CONFIG), folder)
-    weights, _ = _peft_weights(folder)
+    weights, metadata = _read_weights(folder)
+    settings = read_json(folder / PEFT_CONFIG)
+    return PeftData(
+        config=_from_peft(settings, folder),
+        weights={name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in weights.items()},
+        base_path=str(settings.get("base_model_name_or_path")),
+        base_hash=metadata.get("base_hash", ""),
+        **_training(metadata, folder),
+    )
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a PEFT folder, and the metadata beside them."""
+    safetensors = _safetensors("safetensors")
+    path = require_file(folder / PEFT_WEIGHTS, "adapter")
     try:
-        ours = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in weights.items()}
-        return load_adapter(base, config, ours)
-    except ValueError as error:
-        raise UserError(f"{folder}: does not fit this model ({error})") from None
+        with safetensors.safe_open(path, "pt") as file:
+            names = file.keys()  # the file itself is no iterable
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error}); use another copy") from None
+
+
+def _safetensors(module: str):
+    """A module of safetensors, imported when it is needed: it is an optional requirement."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(
+            "PEFT folders need safetensors; pip install -r requirements-extras.txt"
+        ) from None
+
+
+def _training(metadata: dict[str, str], folder: Path) -> dict[str, Any]:
+    """Model config, stage, step and ``trained_on`` of the adapter's training; none if unknown."""
+    if "training" not in metadata:
+        return {}
+    try:
+        said = checked(dict, json.loads(metadata["training"]), "training")
+        shape = checked(dict, said["model_config"], "model_config")
+        return {"model_config": build(ModelConfig, shape, {}), **description(said)}
+    except (KeyError, RecursionError, ValueError, UserError) as error:
+        raise damaged_metadata(folder, error) from None
+
+
+def damaged_metadata(folder: Path, error: BaseException) -> UserError:
+    """The refusal of a PEFT folder whose metadata do not hold."""
+    return UserError(
+        f"{folder / PEFT_WEIGHTS}: damaged metadata ({reason(error)}); use another copy"
+    )
+
+
+def _from_peft(settings: dict[str, Any], folder: Path) -> LoRAConfig:
+    """PEFT's settings under our names.
+
+    Raises:
+        UserError: a kind of adapter that would not compute here what it does there.
+    """
+    _check_plain(settings, folder)
+    values = {
+        "lora_rank": settings.get("r"),
+        "lora_alpha": settings.get("lora_alpha"),
+        "lora_target_modules": _comma_separated(settings.get("target_modules")),
+        "lora_dropout": settings.get("lora_dropout", 0.0),
+        "use_rslora": settings.get("use_rslora", False),
+    }
+    try:
+        target_names(values["lora_target_modules"])
+        return build(LoRAConfig, values, {})
+    except (TypeError, UserError) as error:
+        raise UserError(
+            f"{folder / PEFT_CONFIG}: not settings of a LoRA adapter ({error})"
+        ) from None
 
 
 def _check_plain(settings: dict[str, Any], folder: Path) -> None:
@@ -250,55 +226,10 @@ def _check_plain(settings: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _comma_separated(targets: Any) -> str:
-    return ",".join(sorted(map(str, targets))) if isinstance(targets, list) else str(targets)
-
-
 def _is_empty(value: Any) -> bool:
     """Whether a setting is off; 0 is not, it may be the number of a layer."""
     return value is None or value is False or value in ("", [], {})
 
 
-def _from_peft(settings: dict[str, Any], folder: Path) -> LoRAConfig:
-    """PEFT's settings under our names.
-
-    Raises:
-        UserError: a kind of adapter that would not compute here what it does there.
-    """
-    _check_plain(settings, folder)
-    targets = settings.get("target_modules")
-    values = {
-        "lora_rank": settings.get("r"),
-        "lora_alpha": settings.get("lora_alpha"),
-        "lora_target_modules": _comma_separated(targets),
-        "lora_dropout": settings.get("lora_dropout", 0.0),
-        "use_rslora": settings.get("use_rslora", False),
-    }
-    try:
-        target_names(values["lora_target_modules"])
-        return build(LoRAConfig, values, {})
-    except (TypeError, UserError) as error:
-        raise UserError(
-            f"{folder / PEFT_CONFIG}: not settings of a LoRA adapter ({error})"
-        ) from None
-
-
-def _peft_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a PEFT folder, and the metadata beside them."""
-    safetensors = _safetensors("safetensors")
-    path = require_file(folder / PEFT_WEIGHTS, "adapter")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            names = file.keys()  # the file itself is no iterable
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: damaged ({error}); use another copy") from None
-
-
-def _safetensors(module: str):
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(
-            "PEFT folders need safetensors; pip install -r requirements-extras.txt"
-        ) from None
+def _comma_separated(targets: Any) -> str:
+    return ",".join(sorted(map(str, targets))) if isinstance(targets, list) else str(targets)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from arithmetic_llm.model.checkpoint import FINISHED
+from arithmetic_llm.folders import FINISHED
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import Progress, UserError, autocast, readable_seconds
 from arithmetic_llm.training.optim import learning_rate_factor, learning_rates

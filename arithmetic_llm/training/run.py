@@ -14,18 +14,16 @@ from torch import Tensor
 
 from arithmetic_llm.cli import read_json, to_json
 from arithmetic_llm.config import RunConfig
+from arithmetic_llm.folders import FINISHED, new_run_folder, step_checkpoints
 from arithmetic_llm.model.checkpoint import (
-    FINISHED,
     Checkpoint,
-    Content,
+    CheckpointData,
     checked,
-    load_weights,
-    new_run_folder,
     read_checkpoint,
     reason,
     save_checkpoint,
-    step_checkpoints,
 )
+from arithmetic_llm.model.load import load_weights
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import (
     UserError,
@@ -98,7 +96,7 @@ class Run:
             "precision": str(self.precision),
         }
 
-    def restore(self, saved: Content) -> None:
+    def restore(self, saved: CheckpointData) -> None:
         """Continue from a resumable checkpoint: weights, optimizer, random state, best so far.
 
         Raises:

@@ -24,19 +24,10 @@ from arithmetic_llm.corpus.coverage import Coverage, coverage, merge
 from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.corpus.files import read_corpus
 from arithmetic_llm.corpus.record import Record
-from arithmetic_llm.model.checkpoint import (
-    Checkpoint,
-    check_tokenizer,
-    load_checkpoint,
-    resolve_paths,
-    weights_hash,
-)
-from arithmetic_llm.model.peft import (
-    keep_base,
-    parameter_summary,
-    save_adapter_files,
-    with_adapter,
-)
+from arithmetic_llm.folders import resolve_paths
+from arithmetic_llm.model.checkpoint import Checkpoint, weights_hash
+from arithmetic_llm.model.load import check_tokenizer, load_model
+from arithmetic_llm.model.lora import parameter_summary
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel, initialise
 from arithmetic_llm.runtime import (
@@ -46,6 +37,7 @@ from arithmetic_llm.runtime import (
     sha256_file,
 )
 from arithmetic_llm.task.expression import ExpressionError, parse
+from arithmetic_llm.training.adapters import keep_base, save_adapter_files, with_adapter
 from arithmetic_llm.training.batches import (
     Batch,
     LossWeights,
@@ -220,7 +212,7 @@ def _starting_point(
     """The untrained model, or the one to go on from with what it has seen."""
     seen = covered.as_dict()
     if start:
-        base = load_checkpoint(start)
+        base = load_model(start)
         check_tokenizer(base, config.tokenizer_path, start)
         model, seen = base.model, merge(base.trained_on, seen)
         if context := getattr(config, "max_seq_length", 0):

@@ -1,0 +1,74 @@
+"""Folders that runs live in: their names, and which one a literal time stamp means."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from arithmetic_llm.runtime import UserError
+
+STAMP = "YYYYMMDD_HHMMSS"
+FINISHED = "training_summary.json"  # written last: a run folder that holds it is finished
+
+
+def new_run_folder(output_dir: str | Path, kind: str) -> Path:
+    """Make ``output_dir/kind_YYYYMMDD_HHMMSS``; a name that is taken moves on by a second."""
+    moment = datetime.datetime.now()
+    while True:
+        folder = Path(output_dir) / f"{kind}_{moment:%Y%m%d_%H%M%S}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not Path(output_dir).is_dir():
+                raise UserError(f"{output_dir}: is a file; name a directory") from None
+            moment += datetime.timedelta(seconds=1)
+
+
+def resolve_stamp(path: str) -> str:
+    """Replace a literal ``YYYYMMDD_HHMMSS`` by the newest finished run of exactly that kind.
+
+    ``models/foundational_YYYYMMDD_HHMMSS/best_model.pt`` becomes the newest finished foundational
+    run's; which one is printed. Any other path comes back as it is.
+    """
+    parts = Path(path).parts
+    place = next((i for i, part in enumerate(parts) if STAMP in part), None)
+    if place is None:
+        return path
+    parent = Path(*parts[:place])
+    pattern = re.compile(re.escape(parts[place]).replace(STAMP, r"\d{8}_\d{6}"))
+    finished = sorted(f.name for f in _entries(parent) if pattern.fullmatch(f.name) and _done(f))
+    if not finished:
+        raise UserError(f"{path}: no finished run of that name in {parent}; run its stage first")
+    chosen = Path(parent, finished[-1], *parts[place + 1 :])
+    print(f"{path} -> {chosen}")
+    return str(chosen)
+
+
+def resolve_paths(config: Any) -> Any:
+    """A config with every literal time stamp in it resolved; see `resolve_stamp`.
+
+    A run keeps this one, so that resuming it does not find a newer base.
+    """
+    values = dataclasses.asdict(config)
+    stamped = {k: v for k, v in values.items() if isinstance(v, str) and STAMP in v}
+    return dataclasses.replace(config, **{k: resolve_stamp(v) for k, v in stamped.items()})
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    return folder.iterdir() if folder.is_dir() else iter(())
+
+
+def _done(entry: Path) -> bool:
+    return entry.is_file() or (entry / FINISHED).is_file()
+
+
+def step_checkpoints(folder: Path) -> list[Path]:
+    """``checkpoint_step_N.pt`` files of a run, oldest first."""
+    found = folder.glob("checkpoint_step_*.pt")
+    numbered = [(int(m[1]), p) for p in found if (m := re.fullmatch(r"\D+(\d+)\.pt", p.name))]
+    return [path for _, path in sorted(numbered)]

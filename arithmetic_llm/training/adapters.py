@@ -1,0 +1,58 @@
+"""Adapters of a training run: a fresh one at its start, a file of its base, files at its end."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from pathlib import Path
+
+from arithmetic_llm.config import AdapterFilesConfig, LoRAConfig
+from arithmetic_llm.model.checkpoint import (
+    Checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    weights_hash,
+)
+from arithmetic_llm.model.load import load_model
+from arithmetic_llm.model.lora import add_lora, lora_config, without_adapter
+from arithmetic_llm.model.peft import save_peft
+from arithmetic_llm.runtime import atomic_write
+from arithmetic_llm.training.run import Run
+
+BASE_MODEL = "base_model.pt"
+
+
+def with_adapter(checkpoint: Checkpoint, config: LoRAConfig, base_path: str) -> Checkpoint:
+    """The checkpoint with a fresh adapter on its model, whose own weights are frozen, in place."""
+    adapter = {
+        "config": dataclasses.asdict(lora_config(config)),
+        "base_hash": weights_hash(checkpoint.model),
+        "base_path": base_path,
+    }
+    return replace(checkpoint, model=add_lora(checkpoint.model, config), adapter=adapter)
+
+
+def keep_base(run: Run) -> None:
+    """Write ``base_model.pt`` into the run's folder if the base is in no file of its own.
+
+    A run that starts from an adapter has such a base: the merged model.
+    """
+    checkpoint, path = run.checkpoint, run.folder / BASE_MODEL
+    start = Path(checkpoint.adapter["base_path"])
+    if start.is_file() and read_checkpoint(start).adapter is None:
+        return
+    if not path.exists():
+        base = without_adapter(checkpoint.model)
+        save_checkpoint(path, replace(checkpoint, model=base, adapter=None))
+    checkpoint.adapter["base_path"] = str(path)
+
+
+def save_adapter_files(run: Run, config: AdapterFilesConfig) -> None:
+    """Write ``lora_adapter.pt`` of a run's best model, and what else ``config`` asks for."""
+    best = run.folder / "best_model.pt"
+    with atomic_write(run.folder / "lora_adapter.pt") as file:
+        file.write(best.read_bytes())
+    if config.save_merged_model:
+        save_checkpoint(run.folder / "merged_model.pt", load_model(best))
+    if config.save_peft_adapter:
+        save_peft(run.folder / "peft_adapter", read_checkpoint(best))
