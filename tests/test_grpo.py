@@ -22,8 +22,9 @@ from arithmetic_llm.grpo.loss import (
     kl_divergence,
     policy_distribution,
 )
-from arithmetic_llm.grpo.rollout import PassRates, PromptSource
-from arithmetic_llm.grpo.task import GRPOTask, Reference
+from arithmetic_llm.grpo.prompts import PassRates, PromptSource
+from arithmetic_llm.grpo.reference import Reference
+from arithmetic_llm.grpo.task import GRPOTask
 from arithmetic_llm.model.decode import Sampling, generate
 from arithmetic_llm.model.lora import add_lora
 from arithmetic_llm.model.tokenizer import EOS, PAD

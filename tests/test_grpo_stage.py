@@ -27,9 +27,11 @@ from arithmetic_llm.evaluation.metrics import (
     problem_from,
     problems_from,
 )
-from arithmetic_llm.grpo import task as reinforce
+from arithmetic_llm.grpo import stage
+from arithmetic_llm.grpo import task as grpo_task
+from arithmetic_llm.grpo.prompts import PassRates, PromptSource
 from arithmetic_llm.grpo.rewards import REWARDS
-from arithmetic_llm.grpo.rollout import PassRates, PromptSource, Rollout, rewarded, roll_out
+from arithmetic_llm.grpo.rollout import Rollout, rewarded, roll_out
 from arithmetic_llm.grpo.task import GRPOTask
 from arithmetic_llm.model.checkpoint import (
     FINISHED,
@@ -242,14 +244,14 @@ def with_a_decoder_that_is_off(monkeypatch, tokens, by):
     """Rollouts whose first ``tokens`` log-probs of each completion are wrong."""
 
     def wrong(*args):
-        groups = reinforce_roll_out(*args)
+        groups = unchanged(*args)
         for rollout in (rollout for group in groups for rollout in group):
             logprobs = rollout.completion.logprobs
             logprobs[:tokens] = [logprob - by for logprob in logprobs[:tokens]]
         return groups
 
-    reinforce_roll_out = reinforce.roll_out
-    monkeypatch.setattr(reinforce, "roll_out", wrong)
+    unchanged = grpo_task.roll_out
+    monkeypatch.setattr(grpo_task, "roll_out", wrong)
 
 
 @pytest.mark.parametrize(
@@ -825,8 +827,8 @@ def test_generated_prompts_belong_to_the_train_split_and_are_repeatable():
 
 
 def test_validation_belongs_to_the_validation_split(world):
-    for covered in (None, reinforce.coverage(world / "i.jsonl")):
-        prompts = reinforce._validation_prompts(settings(eval_samples=30), covered)
+    for covered in (None, stage.coverage(world / "i.jsonl")):
+        prompts = stage._validation_prompts(settings(eval_samples=30), covered)
         assert len(prompts) == 30
         assert {split_of(prompt) for prompt in prompts} == {"validation"}
 
@@ -850,7 +852,7 @@ def test_difficulty_follows_the_pass_rates_as_they_change():
 
     def shares():
         expressions = source.others(600, 0, 1)
-        depths = Counter(reinforce.problem_from(text).depth for text in expressions)
+        depths = Counter(problem_from(text).depth for text in expressions)
         return [depths[depth] / 600 for depth in (1, 2, 3)]
 
     assert shares() == pytest.approx([1 / 3] * 3, abs=0.07)

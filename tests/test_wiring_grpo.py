@@ -24,9 +24,10 @@ from arithmetic_llm.config import GRPOConfig
 from arithmetic_llm.corpus.draw import split_of
 from arithmetic_llm.corpus.files import json_line
 from arithmetic_llm.grpo import rollout
-from arithmetic_llm.grpo import task as reinforce
+from arithmetic_llm.grpo import stage as grpo_stage
 from arithmetic_llm.grpo.loss import Episode
-from arithmetic_llm.grpo.task import GRPOTask, train_grpo
+from arithmetic_llm.grpo.stage import train_grpo
+from arithmetic_llm.grpo.task import GRPOTask
 from arithmetic_llm.model.checkpoint import save_checkpoint
 from arithmetic_llm.model.decode import Completion, generate
 from arithmetic_llm.model.lora import lora_layers, merge_adapter
@@ -87,7 +88,7 @@ def opened(world, tmp_path, monkeypatch):
         config = GRPOConfig(**{**settings(world), "output_dir": str(tmp_path), **options})
         found = []
         with monkeypatch.context() as patch:
-            patch.setattr(reinforce, "fit", lambda run, task, *_: found.append(Stage(run, task)))
+            patch.setattr(grpo_stage, "fit", lambda run, task, *_: found.append(Stage(run, task)))
             train_grpo(config)
         return found[0]
 

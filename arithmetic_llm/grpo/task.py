@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
 from collections import defaultdict
@@ -18,10 +17,7 @@ import torch
 from torch import Tensor
 
 from arithmetic_llm.config import GRPOConfig
-from arithmetic_llm.corpus.coverage import Coverage, coverage, merge
-from arithmetic_llm.corpus.files import solved, test_set
-from arithmetic_llm.evaluation.evaluate import room_to_answer, warn_if_too_short
-from arithmetic_llm.evaluation.metrics import problem_from
+from arithmetic_llm.corpus.files import solved
 from arithmetic_llm.grpo.loss import (
     Episode,
     EpisodeBatch,
@@ -32,49 +28,23 @@ from arithmetic_llm.grpo.loss import (
     kl_divergence,
     policy_distribution,
 )
+from arithmetic_llm.grpo.prompts import PromptSource
+from arithmetic_llm.grpo.reference import Reference
 from arithmetic_llm.grpo.rewards import parse_rewards
-from arithmetic_llm.grpo.rollout import (
-    PassRates,
-    PromptSource,
-    Rollout,
-    nested,
-    roll_out,
-    row_name,
-)
-from arithmetic_llm.model.checkpoint import (
-    Checkpoint,
-    check_tokenizer,
-    load_checkpoint,
-    resolve_paths,
-    weights_hash,
-)
+from arithmetic_llm.grpo.rollout import Rollout, roll_out, row_name
 from arithmetic_llm.model.decode import GREEDY, Sampling, evaluating
-from arithmetic_llm.model.lora import disable_adapter, lora_layers
-from arithmetic_llm.model.peft import (
-    keep_base,
-    parameter_summary,
-    save_adapter_files,
-    with_adapter,
-)
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
-from arithmetic_llm.runtime import (
-    UserError,
-    prepare_training,
-    resolve_device,
-    sha256_file,
-)
+from arithmetic_llm.runtime import UserError
 from arithmetic_llm.training.batches import Batch, LossWeights, TokenisedSamples, micro_batches
-from arithmetic_llm.training.loop import autocast, fit
-from arithmetic_llm.training.run import ROLLOUTS, MetricsLog, Run, open_run
+from arithmetic_llm.training.loop import autocast
+from arithmetic_llm.training.run import ROLLOUTS, MetricsLog
 from arithmetic_llm.training.supervised import (
     counted_logits,
     summed_cross_entropy,
-    warn_of_other_splits,
 )
 
 DEAD_STEPS_TO_WARN = 10
-PROMPTS_TO_MEASURE = 500  # how many right solutions tell how much room a completion needs
 # How much the log-probs that the decoder sampled with may differ from those of the training
 # forward, in nats a token: on average, and at most. In fp32 the two add in another order, that is
 # all; bf16 rounds every product, which moves single unlikely tokens by almost 1.
@@ -393,24 +363,6 @@ class GRPOTask:
         self.dead_steps = state.get("dead_steps", 0)
 
 
-class Reference:
-    """The frozen start of the policy: a copy, or the policy itself with its adapter disabled."""
-
-    def __init__(self, policy: ArithmeticModel, needed: bool):
-        self.needed, self.adapted = needed, bool(lora_layers(policy))
-        self.model = policy
-        if needed and not self.adapted:
-            self.model = copy.deepcopy(policy).requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def distribution(self, batch: EpisodeBatch, temperature: float) -> Tensor | None:
-        """(M, V) log-probabilities, like the policy's; None if the KL counts nothing."""
-        if not self.needed:
-            return None
-        with disable_adapter(self.model):
-            return policy_distribution(self.model, batch, temperature)
-
-
 def as_episode(rollout: Rollout, advantage: float) -> Episode:
     """What the loss needs of a rollout."""
     written = rollout.completion
@@ -425,117 +377,3 @@ def derived_seed(*numbers: int) -> int:
 def is_dead(group: Sequence[Rollout]) -> bool:
     """All rewards alike: the group says nothing about what to do better."""
     return all(rollout.reward == group[0].reward for rollout in group)
-
-
-# ------------------------------------------------------------------------------------ the stage
-
-
-def train_grpo(config: GRPOConfig) -> Path:
-    """Improve a policy by its own attempts; returns the run folder."""
-    prepare_training(config.threads, config.seed)
-    _check(config)
-    config = resolve_paths(config)
-    base = _start(config)
-    covered = _covered(config)
-    source = PromptSource(config, PassRates())
-    seen = _seen(base, covered, config, source)
-    checkpoint = Checkpoint(base.model, base.tokenizer, "grpo", seen)
-    sources = {"start_hash": weights_hash(base.model), **_corpus_hash(config)}
-    if config.lora_rank:
-        checkpoint = with_adapter(checkpoint, config, config.sft_checkpoint)
-    validation = _validation_prompts(config, covered)
-    config = _with_room(config, source, validation, checkpoint)
-    task = GRPOTask(checkpoint.model, checkpoint.tokenizer, config, source, validation)
-    run = open_run(config, checkpoint, **sources)
-    if config.lora_rank:
-        keep_base(run)
-    task.precision, task.folder = run.precision, run.folder
-    _describe(run, task)
-    fit(run, task, _more_files)
-    print(f"done: models in {run.folder}")
-    return run.folder
-
-
-def _check(config: GRPOConfig) -> None:
-    """Refuse what only shows when it is used, before anything is loaded."""
-    parse_rewards(config.rewards)
-    nested(config)
-
-
-def _start(config: GRPOConfig) -> Checkpoint:
-    path = config.sft_checkpoint
-    base = load_checkpoint(path, resolve_device(config.device), config.base_checkpoint)
-    check_tokenizer(base, config.tokenizer, path)
-    return base
-
-
-def _covered(config: GRPOConfig) -> Coverage | None:
-    """What the corpus of prompts covers; None if prompts are generated."""
-    if config.data_mode == "generated":
-        return None
-    covered = coverage(config.instruction_corpus)
-    warn_of_other_splits(covered, config.instruction_corpus)
-    return covered
-
-
-def _corpus_hash(config: GRPOConfig) -> dict[str, str]:
-    if config.data_mode == "generated":
-        return {}
-    return {"corpus_sha256": sha256_file(config.instruction_corpus)}
-
-
-def _seen(
-    base: Checkpoint, covered: Coverage | None, config: GRPOConfig, source: PromptSource
-) -> dict[str, Any]:
-    """What the policy will have been trained on: prompts count as problems seen."""
-    if covered:
-        return merge(base.trained_on, covered.as_dict())
-    per_epoch = source.prompts_per_epoch
-    prompts = config.max_steps * source.prompts_per_step or config.num_epochs * per_epoch
-    generated = {
-        "styles": {"nested": prompts},
-        "depths": list(range(config.min_depth, config.max_depth + 1)),
-        "flat_terms": [],
-        "num_range": list(config.num_range),
-        "splits": {"train": prompts},
-    }
-    return merge(base.trained_on, generated)
-
-
-def _validation_prompts(config: GRPOConfig, covered: Coverage | None) -> list[str]:
-    """Held-out problems like the prompts."""
-    spec = covered.held_out_spec() if covered else nested(config)
-    samples = test_set(spec, config.eval_samples, config.seed, "validation")
-    return [sample.record.expression for sample in samples]
-
-
-def _with_room(
-    config: GRPOConfig, source: PromptSource, validation: Sequence[str], checkpoint: Checkpoint
-) -> GRPOConfig:
-    """The config with a length limit, measured on some prompts unless it has one.
-
-    A limit that cuts right solutions off leaves their depth without reward.
-    """
-    expressions = [*validation, *source.others(PROMPTS_TO_MEASURE, 0, 1)]
-    problems = [problem_from(expression) for expression in expressions]
-    if config.max_gen_length:
-        warn_if_too_short(config.max_gen_length, problems, checkpoint.tokenizer)
-        return config
-    context = checkpoint.model.config.max_seq_length
-    return replace(config, max_gen_length=room_to_answer(problems, checkpoint.tokenizer, context))
-
-
-def _more_files(run: Run) -> None:
-    if run.checkpoint.adapter:
-        save_adapter_files(run, run.config)
-    run.write_json("grpo_training_log.json", MetricsLog(run.folder).read())
-
-
-def _describe(run: Run, task: GRPOTask) -> None:
-    config = run.config
-    print(
-        f"grpo: {parameter_summary(run.model)} on {run.model.device}, "
-        f"{task.source.prompts_per_step} prompts x {config.num_candidates} completions of at most "
-        f"{config.max_gen_length} tokens a step, {task.total_steps:,} steps, "
-        f"rewards {config.rewards}, seed {config.seed}\nrun folder {run.folder}"
-    )
