@@ -29,6 +29,7 @@ from arithmetic_llm.evaluation.metrics import (
 )
 from arithmetic_llm.grpo import stage
 from arithmetic_llm.grpo import task as grpo_task
+from arithmetic_llm.grpo.monitor import Monitor
 from arithmetic_llm.grpo.prompts import PassRates, PromptSource
 from arithmetic_llm.grpo.rewards import REWARDS
 from arithmetic_llm.grpo.rollout import Rollout, rewarded, roll_out
@@ -504,13 +505,12 @@ def test_steps_without_signal_are_warned_of_and_the_run_goes_on(world, dead_run)
     assert weights_hash(load_checkpoint(start).model) == weights_hash(load_checkpoint(final).model)
 
 
-def test_a_dead_step_recommends_flags_that_act(tiny_model, tokenizer, capsys):
+def test_a_dead_step_recommends_flags_that_act(capsys):
     for mode, acts in (("generated", True), ("instruction", False)):
-        task = solutions_task(tiny_model, tokenizer)
-        task.config = settings(data_mode=mode)
-        task.noted = {"accuracy": 0.0, "completions/clipped_ratio": 0.0}
-        task.dead_steps = 10
-        task._warn_of_dead_steps()
+        monitor = Monitor(settings(data_mode=mode), has_reference=False)
+        monitor.noted = {"accuracy": 0.0, "completions/clipped_ratio": 0.0}
+        monitor.dead_steps = 9
+        monitor.note_signal(False)
         assert ("--adaptive-difficulty" in capsys.readouterr().err) == acts
 
 
@@ -563,8 +563,8 @@ class Scripted(GRPOTask):
         self.asked.append(len(expressions))
         return [[rollout(*entry) for entry in group] for group in next(self.rounds)]
 
-    def check_start(self, batches):
-        return ""
+    def _check_start(self, groups):
+        """The log-probabilities of these rollouts are made up."""
 
 
 ALIVE, WON, LOST = [(1.0,), (0.0,)], [(1.0,), (1.0,)], [(0.0,), (0.0,)]
@@ -701,7 +701,7 @@ def test_replay_is_all_of_a_step_without_signal(tiny_model, tokenizer, updates):
             ignore_index=-100,
         )
     torch.testing.assert_close(loss, 0.25 * expected)
-    assert task.dead_steps == 1
+    assert task.monitor.dead_steps == 1
 
 
 def test_replay_goes_on_when_no_step_has_signal(world, tmp_path, monkeypatch):
@@ -859,7 +859,7 @@ def test_difficulty_follows_the_pass_rates_as_they_change():
     rates.rates = {1: 1.0, 2: 0.5, 3: 0.0}  # known, in reach, out of reach
     assert shares() == pytest.approx([0.01 / 0.27, 0.25 / 0.27, 0.01 / 0.27], abs=0.04)
     for _ in range(60):  # depth 3 comes in reach, depth 2 is mastered
-        rates.update([rollout(1.0, 2), rollout(1.0, 3), rollout(0.0, 3)])
+        rates.update(rollout(*entry).outcome for entry in ((1.0, 2), (1.0, 3), (0.0, 3)))
     assert rates.rates[2] > 0.99
     assert rates.rates[3] == pytest.approx(0.5, abs=0.01)
     assert shares()[2] > 0.8

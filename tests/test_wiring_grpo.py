@@ -583,7 +583,7 @@ def scripted(tokenizer, monkeypatch):
         return Completion(tokens, [0.0] * len(tokens), "eos")
 
     monkeypatch.setattr(rollout, "generate", write)
-    monkeypatch.setattr(GRPOTask, "check_start", lambda *_: "")
+    monkeypatch.setattr(GRPOTask, "_check_start", lambda *_: None)
 
 
 def test_the_learning_rate_follows_its_schedule_and_is_the_logged_one(opened, scripted):

@@ -1,22 +1,22 @@
-"""Where prompts come from."""
+"""Sources of prompts: a corpus, or problems generated at the depths that teach most."""
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from statistics import fmean
 
 from arithmetic_llm.config import GRPOConfig
 from arithmetic_llm.corpus.draw import draw_any
 from arithmetic_llm.corpus.files import Record, read_corpus
 from arithmetic_llm.corpus.trees import SampleSpec
-from arithmetic_llm.grpo.rollout import Rollout
+from arithmetic_llm.evaluation.metrics import Outcome
 from arithmetic_llm.task.expression import spell
 
 
 def nested(config: GRPOConfig) -> SampleSpec:
-    """How prompts are generated: trees of the depths asked for, with just their parentheses."""
+    """Settings of the sampler: trees of the depths asked for, with just their parentheses."""
     return SampleSpec(
         num_range=config.num_range,
         min_depth=config.min_depth,
@@ -27,24 +27,28 @@ def nested(config: GRPOConfig) -> SampleSpec:
 
 
 class PassRates:
-    """Running pass rate of each depth, and how often each should be asked."""
+    """Running pass rate of each depth, which says how often to ask it.
+
+    A depth at 0.5 that has passed all of a step is at 0.9 x 0.5 + 0.1 x 1 = 0.55 after it.
+    """
 
     MEMORY = 0.9  # weight of the past when a step's result comes in
 
     def __init__(self) -> None:
         self.rates: dict[int, float] = {}
 
-    def update(self, rollouts: Sequence[Rollout]) -> None:
+    def update(self, outcomes: Iterable[Outcome]) -> None:
+        """Take in the outcomes of a step; problems without a depth have no rate."""
         by_depth = defaultdict(list)
-        for rollout in rollouts:
-            if (depth := rollout.outcome.problem.depth) is not None:
-                by_depth[depth].append(float(rollout.outcome.correct))
+        for outcome in outcomes:
+            if (depth := outcome.problem.depth) is not None:
+                by_depth[depth].append(float(outcome.correct))
         for depth, passed in by_depth.items():
             before = self.rates.get(depth, fmean(passed))
             self.rates[depth] = self.MEMORY * before + (1.0 - self.MEMORY) * fmean(passed)
 
     def weight(self, depth: int) -> float:
-        """In proportion to p (1 - p), the variance of the reward; never quite 0, to find out."""
+        """Weight in the draw: p (1 - p), the variance of the reward; never quite 0, to find out."""
         rate = self.rates.get(depth, 0.5)
         return max(rate * (1.0 - rate), 0.01)
 
@@ -63,7 +67,7 @@ class PromptSource:
         self.steps_per_epoch = -(-self.prompts_per_epoch // self.prompts_per_step)
 
     def of_step(self, step: int) -> list[str]:
-        """The prompts of a step; a corpus is gone through in a new order each epoch.
+        """The prompts of a step; each epoch goes through a corpus in a new order.
 
         The last step of an epoch has what is left of it.
         """
@@ -88,6 +92,7 @@ class PromptSource:
         return [self._generated(rng, adaptive) for _ in range(count)]
 
     def _generated(self, rng: random.Random, adaptive: bool) -> str:
+        """A problem of the train split, of a depth drawn evenly or by pass rate."""
         config = self.config
         depths = range(config.min_depth, config.max_depth + 1)
         if config.adaptive_difficulty and adaptive:

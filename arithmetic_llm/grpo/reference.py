@@ -1,4 +1,4 @@
-"""The reference of the KL penalty."""
+"""The reference model: the frozen start, which the KL penalty holds the policy near to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import Tensor
 
-from arithmetic_llm.grpo.loss import EpisodeBatch, policy_distribution
+from arithmetic_llm.grpo.loss import EpisodeBatch
+from arithmetic_llm.grpo.policy import policy_logprobs
 from arithmetic_llm.model.lora import disable_adapter, lora_layers
 from arithmetic_llm.model.transformer import ArithmeticModel
 
@@ -22,9 +23,12 @@ class Reference:
             self.model = copy.deepcopy(policy).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def distribution(self, batch: EpisodeBatch, temperature: float) -> Tensor | None:
-        """(M, V) log-probabilities, like the policy's; None if the KL counts nothing."""
+    def logprobs(self, batch: EpisodeBatch, temperature: float) -> Tensor | None:
+        """Log-probabilities (M, V) like the policy's; None if the KL counts nothing.
+
+        With an adapter the model is the policy: the caller turns its dropout off.
+        """
         if not self.needed:
             return None
         with disable_adapter(self.model):
-            return policy_distribution(self.model, batch, temperature)
+            return policy_logprobs(self.model, batch, temperature)

@@ -1,4 +1,4 @@
-"""What the policy makes of its prompts."""
+"""Rollouts: completions of prompts, judged and rewarded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from arithmetic_llm.config import GRPOConfig
 from arithmetic_llm.evaluation.evaluate import right_answers
-from arithmetic_llm.evaluation.metrics import Outcome, Row, judge, problem_from
+from arithmetic_llm.evaluation.metrics import Outcome, judge, problem_from
 from arithmetic_llm.grpo.rewards import Attempt, score
 from arithmetic_llm.model.decode import Completion, Sampling, generate
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
@@ -17,7 +17,7 @@ from arithmetic_llm.model.transformer import ArithmeticModel
 
 @dataclass(frozen=True)
 class Rollout:
-    """An outcome, the tokens that it was judged by, and what it is rewarded with."""
+    """An outcome with its reward, and the tokens that it was judged by."""
 
     outcome: Outcome
     prompt: list[int]
@@ -41,11 +41,6 @@ class Rollout:
         }
 
 
-def row_name(row: Row) -> str:
-    """``depth_3``, ``terms_7`` (a flat sum) or ``invalid``."""
-    return row.kind if row.kind == "invalid" else f"{row.kind}_{row.number}"
-
-
 def roll_out(
     model: ArithmeticModel,
     tokenizer: ArithmeticTokenizer,
@@ -55,9 +50,17 @@ def roll_out(
     config: GRPOConfig,
     weights: dict[str, float],
 ) -> list[list[Rollout]]:
-    """``copies`` completions of each expression, in one batch; a group for each expression.
+    """Write ``copies`` completions of each expression and reward them.
 
-    As in an evaluation, right answers are guesses: they save passes and change no text.
+    As in an evaluation, right answers are the decoder's guesses: they save passes and change no
+    text.
+
+    Args:
+        sampling: how tokens are chosen.
+        weights: of the rewards, by name.
+
+    Returns:
+        A group of ``copies`` rollouts for each expression, in order.
     """
     asked = [problem_from(expression) for expression in expressions for _ in range(copies)]
     prompts = [tokenizer.prompt_ids(problem.expression) for problem in asked]
@@ -79,9 +82,19 @@ def rewarded(
     config: GRPOConfig,
     weights: dict[str, float],
 ) -> Rollout:
-    """The rollout of a completion that has been judged, with its reward."""
+    """Rollout of a completion that has been judged, with its reward.
+
+    Args:
+        config: has the length limit, and what a cut-off completion costs.
+        weights: of the rewards, by name.
+    """
     attempt = Attempt(outcome.verdict, outcome.tokens, config.max_gen_length, outcome.cut_off)
     reward, parts = score(attempt, weights)
     if outcome.cut_off and config.cutoff == "penalise":
         reward = -1.0
     return Rollout(outcome, prompt, completion, reward, parts)
+
+
+def is_dead(group: Sequence[Rollout]) -> bool:
+    """Tell whether all rewards are alike: such a group does not say what to do better."""
+    return all(rollout.reward == group[0].reward for rollout in group)

@@ -1,4 +1,4 @@
-"""The GRPO stage: a policy that learns from its own attempts."""
+"""The GRPO stage: from a config to a finished run folder."""
 
 from __future__ import annotations
 
@@ -41,21 +41,18 @@ def train_grpo(config: GRPOConfig) -> Path:
     prepare_training(config.threads, config.seed)
     _check(config)
     config = resolve_paths(config)
-    base = _start(config)
-    covered = _covered(config)
+    base, covered = _start(config), _covered(config)
     source = PromptSource(config, PassRates())
-    seen = _seen(base, covered, config, source)
-    checkpoint = Checkpoint(base.model, base.tokenizer, "grpo", seen)
+    # Hashed before an adapter is added: that changes the names of the weights.
     sources = {"start_hash": weights_hash(base.model), **_corpus_hash(config)}
-    if config.lora_rank:
-        checkpoint = with_adapter(checkpoint, config, config.sft_checkpoint)
+    checkpoint = _policy(base, _seen(base, covered, config, source), config)
     validation = _validation_prompts(config, covered)
     config = _with_room(config, source, validation, checkpoint)
     task = GRPOTask(checkpoint.model, checkpoint.tokenizer, config, source, validation)
     run = open_run(config, checkpoint, **sources)
     if config.lora_rank:
         keep_base(run)
-    task.precision, task.folder = run.precision, run.folder
+    task.precision, task.monitor.folder = run.precision, run.folder
     _describe(run, task)
     fit(run, task, _more_files)
     print(f"done: models in {run.folder}")
@@ -69,6 +66,7 @@ def _check(config: GRPOConfig) -> None:
 
 
 def _start(config: GRPOConfig) -> Checkpoint:
+    """The model to start from, if its tokenizer is the one that the config names."""
     path = config.sft_checkpoint
     base = load_checkpoint(path, resolve_device(config.device), config.base_checkpoint)
     check_tokenizer(base, config.tokenizer, path)
@@ -76,7 +74,7 @@ def _start(config: GRPOConfig) -> Checkpoint:
 
 
 def _covered(config: GRPOConfig) -> Coverage | None:
-    """What the corpus of prompts covers; None if prompts are generated."""
+    """Coverage of the corpus of prompts; None if prompts are generated."""
     if config.data_mode == "generated":
         return None
     covered = coverage(config.instruction_corpus)
@@ -85,6 +83,7 @@ def _covered(config: GRPOConfig) -> Coverage | None:
 
 
 def _corpus_hash(config: GRPOConfig) -> dict[str, str]:
+    """Hash of the corpus of prompts, which a resumed run must find unchanged."""
     if config.data_mode == "generated":
         return {}
     return {"corpus_sha256": sha256_file(config.instruction_corpus)}
@@ -93,7 +92,7 @@ def _corpus_hash(config: GRPOConfig) -> dict[str, str]:
 def _seen(
     base: Checkpoint, covered: Coverage | None, config: GRPOConfig, source: PromptSource
 ) -> dict[str, Any]:
-    """What the policy will have been trained on: prompts count as problems seen."""
+    """Coverage of the policy after the run: prompts count as problems seen."""
     if covered:
         return merge(base.trained_on, covered.as_dict())
     per_epoch = source.prompts_per_epoch
@@ -106,6 +105,14 @@ def _seen(
         "splits": {"train": prompts},
     }
     return merge(base.trained_on, generated)
+
+
+def _policy(base: Checkpoint, seen: dict[str, Any], config: GRPOConfig) -> Checkpoint:
+    """The start as the checkpoint to train, with an adapter if the config has a rank."""
+    checkpoint = Checkpoint(base.model, base.tokenizer, "grpo", seen)
+    return (
+        with_adapter(checkpoint, config, config.sft_checkpoint) if config.lora_rank else checkpoint
+    )
 
 
 def _validation_prompts(config: GRPOConfig, covered: Coverage | None) -> list[str]:
@@ -132,12 +139,14 @@ def _with_room(
 
 
 def _more_files(run: Run) -> None:
+    """Write what a GRPO run has beyond the common files."""
     if run.checkpoint.adapter:
         save_adapter_files(run, run.config)
     run.write_json("grpo_training_log.json", MetricsLog(run.folder).read())
 
 
 def _describe(run: Run, task: GRPOTask) -> None:
+    """Say on two lines what is trained, on what, and where the files go."""
     config = run.config
     print(
         f"grpo: {parameter_summary(run.model)} on {run.model.device}, "
