@@ -114,8 +114,8 @@ def collate(episodes: Sequence[Episode], loss_type: str, length_limit: int) -> E
     for row, episode in enumerate(episodes):
         start = len(episode.prompt) - 1  # the target at this position is the first token written
         end = start + len(episode.completion)
-        # By length and not by token id: the last <eos> counts, or stopping is never reinforced.
         ids[row, : end + 1] = torch.tensor([*episode.prompt, *episode.completion])
+        # By length and not by token id: the last <eos> counts, or stopping is never reinforced.
         weights[row, start:end] = token_weight(loss_type, len(episode.completion))
         logprobs[row, start:end] = torch.tensor(episode.rollout_logprobs)
     return EpisodeBatch(
