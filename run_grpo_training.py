@@ -11,7 +11,7 @@ from arithmetic_llm.config import GRPOConfig
 
 def main(argv=None):
     (config,) = parse_run({"config": GRPOConfig}, argv, __doc__)
-    from arithmetic_llm.grpo.task import train_grpo
+    from arithmetic_llm.grpo.stage import train_grpo
 
     train_grpo(config)
 

@@ -14,15 +14,15 @@ MUTANTS = [
     ),
     Mutant(
         "GRPO: loss without its reference",
-        "            reference = self.reference.distribution(batch, self.config.temperature)\n"
+        "            reference = self.reference.logprobs(batch, self.config.temperature)\n"
         "            terms",
         "            reference = None\n            terms",
         f"{GRPO} -k kl_is_zero",
     ),
     Mutant(
         "GRPO: loss at temperature 1",
-        "policy_distribution(model, batch, self.config.temperature)\n            reference",
-        "policy_distribution(model, batch, 1.0)\n            reference",
+        "policy_logprobs(model, batch, self.config.temperature)\n            reference",
+        "policy_logprobs(model, batch, 1.0)\n            reference",
         f"{GRPO} -k that_of_trl",
     ),
     Mutant(
@@ -33,18 +33,14 @@ MUTANTS = [
     ),
     Mutant(
         "GRPO: old log-probs taken from the rollout",
-        "old[batch.mask] = self._logprobs(batch).cpu()",
+        "old[batch.mask] = token_logprobs(logprobs, there).cpu()",
         "old[batch.mask] = batch.rollout_logprobs[batch.mask]",
         f"{GRPO} -k old_logprobs",
     ),
     Mutant(
         "GRPO: old log-probs with dropout on",
-        '"""(M,) from the same forward that trains."""\n'
-        "        batch = batch.to(self.model.device)\n"
-        "        with evaluating(self.model), ",
-        '"""(M,) from the same forward that trains."""\n'
-        "        batch = batch.to(self.model.device)\n"
-        "        with ",
+        "with torch.no_grad(), evaluating(model), autocast",
+        "with torch.no_grad(), autocast",
         f"{GRPO} -k dropout",
     ),
     Mutant(
@@ -55,8 +51,8 @@ MUTANTS = [
     ),
     Mutant(
         "GRPO: replay at full weight",
-        "scale = self.config.sft_replay_coef * divisor / own",
-        "scale = divisor / own",
+        "scale = coefficient * (policy_count or own) / own",
+        "scale = (policy_count or own) / own",
         f"{GRPO} -k that_of_trl",
     ),
     Mutant(
@@ -91,8 +87,8 @@ MUTANTS = [
     ),
     Mutant(
         "GRPO: one update instead of several",
-        "range(self.config.num_iterations if micro_batches else 0)",
-        "range(1 if micro_batches else 0)",
+        "range(self.config.num_iterations if update else 0)",
+        "range(1 if update else 0)",
         f"{GRPO} -k that_of_trl",
     ),
     Mutant(
@@ -129,13 +125,13 @@ MUTANTS = [
     ),
     Mutant(
         "GRPO: the old log-probs never reach the loss",
-        "old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs[mask]",
-        "old = logprobs.detach()",
+        "old = new.detach() if batch.old_logprobs is None else batch.old_logprobs[mask]",
+        "old = new.detach()",
         f"{GRPO} -k that_of_trl",
     ),
     Mutant(
         "GRPO: replay is left out of the update",
-        "            yield micro_batches\n",
+        "            yield update\n",
         "            yield batches\n",
         f"{GRPO} -k that_of_trl",
     ),
@@ -159,8 +155,8 @@ MUTANTS = [
     ),
     Mutant(
         "GRPO: only the first micro-batch trains",
-        "batches = self._batches(self._signal(groups))",
-        "batches = self._batches(self._signal(groups))[:1]",
+        "batches = self._batches(self._episodes(groups))",
+        "batches = self._batches(self._episodes(groups))[:1]",
         f"{GRPO} -k that_of_trl",
     ),
     Mutant(

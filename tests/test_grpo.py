@@ -13,17 +13,18 @@ from trl_reference import assert_same_gradients, their_loss
 from arithmetic_llm.config import GRPOConfig, LoRAConfig
 from arithmetic_llm.grpo.loss import (
     Episode,
-    chosen,
     clipped_objective,
     collate,
     entropy,
     group_advantages,
     grpo_loss,
     kl_divergence,
-    policy_distribution,
+    token_logprobs,
 )
-from arithmetic_llm.grpo.rollout import PassRates, PromptSource
-from arithmetic_llm.grpo.task import GRPOTask, Reference
+from arithmetic_llm.grpo.policy import policy_logprobs
+from arithmetic_llm.grpo.prompts import PassRates, PromptSource
+from arithmetic_llm.grpo.reference import Reference
+from arithmetic_llm.grpo.task import GRPOTask, loss_settings
 from arithmetic_llm.model.decode import Sampling, generate
 from arithmetic_llm.model.lora import add_lora
 from arithmetic_llm.model.tokenizer import EOS, PAD
@@ -36,6 +37,17 @@ ADVANTAGES = [0.875, -0.125, 1.5, -2.0, 0.3, -0.7, -0.125, 0.6]
 
 def settings(**options):
     return GRPOConfig(**{"data_mode": "generated", "max_gen_length": 12, **options})
+
+
+def batch_of(made, config=None):
+    """Episodes as one batch, as a config says."""
+    config = config or settings()
+    return collate(made, config.loss_type, config.max_gen_length)
+
+
+def loss_of(logprobs, reference, batch, config):
+    """The loss as a config says."""
+    return grpo_loss(logprobs, reference, batch, loss_settings(config))
 
 
 def policy(seed=0):
@@ -144,14 +156,13 @@ def gradients_of_kl(estimator):
     """Of the estimator, averaged over all tokens by their probability; and of the exact KL."""
     logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(4)).requires_grad_()
     reference = distributions()[1][:1]
-    distribution = logits.log_softmax(-1)
+    logprobs = logits.log_softmax(-1)
     tokens = torch.arange(VOCABULARY)
-    every = distribution.expand(VOCABULARY, -1)
-    logprobs = distribution[0]
-    ratio = (logprobs - logprobs.detach()).exp()
+    every = logprobs.expand(VOCABULARY, -1)
+    ratio = (logprobs[0] - logprobs[0].detach()).exp()
     estimates = kl_divergence(every, reference.expand_as(every), tokens, ratio, estimator)
-    mean = (logprobs.detach().exp() * estimates).sum()
-    exact = kl_divergence(distribution, reference, None, None, "exact").sum()
+    mean = (logprobs[0].detach().exp() * estimates).sum()
+    exact = kl_divergence(logprobs, reference, None, None, "exact").sum()
     torch.testing.assert_close(mean, exact)
     return [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (mean, exact)]
 
@@ -174,7 +185,7 @@ def test_entropy_by_hand():
 
 
 def test_a_completions_tokens_count_its_eos_included_and_nothing_else():
-    batch = collate(episodes(), settings())
+    batch = batch_of(episodes())
     for row, episode in enumerate(episodes()):
         start = len(episode.prompt) - 1
         counted = batch.mask[row].nonzero()[:, 0].tolist()
@@ -183,28 +194,43 @@ def test_a_completions_tokens_count_its_eos_included_and_nothing_else():
     assert batch.count == sum(length for _, length in LENGTHS)
 
 
+@pytest.mark.parametrize(
+    ("loss_type", "inside", "count"), [("dapo", 1.0, 3), ("grpo", 0.5, 2), ("dr_grpo", 1.0, 40)]
+)
+def test_the_weights_of_two_ragged_episodes_by_hand(loss_type, inside, count):
+    """The example of `collate`, with a = 11 to g = 17."""
+    made = [
+        Episode(*ids, [0.0] * len(ids[1]), 1.0, []) for ids in (([11, 12], [13, 14]), ([16], [17]))
+    ]
+    batch = collate(made, loss_type, 20)
+    assert batch.input_ids.tolist() == [[11, 12, 13], [16, 17, PAD]]
+    assert batch.targets.tolist() == [[12, 13, 14], [17, PAD, PAD]]
+    assert batch.weights.tolist() == [[0.0, inside, inside], [1.0, 0.0, 0.0]]
+    assert batch.count == count
+
+
 def test_what_ids_stand_in_a_text_makes_no_difference_to_what_counts():
     """Neither a literal <pad> nor an <eos> in the middle; lengths decide."""
     plain = episodes()
     plain[2].completion[4:6] = [20, 21]
     plain[0].completion[-1] = plain[3].completion[-1] = 22
-    assert torch.equal(collate(plain, settings()).mask, collate(episodes(), settings()).mask)
+    assert torch.equal(batch_of(plain).mask, batch_of(episodes()).mask)
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 def test_the_other_rows_of_a_batch_do_not_matter(loss_type):
     config, model = settings(loss_type=loss_type), policy()
-    together = collate(episodes(), config)
-    whole = grpo_loss(policy_distribution(model, together, 0.8), None, together, config).loss
-    alone = [collate([episode], config) for episode in episodes()]
-    parts = [grpo_loss(policy_distribution(model, b, 0.8), None, b, config).loss for b in alone]
+    together = batch_of(episodes(), config)
+    whole = loss_of(policy_logprobs(model, together, 0.8), None, together, config).loss
+    alone = [batch_of([episode], config) for episode in episodes()]
+    parts = [loss_of(policy_logprobs(model, b, 0.8), None, b, config).loss for b in alone]
     torch.testing.assert_close(torch.stack(parts).sum(), whole)
     assert sum(b.count for b in alone) == together.count
 
 
 def test_logprobs_are_those_of_each_row_by_itself():
-    model, batch = policy(), collate(episodes(), settings())
-    logprobs = chosen(policy_distribution(model, batch, 0.8), batch)
+    model, batch = policy(), batch_of(episodes())
+    logprobs = token_logprobs(policy_logprobs(model, batch, 0.8), batch)
     by_row = []
     for episode in episodes():
         logits = model(torch.tensor([episode.prompt + episode.completion]))[0] / 0.8
@@ -219,16 +245,16 @@ def test_logprobs_are_those_of_each_row_by_itself():
 
 def our_loss(model, made, config, old, other):
     """The same of ours; ``other`` is the reference model."""
-    batch = collate(made, config)
+    batch = batch_of(made, config)
     if old is not None:
         tensor = torch.zeros(batch.weights.shape)
         tensor[batch.mask] = torch.tensor([x for row in old for x in row])
         batch = replace(batch, old_logprobs=tensor)
     reference = None
     if config.kl_penalty_coef:
-        reference = policy_distribution(other, batch, config.temperature).detach()
-    distribution = policy_distribution(model, batch, config.temperature)
-    terms = grpo_loss(distribution, reference, batch, config)
+        reference = policy_logprobs(other, batch, config.temperature).detach()
+    logprobs = policy_logprobs(model, batch, config.temperature)
+    terms = loss_of(logprobs, reference, batch, config)
     model.zero_grad()
     (terms.loss / batch.count).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
@@ -237,9 +263,9 @@ def our_loss(model, made, config, old, other):
 
 def rows_of(model, made, config):
     """The log-probabilities of every completion's tokens, a list for each."""
-    batch = collate(made, config)
+    batch = batch_of(made, config)
     with torch.no_grad():
-        flat = chosen(policy_distribution(model, batch, config.temperature), batch)
+        flat = token_logprobs(policy_logprobs(model, batch, config.temperature), batch)
     return [row.tolist() for row in flat.split([len(e.completion) for e in made])]
 
 
@@ -334,13 +360,13 @@ def test_the_kl_to_the_start_is_zero_and_grows_as_the_policy_moves(adapter, esti
     if adapter:
         add_lora(model, LoRAConfig())
     config = settings(kl_estimator=estimator)
-    reference, batch = Reference(model, needed=True), collate(episodes(), config)
+    reference, batch = Reference(model, needed=True), batch_of(episodes(), config)
     assert (reference.model is model) == adapter  # no second copy of the weights
     model.eval()
 
     def kl():
-        distribution = policy_distribution(model, batch, 0.8)
-        return grpo_loss(distribution, reference.distribution(batch, 0.8), batch, config).kl
+        logprobs = policy_logprobs(model, batch, 0.8)
+        return loss_of(logprobs, reference.logprobs(batch, 0.8), batch, config).kl
 
     assert kl() == 0.0
     with torch.no_grad():
@@ -351,12 +377,12 @@ def test_the_kl_to_the_start_is_zero_and_grows_as_the_policy_moves(adapter, esti
 
 
 def test_the_reference_does_not_follow_the_policy():
-    model, batch = policy(), collate(episodes(), settings())
+    model, batch = policy(), batch_of(episodes())
     reference = Reference(model, needed=True)
-    before = reference.distribution(batch, 0.8)
+    before = reference.logprobs(batch, 0.8)
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
-    assert torch.equal(reference.distribution(batch, 0.8), before)
+    assert torch.equal(reference.logprobs(batch, 0.8), before)
     assert not any(p.requires_grad for p in reference.model.parameters())
 
 
@@ -374,18 +400,18 @@ def test_the_loss_scores_what_the_decoder_sampled_from(tokenizer, truncation):
         Episode(prompt, c.tokens, c.logprobs, 1.0, c.support)
         for prompt, c in zip(prompts, written, strict=True)
     ]
-    batch = collate(made, settings())
+    batch = batch_of(made)
     with torch.no_grad():
-        distribution = policy_distribution(model, batch, 0.8)
-        untruncated = policy_distribution(model, replace(batch, support=None), 0.8)
-        wrong_temperature = policy_distribution(model, batch, 1.0)
+        logprobs = policy_logprobs(model, batch, 0.8)
+        untruncated = policy_logprobs(model, replace(batch, support=None), 0.8)
+        wrong_temperature = policy_logprobs(model, batch, 1.0)
     sampled = batch.rollout_logprobs[batch.mask]
-    torch.testing.assert_close(chosen(distribution, batch), sampled, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(distribution.exp().sum(-1), torch.ones(len(sampled)))
-    assert (chosen(wrong_temperature, batch) - sampled).abs().max() > 0.05
+    torch.testing.assert_close(token_logprobs(logprobs, batch), sampled, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logprobs.exp().sum(-1), torch.ones(len(sampled)))
+    assert (token_logprobs(wrong_temperature, batch) - sampled).abs().max() > 0.05
     if truncation:  # the mismatch that scoring the full distribution would have
-        assert (chosen(untruncated, batch) - sampled).mean().abs() > 0.1
-        assert ((distribution > -torch.inf).sum(-1) < tokenizer.vocab_size / 2).all()
+        assert (token_logprobs(untruncated, batch) - sampled).mean().abs() > 0.1
+        assert ((logprobs > -torch.inf).sum(-1) < tokenizer.vocab_size / 2).all()
 
 
 def test_the_loss_of_truncated_rollouts_has_finite_gradients(tokenizer):
@@ -395,11 +421,11 @@ def test_the_loss_of_truncated_rollouts_has_finite_gradients(tokenizer):
     made = [Episode(prompt, c.tokens, c.logprobs, 1.0, c.support) for c in written]
     for estimator in ("k3", "exact"):
         config = settings(kl_estimator=estimator)
-        batch = collate(made, config)
+        batch = batch_of(made, config)
         other = random_model(tokenizer.vocab_size, seed=4)
-        reference = policy_distribution(other, batch, 0.8).detach()
+        reference = policy_logprobs(other, batch, 0.8).detach()
         model.zero_grad()
-        grpo_loss(policy_distribution(model, batch, 0.8), reference, batch, config).loss.backward()
+        loss_of(policy_logprobs(model, batch, 0.8), reference, batch, config).loss.backward()
         assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -440,11 +466,11 @@ def pull(arms, payoff, config, updates=100, candidates=64):
             Episode([2], [ARMS[pick]], [0.0], advantage, [])
             for pick, advantage in zip(picks.tolist(), advantages, strict=True)
         ]
-        batch = collate(made, config)
-        distribution = policy_distribution(arms, batch, 1.0)
-        reference = policy_distribution(TwoArms(), batch, 1.0).detach()
+        batch = batch_of(made, config)
+        logprobs = policy_logprobs(arms, batch, 1.0)
+        reference = policy_logprobs(TwoArms(), batch, 1.0).detach()
         optimizer.zero_grad()
-        (grpo_loss(distribution, reference, batch, config).loss / batch.count).backward()
+        (loss_of(logprobs, reference, batch, config).loss / batch.count).backward()
         optimizer.step()
         shares.append(arms.first)
     return fmean(shares[updates // 2 :])  # sampling noise averaged out

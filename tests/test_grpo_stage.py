@@ -22,9 +22,12 @@ from arithmetic_llm.corpus.record import solved
 from arithmetic_llm.evaluation.evaluate import evaluate, problems_from
 from arithmetic_llm.evaluation.judge import Outcome, judge
 from arithmetic_llm.folders import FINISHED
-from arithmetic_llm.grpo import task as reinforce
+from arithmetic_llm.grpo import stage
+from arithmetic_llm.grpo import task as grpo_task
+from arithmetic_llm.grpo.monitor import Monitor
+from arithmetic_llm.grpo.prompts import PassRates, PromptSource
 from arithmetic_llm.grpo.rewards import REWARDS
-from arithmetic_llm.grpo.rollout import PassRates, PromptSource, Rollout, rewarded, roll_out
+from arithmetic_llm.grpo.rollout import Rollout, rewarded, roll_out
 from arithmetic_llm.grpo.task import GRPOTask
 from arithmetic_llm.model.checkpoint import read_checkpoint, save_checkpoint, weights_hash
 from arithmetic_llm.model.decode import GREEDY, Completion
@@ -178,9 +181,8 @@ def test_validation_is_told_by_exact_depth(finished):
             assert min(depths) <= line["eval_exact"] == line["eval_reward"] <= max(depths)
 
 
-def test_the_best_model_is_the_first_of_the_highest_reward(world, tmp_path, monkeypatch):
-    """Ties are common: a reward of 200 prompts has few values."""
-    rewards = iter([0.2, 0.1, 0.5, 0.5])
+def test_the_best_model_is_that_of_the_highest_validation_reward(world, tmp_path, monkeypatch):
+    rewards = iter([0.2, 0.1, 0.5, 0.3])
     monkeypatch.setattr(GRPOTask, "evaluate", lambda self, model: {"eval_reward": next(rewards)})
     argv = arguments(world, "--max-steps", 3, "--eval-every", 1)
     folder, _ = train(argv, tmp_path / "out")
@@ -231,14 +233,14 @@ def with_a_decoder_that_is_off(monkeypatch, tokens, by):
     """Rollouts whose first ``tokens`` log-probs of each completion are wrong."""
 
     def wrong(*args):
-        groups = reinforce_roll_out(*args)
+        groups = unchanged(*args)
         for rollout in (rollout for group in groups for rollout in group):
             logprobs = rollout.completion.logprobs
             logprobs[:tokens] = [logprob - by for logprob in logprobs[:tokens]]
         return groups
 
-    reinforce_roll_out = reinforce.roll_out
-    monkeypatch.setattr(reinforce, "roll_out", wrong)
+    unchanged = grpo_task.roll_out
+    monkeypatch.setattr(grpo_task, "roll_out", wrong)
 
 
 @pytest.mark.parametrize(
@@ -491,13 +493,12 @@ def test_steps_without_signal_are_warned_of_and_the_run_goes_on(world, dead_run)
     assert weights_hash(load_model(start).model) == weights_hash(load_model(final).model)
 
 
-def test_a_dead_step_recommends_flags_that_act(tiny_model, tokenizer, capsys):
+def test_a_dead_step_recommends_flags_that_act(capsys):
     for mode, acts in (("generated", True), ("instruction", False)):
-        task = solutions_task(tiny_model, tokenizer)
-        task.config = settings(data_mode=mode)
-        task.noted = {"accuracy": 0.0, "completions/clipped_ratio": 0.0}
-        task.dead_steps = 10
-        task._warn_of_dead_steps()
+        monitor = Monitor(settings(data_mode=mode), has_reference=False)
+        monitor.noted = {"accuracy": 0.0, "completions/clipped_ratio": 0.0}
+        monitor.dead_steps = 9
+        monitor.note_signal(False)
         assert ("--adaptive-difficulty" in capsys.readouterr().err) == acts
 
 
@@ -550,8 +551,8 @@ class Scripted(GRPOTask):
         self.asked.append(len(expressions))
         return [[rollout(*entry) for entry in group] for group in next(self.rounds)]
 
-    def check_start(self, batches):
-        return ""
+    def _check_start(self, groups):
+        """The log-probabilities of these rollouts are made up."""
 
 
 ALIVE, WON, LOST = [(1.0,), (0.0,)], [(1.0,), (1.0,)], [(0.0,), (0.0,)]
@@ -688,7 +689,7 @@ def test_replay_is_all_of_a_step_without_signal(tiny_model, tokenizer, updates):
             ignore_index=-100,
         )
     torch.testing.assert_close(loss, 0.25 * expected)
-    assert task.dead_steps == 1
+    assert task.monitor.dead_steps == 1
 
 
 def test_replay_goes_on_when_no_step_has_signal(world, tmp_path, monkeypatch):
@@ -814,8 +815,8 @@ def test_generated_prompts_belong_to_the_train_split_and_are_repeatable():
 
 
 def test_validation_belongs_to_the_validation_split(world):
-    for covered in (None, reinforce.coverage(world / "i.jsonl")):
-        prompts = reinforce._validation_prompts(settings(eval_samples=30), covered)
+    for covered in (None, stage.coverage(world / "i.jsonl")):
+        prompts = stage._validation_prompts(settings(eval_samples=30), covered)
         assert len(prompts) == 30
         assert {split_of(prompt) for prompt in prompts} == {"validation"}
 
@@ -839,14 +840,14 @@ def test_difficulty_follows_the_pass_rates_as_they_change():
 
     def shares():
         expressions = source.others(600, 0, 1)
-        depths = Counter(reinforce.problem_from(text).depth for text in expressions)
+        depths = Counter(problem_from(text).depth for text in expressions)
         return [depths[depth] / 600 for depth in (1, 2, 3)]
 
     assert shares() == pytest.approx([1 / 3] * 3, abs=0.07)
     rates.rates = {1: 1.0, 2: 0.5, 3: 0.0}  # known, in reach, out of reach
     assert shares() == pytest.approx([0.01 / 0.27, 0.25 / 0.27, 0.01 / 0.27], abs=0.04)
     for _ in range(60):  # depth 3 comes in reach, depth 2 is mastered
-        rates.update([rollout(1.0, 2), rollout(1.0, 3), rollout(0.0, 3)])
+        rates.update(rollout(*entry).outcome for entry in ((1.0, 2), (1.0, 3), (0.0, 3)))
     assert rates.rates[2] > 0.99
     assert rates.rates[3] == pytest.approx(0.5, abs=0.01)
     assert shares()[2] > 0.8

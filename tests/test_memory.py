@@ -15,7 +15,7 @@ from arithmetic_llm.cli import build, read_json
 from arithmetic_llm.config import FoundationalConfig, GRPOConfig, ModelConfig
 from arithmetic_llm.corpus.files import plain_lines
 from arithmetic_llm.grpo.loss import Episode
-from arithmetic_llm.grpo.rollout import PassRates, PromptSource
+from arithmetic_llm.grpo.prompts import PassRates, PromptSource
 from arithmetic_llm.grpo.task import GRPOTask
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.runtime import multiplies_bf16

@@ -23,9 +23,10 @@ from trl_reference import assert_same_gradients, their_logprobs, their_loss
 from arithmetic_llm.config import GRPOConfig
 from arithmetic_llm.corpus.files import json_line
 from arithmetic_llm.grpo import rollout
-from arithmetic_llm.grpo import task as reinforce
+from arithmetic_llm.grpo import stage as grpo_stage
 from arithmetic_llm.grpo.loss import Episode
-from arithmetic_llm.grpo.task import GRPOTask, train_grpo
+from arithmetic_llm.grpo.stage import train_grpo
+from arithmetic_llm.grpo.task import GRPOTask
 from arithmetic_llm.model.checkpoint import save_checkpoint
 from arithmetic_llm.model.decode import Completion, generate
 from arithmetic_llm.model.lora import lora_layers, merge_adapter
@@ -87,7 +88,7 @@ def opened(world, tmp_path, monkeypatch):
         config = GRPOConfig(**{**settings(world), "output_dir": str(tmp_path), **options})
         found = []
         with monkeypatch.context() as patch:
-            patch.setattr(reinforce, "fit", lambda run, task, *_: found.append(Stage(run, task)))
+            patch.setattr(grpo_stage, "fit", lambda run, task, *_: found.append(Stage(run, task)))
             train_grpo(config)
         return found[0]
 
@@ -588,7 +589,7 @@ def scripted(tokenizer, monkeypatch):
         return Completion(tokens, [0.0] * len(tokens), "eos")
 
     monkeypatch.setattr(rollout, "generate", write)
-    monkeypatch.setattr(GRPOTask, "check_start", lambda *_: "")
+    monkeypatch.setattr(GRPOTask, "_check_start", lambda *_: None)
 
 
 def test_the_learning_rate_follows_its_schedule_and_is_the_logged_one(opened, scripted):

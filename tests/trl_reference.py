@@ -126,10 +126,10 @@ def _truncated_score(
     """Log-probabilities and entropies (B, T) among the tokens of the support (B, T, V)."""
     logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
     logits = logits[:, -logits_to_keep - 1 : -1] / temperature
-    distribution = logits.masked_fill(~support, -torch.inf).log_softmax(-1)
-    entropies = torch.distributions.Categorical(logits=distribution.detach()).entropy()
+    logprobs = logits.masked_fill(~support, -torch.inf).log_softmax(-1)
+    entropies = torch.distributions.Categorical(logits=logprobs.detach()).entropy()
     tokens = input_ids[:, -logits_to_keep:]
-    return distribution.gather(-1, tokens[..., None])[..., 0], entropies, None
+    return logprobs.gather(-1, tokens[..., None])[..., 0], entropies, None
 
 
 def _inputs(made: Sequence[Episode]) -> dict[str, Tensor]:

@@ -1,16 +1,15 @@
-"""The GRPO stage: a policy that learns from its own attempts."""
+"""A GRPO step in order: roll out and reward, advantages, micro-batches, loss.
+
+Beside it stand the formulas (`loss`), what a step logs (`monitor`), the check of the first one
+(`checks`), and the frozen start (`reference`).
+"""
 
 from __future__ import annotations
 
-import copy
 import sys
-import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
-from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -18,81 +17,34 @@ import torch
 from torch import Tensor
 
 from arithmetic_llm.config import GRPOConfig
-from arithmetic_llm.corpus.coverage import Coverage, coverage, merge
-from arithmetic_llm.corpus.draw import distinct_samples
-from arithmetic_llm.corpus.record import solved
-from arithmetic_llm.evaluation.length import room_to_answer, warn_if_too_short
-from arithmetic_llm.folders import resolve_paths
+from arithmetic_llm.grpo.checks import check_start
 from arithmetic_llm.grpo.loss import (
     Episode,
     EpisodeBatch,
-    chosen,
+    LossSettings,
     collate,
     group_advantages,
     grpo_loss,
-    kl_divergence,
-    policy_distribution,
+    token_logprobs,
 )
+from arithmetic_llm.grpo.monitor import Monitor, validation_figures
+from arithmetic_llm.grpo.policy import as_in_training, policy_logprobs
+from arithmetic_llm.grpo.prompts import PromptSource
+from arithmetic_llm.grpo.reference import Reference
 from arithmetic_llm.grpo.rewards import parse_rewards
-from arithmetic_llm.grpo.rollout import (
-    PassRates,
-    PromptSource,
-    Rollout,
-    nested,
-    roll_out,
-    row_name,
-)
-from arithmetic_llm.model.checkpoint import Checkpoint, weights_hash
+from arithmetic_llm.grpo.rollout import Rollout, is_dead, roll_out
+from arithmetic_llm.grpo.solutions import Solutions, as_replay, tokenised_solutions
 from arithmetic_llm.model.decode import GREEDY, Sampling, evaluating
-from arithmetic_llm.model.load import check_tokenizer, load_model
-from arithmetic_llm.model.lora import disable_adapter, lora_layers, parameter_summary
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
-from arithmetic_llm.runtime import (
-    UserError,
-    autocast,
-    prepare_training,
-    resolve_device,
-    sha256_file,
-)
-from arithmetic_llm.task.problem import problem_from
-from arithmetic_llm.training.adapters import keep_base, save_adapter_files, with_adapter
-from arithmetic_llm.training.batches import Batch, LossWeights, TokenisedSamples, micro_batches
-from arithmetic_llm.training.loop import fit
-from arithmetic_llm.training.run import ROLLOUTS, MetricsLog, Run, open_run
-from arithmetic_llm.training.supervised import (
-    counted_logits,
-    summed_cross_entropy,
-    warn_of_other_splits,
-)
+from arithmetic_llm.training.batches import micro_batches
+from arithmetic_llm.training.supervised import counted_logits, summed_cross_entropy
 
-DEAD_STEPS_TO_WARN = 10
-PROMPTS_TO_MEASURE = 500  # how many right solutions tell how much room a completion needs
-# How much the log-probs that the decoder sampled with may differ from those of the training
-# forward, in nats a token: on average, and at most. In fp32 the two add in another order, that is
-# all; bf16 rounds every product, which moves single unlikely tokens by almost 1.
-TOLERANCE = {torch.float32: (1e-3, 1e-3), torch.bfloat16: (1e-2, 2.0)}
-LARGEST_START_KL = 1e-6  # nats a token: the policy is its reference, so what is there is rounding
 REPLAY = 2**20  # a round of its own, so that no replayed prompt is that of a rollout by plan
 
 
-@dataclass(frozen=True)
-class Solutions:
-    """Right solutions to learn from; beside rollouts they add to the loss, not to its divisor."""
-
-    batch: Batch
-    count: float
-
-    @property
-    def tokens(self) -> int:
-        return self.batch.tokens
-
-    def to(self, device: torch.device) -> Solutions:
-        return replace(self, batch=self.batch.to(device))
-
-
 class GRPOTask:
-    """Rollouts, rewards and their loss; see `loop.Task`.
+    """Task of the training loop that learns from attempts; see `loop.Task`.
 
     Args:
         validation: held-out expressions to judge the policy by.
@@ -112,48 +64,44 @@ class GRPOTask:
         self.source, self.validation = source, validation
         self.pass_rates = source.pass_rates
         self.weights = parse_rewards(config.rewards)
+        self.settings = loss_settings(config)
         attempts = config.learn_from == "attempts"
         self.reference = Reference(model, needed=attempts and config.kl_penalty_coef > 0)
+        self.monitor = Monitor(config, self.reference.needed)
         self.steps_per_epoch = source.steps_per_epoch
         self.total_steps = config.max_steps or config.num_epochs * self.steps_per_epoch
         self.precision = torch.float32  # of the training forward; set when the run is open
-        self.dead_steps = 0
-        self.folder: Path | None = None  # where samples of rollouts go; set when the run is open
-        self._reset()
 
-    # -- rollouts
+    # -- a step
 
     def updates(self, step: int) -> Iterator[list[EpisodeBatch | Solutions]]:
         """The micro-batches of each update, from attempts or from solutions."""
-        self._reset()
+        self.monitor.begin_step()
         if self.config.learn_from == "attempts":
             yield from self._from_attempts(step)
         elif solutions := self._solutions(self.source.of_step(step)):
             yield solutions
 
     def _from_attempts(self, step: int) -> Iterator[list[EpisodeBatch | Solutions]]:
-        """Roll out, drop what carries no signal, and give each update its micro-batches.
+        """Roll out, and learn from what carries signal, in one update or several.
 
         A step without signal has what is replayed, and no update if that is nothing.
         """
-        started = time.monotonic()
         groups = self._rollouts(step)
-        self.pass_rates.update([*chain(*groups)])
-        self._note(groups, time.monotonic() - started)
-        self._keep_sample(step, groups[0])
-        started = time.monotonic()
+        self.pass_rates.update(rollout.outcome for rollout in chain(*groups))
+        self.monitor.note_rollouts(step, groups)
         if step == 0:
-            episodes = [as_episode(rollout, 0.0) for rollout in chain(*groups)]
-            print(self.check_start(self._batches(episodes)), file=sys.stderr)
-        batches = self._batches(self._signal(groups))
-        self.dead_steps = 0 if batches else self.dead_steps + 1
-        self._warn_of_dead_steps()
+            self._check_start(groups)
+        batches = self._batches(self._episodes(groups))
+        self.monitor.note_signal(bool(batches))
         if self.config.num_iterations > 1:
-            batches = [replace(b, old_logprobs=self._old_logprobs(b)) for b in batches]
-        micro_batches = batches + self._replay(step, batches)
-        for _ in range(self.config.num_iterations if micro_batches else 0):
-            yield micro_batches
-        self.noted["seconds_training"] = time.monotonic() - started
+            batches = [self._with_old_logprobs(batch) for batch in batches]
+        update = batches + self._replay(step, batches)
+        for _ in range(self.config.num_iterations if update else 0):
+            yield update
+        self.monitor.end_step()
+
+    # -- roll out and reward
 
     def _rollouts(self, step: int) -> list[list[Rollout]]:
         """A step's groups, and new ones in place of the dead as often as the config allows.
@@ -161,31 +109,44 @@ class GRPOTask:
         The dead ones stay in the list: figures and pass rates count all that was rolled out.
         """
         prompts = self.source.of_step(step)
-        groups = self._roll_out(prompts, self.config.num_candidates, self._sampling(step, 0))
+        groups = self._attempts(prompts, step, 0)
         for round_ in range(1, self.config.refill_rounds + 1):
             missing = len(prompts) - sum(not self._is_dead(group) for group in groups)
             if not missing:
                 break
-            others = self.source.others(missing, step, round_)
-            sampling = self._sampling(step, round_)
-            groups += self._roll_out(others, self.config.num_candidates, sampling)
+            groups += self._attempts(self.source.others(missing, step, round_), step, round_)
         return groups
 
+    def _attempts(self, prompts: Sequence[str], step: int, round_: int) -> list[list[Rollout]]:
+        """A group of sampled completions for each prompt."""
+        return self._roll_out(prompts, self.config.num_candidates, self._sampling(step, round_))
+
     def _sampling(self, step: int, round_: int) -> Sampling:
+        """Sampling as the config says, with random numbers of its own for each round."""
         config, seed = self.config, derived_seed(self.config.seed, step, round_)
         return Sampling(config.temperature, config.top_k, config.top_p, seed)
 
     def _roll_out(
         self, expressions: Sequence[str], copies: int, sampling: Sampling
     ) -> list[list[Rollout]]:
+        """A group of rewarded completions for each expression."""
         return roll_out(
             self.model, self.tokenizer, expressions, copies, sampling, self.config, self.weights
         )
 
-    def _signal(self, groups: list[list[Rollout]]) -> list[Episode]:
+    def _is_dead(self, group: Sequence[Rollout]) -> bool:
+        """Tell whether nothing in a group can move the policy."""
+        if self.config.baseline == "none":
+            return all(rollout.reward == 0 for rollout in group)
+        return is_dead(group)
+
+    # -- advantages
+
+    def _episodes(self, groups: list[list[Rollout]]) -> list[Episode]:
         """The rollouts that move the policy, with their advantages."""
         config = self.config
         rewards = torch.tensor([[rollout.reward for rollout in group] for group in groups])
+        # Before anything is dropped: a masked completion still counts in the mean of its group.
         advantages = group_advantages(rewards, config.scale_rewards, config.baseline).tolist()
         return [
             as_episode(rollout, advantage)
@@ -196,19 +157,19 @@ class GRPOTask:
             and not (config.cutoff == "mask" and rollout.outcome.cut_off)
         ]
 
-    def _is_dead(self, group: Sequence[Rollout]) -> bool:
-        """Nothing in it can move the policy."""
-        if self.config.baseline == "none":
-            return all(rollout.reward == 0 for rollout in group)
-        return is_dead(group)
+    # -- micro-batches
 
     def _batches(self, episodes: list[Episode]) -> list[EpisodeBatch]:
         """Micro-batches of episodes of like length."""
+        loss_type, length_limit = self.config.loss_type, self.config.max_gen_length
         lengths = np.array([len(e.prompt) + len(e.completion) for e in episodes], dtype=int)
-        return [collate([episodes[i] for i in part], self.config) for part in self._parts(lengths)]
+        return [
+            collate([episodes[i] for i in part], loss_type, length_limit)
+            for part in self._parts(lengths)
+        ]
 
     def _parts(self, lengths: np.ndarray) -> list[np.ndarray]:
-        """Which sequences go through the model together."""
+        """Indices of the sequences that go through the model together."""
         return micro_batches(
             lengths,
             np.arange(len(lengths)),
@@ -217,161 +178,69 @@ class GRPOTask:
             most_rows=self.config.micro_batch_size,
         )
 
+    def _with_old_logprobs(self, batch: EpisodeBatch) -> EpisodeBatch:
+        """Add the policy's own view before the first of several updates.
+
+        Not the decoder's: in another precision or order of adding, the ratio would begin off 1.
+        """
+        there = batch.to(self.model.device)
+        with as_in_training(self.model, self.precision):
+            logprobs = policy_logprobs(self.model, there, self.config.temperature)
+        old = torch.zeros(batch.weights.shape)
+        old[batch.mask] = token_logprobs(logprobs, there).cpu()
+        return replace(batch, old_logprobs=old)
+
     # -- loss
 
     def loss(self, model: ArithmeticModel, batch: EpisodeBatch | Solutions) -> Tensor:
+        """The summed loss of a micro-batch."""
         with evaluating(model):  # dropout would make ratio and KL compare two different policies
             if isinstance(batch, Solutions):
                 return summed_cross_entropy(*counted_logits(model, batch.batch))
-            distribution = policy_distribution(model, batch, self.config.temperature)
-            reference = self.reference.distribution(batch, self.config.temperature)
-            terms = grpo_loss(distribution, reference, batch, self.config)
-        for name in ("kl", "entropy", "clipped", "tokens"):
-            self.sums[name] += getattr(terms, name)
+            logprobs = policy_logprobs(model, batch, self.config.temperature)
+            reference = self.reference.logprobs(batch, self.config.temperature)
+            terms = grpo_loss(logprobs, reference, batch, self.settings)
+        self.monitor.note_loss(terms)
         return terms.loss
 
-    def _old_logprobs(self, batch: EpisodeBatch) -> Tensor:
-        """(B, T): the policy's own view before the first of several updates."""
-        old = torch.zeros(batch.weights.shape)
-        old[batch.mask] = self._logprobs(batch).cpu()
-        return old
-
-    @torch.no_grad()
-    def _logprobs(self, batch: EpisodeBatch) -> Tensor:
-        """(M,) from the same forward that trains."""
-        batch = batch.to(self.model.device)
-        with evaluating(self.model), autocast(self.model.device, self.precision):
-            distribution = policy_distribution(self.model, batch, self.config.temperature)
-        return chosen(distribution, batch)
-
-    def _replay(self, step: int, batches: list[EpisodeBatch]) -> list[Solutions]:
-        """Right solutions of new prompts; they add ``sft_replay_coef`` times their mean loss.
-
-        Beside a policy's loss they are weighed by its divisor and add nothing to it. In a step
-        without signal they are all there is, and the divisor is their own.
-        """
-        if not self.config.sft_replay_coef:
-            return []
-        prompts = self.source.others(self.source.prompts_per_step, step, REPLAY, adaptive=False)
-        replay = self._solutions(prompts)
-        if not replay:
-            return []
-        own = sum(solutions.count for solutions in replay)
-        divisor = sum(batch.count for batch in batches) or own
-        scale = self.config.sft_replay_coef * divisor / own
-        return [
-            Solutions(
-                replace(r.batch, weights=r.batch.weights * scale), 0.0 if batches else r.count
-            )
-            for r in replay
-        ]
+    # -- right solutions, instead of attempts or beside them
 
     def _solutions(self, expressions: Sequence[str]) -> list[Solutions]:
         """Micro-batches of right solutions of like length; those beyond the context are counted."""
         context = self.model.config.max_seq_length
-        records = [solved(expression) for expression in expressions]
-        samples = TokenisedSamples(records, self.tokenizer, context, LossWeights(0.0, 1.0))
-        self.noted["solutions_dropped"] = len(samples.dropped)
+        samples = tokenised_solutions(expressions, self.tokenizer, context)
+        self.monitor.noted["solutions_dropped"] = len(samples.dropped)
         batches = [samples.batch(part) for part in self._parts(samples.lengths)]
         return [Solutions(batch, batch.count) for batch in batches]
 
-    # -- what is checked, told and kept
+    def _replay(self, step: int, batches: list[EpisodeBatch]) -> list[Solutions]:
+        """Right solutions of new prompts; they add ``sft_replay_coef`` times their mean loss."""
+        if not self.config.sft_replay_coef:
+            return []
+        prompts = self.source.others(self.source.prompts_per_step, step, REPLAY, adaptive=False)
+        policy_count = sum(batch.count for batch in batches)
+        return as_replay(self._solutions(prompts), self.config.sft_replay_coef, policy_count)
 
-    def check_start(self, batches: list[EpisodeBatch]) -> str:
-        """At step 0 decoder and training forward agree, and the policy is its own reference.
+    # -- the rest of the loop's protocol, and the check of the first step
 
-        Raises:
-            UserError: they do not; every later figure would be wrong.
-        """
-        gaps = torch.cat([self._logprobs(b).cpu() - b.rollout_logprobs[b.mask] for b in batches])
-        mean, largest = float(gaps.abs().mean()), float(gaps.abs().max())
-        mean_allowed, allowed = TOLERANCE[self.precision]
-        kl = max(map(self._start_kl, batches)) if self.reference.needed else 0.0
-        found = (
-            f"step 0: decoder and training log-probs differ by {mean:.1e} nats a token on average "
-            f"(tolerance {mean_allowed:g}), at most {largest:.1e} (tolerance {allowed:g})"
-            + (f", KL to the reference {kl:.1g}" if self.reference.needed else "")
-        )
-        if not (mean <= mean_allowed and largest <= allowed and kl <= LARGEST_START_KL):
-            raise UserError(f"{found}; this must not be: try --precision fp32 or --device cpu")
-        return found
-
-    @torch.no_grad()
-    def _start_kl(self, batch: EpisodeBatch) -> float:
-        """Largest KL to the reference of any token, in nats."""
-        batch, temperature = batch.to(self.model.device), self.config.temperature
-        with evaluating(self.model), autocast(self.model.device, self.precision):
-            distribution = policy_distribution(self.model, batch, temperature)
-            reference = self.reference.distribution(batch, temperature)
-        tokens = batch.targets[batch.mask]
-        return float(kl_divergence(distribution, reference, tokens, None, "exact").abs().max())
-
-    def _note(self, groups: list[list[Rollout]], seconds: float) -> None:
-        rollouts = [*chain(*groups)]
-        lengths = [len(rollout.completion.tokens) for rollout in rollouts]
-        self.noted = {
-            "reward": fmean(r.reward for r in rollouts),
-            "reward_std": fmean(stdev(r.reward for r in group) for group in groups),
-            "accuracy": fmean(r.outcome.correct for r in rollouts),
-            "frac_reward_zero_std": fmean(map(is_dead, groups)),
-            "completions/mean_length": fmean(lengths),
-            "completions/clipped_ratio": fmean(r.outcome.cut_off for r in rollouts),
-            "seconds_generating": seconds,
-            "seconds_training": 0.0,
-        }
-        for name in self.weights:
-            self.noted[f"rewards/{name}"] = fmean(r.parts[name] for r in rollouts)
-
-    def _keep_sample(self, step: int, group: list[Rollout]) -> None:
-        """One whole group with its texts, so that a reader can see what is rewarded."""
-        if self.folder and (step + 1) % self.config.log_every == 0:
-            log = MetricsLog(self.folder, ROLLOUTS)
-            log.append(step=step + 1, rollouts=[rollout.as_dict() for rollout in group])
+    def _check_start(self, groups: list[list[Rollout]]) -> None:
+        """Say how well decoder, training forward and reference agree, or end the run."""
+        batches = self._batches([as_episode(rollout, 0.0) for rollout in chain(*groups)])
+        temperature = self.config.temperature
+        found = check_start(self.model, self.reference, batches, temperature, self.precision)
+        print(found, file=sys.stderr)
 
     def figures(self) -> dict[str, float]:
-        """The log line of a step, under the names that users of TRL know."""
-        names = {"entropy": "entropy", "clip_ratio": "clipped"}
-        if self.reference.needed:
-            names["kl"] = "kl"
-        tokens = self.sums["tokens"]  # none in a step without signal, which has no such figures
-        means = {name: self.sums[key] / tokens for name, key in names.items() if tokens}
-        return {**self.noted, **means}
-
-    def _reset(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
-        self.noted: dict[str, float] = {}
-
-    def _warn_of_dead_steps(self) -> None:
-        if self.dead_steps and self.dead_steps % DEAD_STEPS_TO_WARN == 0:
-            print(
-                f"WARNING: {self.dead_steps} steps in a row without any signal: in each group all "
-                "rewards are alike, or what differs is cut off and masked. Attempts teach nothing "
-                f"(accuracy {self.noted['accuracy']:.3f}, cut off "
-                f"{self.noted['completions/clipped_ratio']:.3f}). Choose {self._worth_asking()}, "
-                "a higher --temperature, more --num-candidates or --refill-rounds.",
-                file=sys.stderr,
-            )
-
-    def _worth_asking(self) -> str:
-        """Which problems to ask, in the words of the data mode."""
-        if self.config.data_mode == "instruction":
-            return "a corpus of problems that succeed sometimes"
-        return "depths that succeed sometimes (--max-depth, --adaptive-difficulty)"
+        """The log line of the last step."""
+        return self.monitor.figures()
 
     def evaluate(self, model: ArithmeticModel) -> dict[str, float]:
         """Greedy on held-out prompts: reward, exact match, and exact match at each depth."""
         groups = self._roll_out(self.validation, 1, GREEDY)
-        rows = defaultdict(list)
-        for (rollout,) in groups:
-            rows[rollout.outcome.problem.row].append(rollout.outcome.correct)
-        figures = {
-            "eval_reward": fmean(rollout.reward for (rollout,) in groups),
-            "eval_exact": fmean(rollout.outcome.correct for (rollout,) in groups),
-        }
-        by_row = {f"eval_exact_{row_name(row)}": fmean(rows[row]) for row in sorted(rows)}
-        return {**figures, **by_row}
+        return validation_figures([*chain(*groups)])
 
     def badness(self, figures: dict[str, float]) -> float:
+        """The less, the higher the validation reward."""
         return -figures["eval_reward"]
 
     def work(self, step: int) -> float:
@@ -379,33 +248,24 @@ class GRPOTask:
         return step
 
     def state_dict(self) -> dict[str, Any]:
-        return {"pass_rates": dict(self.pass_rates.rates), "dead_steps": self.dead_steps}
+        """Pass rates and the number of steps without signal, for a checkpoint."""
+        return {"pass_rates": dict(self.pass_rates.rates), "dead_steps": self.monitor.dead_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state again."""
         self.pass_rates.rates = dict(state.get("pass_rates", {}))
-        self.dead_steps = state.get("dead_steps", 0)
+        self.monitor.dead_steps = state.get("dead_steps", 0)
 
 
-class Reference:
-    """The frozen start of the policy: a copy, or the policy itself with its adapter disabled."""
-
-    def __init__(self, policy: ArithmeticModel, needed: bool):
-        self.needed, self.adapted = needed, bool(lora_layers(policy))
-        self.model = policy
-        if needed and not self.adapted:
-            self.model = copy.deepcopy(policy).requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def distribution(self, batch: EpisodeBatch, temperature: float) -> Tensor | None:
-        """(M, V) log-probabilities, like the policy's; None if the KL counts nothing."""
-        if not self.needed:
-            return None
-        with disable_adapter(self.model):
-            return policy_distribution(self.model, batch, temperature)
+def loss_settings(config: GRPOConfig) -> LossSettings:
+    """The part of the config that the loss is made of."""
+    return LossSettings(
+        config.epsilon_low, config.epsilon_high, config.kl_penalty_coef, config.kl_estimator
+    )
 
 
 def as_episode(rollout: Rollout, advantage: float) -> Episode:
-    """What the loss needs of a rollout."""
+    """The part of a rollout that its loss needs."""
     written = rollout.completion
     return Episode(rollout.prompt, written.tokens, written.logprobs, advantage, written.support)
 
@@ -413,122 +273,3 @@ def as_episode(rollout: Rollout, advantage: float) -> Episode:
 def derived_seed(*numbers: int) -> int:
     """A seed of its own for every combination of the numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def is_dead(group: Sequence[Rollout]) -> bool:
-    """All rewards alike: the group says nothing about what to do better."""
-    return all(rollout.reward == group[0].reward for rollout in group)
-
-
-# ------------------------------------------------------------------------------------ the stage
-
-
-def train_grpo(config: GRPOConfig) -> Path:
-    """Improve a policy by its own attempts; returns the run folder."""
-    prepare_training(config.threads, config.seed)
-    _check(config)
-    config = resolve_paths(config)
-    base = _start(config)
-    covered = _covered(config)
-    source = PromptSource(config, PassRates())
-    seen = _seen(base, covered, config, source)
-    checkpoint = Checkpoint(base.model, base.tokenizer, "grpo", seen)
-    sources = {"start_hash": weights_hash(base.model), **_corpus_hash(config)}
-    if config.lora_rank:
-        checkpoint = with_adapter(checkpoint, config, config.sft_checkpoint)
-    validation = _validation_prompts(config, covered)
-    config = _with_room(config, source, validation, checkpoint)
-    task = GRPOTask(checkpoint.model, checkpoint.tokenizer, config, source, validation)
-    run = open_run(config, checkpoint, **sources)
-    if config.lora_rank:
-        keep_base(run)
-    task.precision, task.folder = run.precision, run.folder
-    _describe(run, task)
-    fit(run, task, _more_files)
-    print(f"done: models in {run.folder}")
-    return run.folder
-
-
-def _check(config: GRPOConfig) -> None:
-    """Refuse what only shows when it is used, before anything is loaded."""
-    parse_rewards(config.rewards)
-    nested(config)
-
-
-def _start(config: GRPOConfig) -> Checkpoint:
-    path = config.sft_checkpoint
-    base = load_model(path, resolve_device(config.device), config.base_checkpoint)
-    check_tokenizer(base, config.tokenizer, path)
-    return base
-
-
-def _covered(config: GRPOConfig) -> Coverage | None:
-    """What the corpus of prompts covers; None if prompts are generated."""
-    if config.data_mode == "generated":
-        return None
-    covered = coverage(config.instruction_corpus)
-    warn_of_other_splits(covered, config.instruction_corpus)
-    return covered
-
-
-def _corpus_hash(config: GRPOConfig) -> dict[str, str]:
-    if config.data_mode == "generated":
-        return {}
-    return {"corpus_sha256": sha256_file(config.instruction_corpus)}
-
-
-def _seen(
-    base: Checkpoint, covered: Coverage | None, config: GRPOConfig, source: PromptSource
-) -> dict[str, Any]:
-    """What the policy will have been trained on: prompts count as problems seen."""
-    if covered:
-        return merge(base.trained_on, covered.as_dict())
-    per_epoch = source.prompts_per_epoch
-    prompts = config.max_steps * source.prompts_per_step or config.num_epochs * per_epoch
-    generated = {
-        "styles": {"nested": prompts},
-        "depths": list(range(config.min_depth, config.max_depth + 1)),
-        "flat_terms": [],
-        "num_range": list(config.num_range),
-        "splits": {"train": prompts},
-    }
-    return merge(base.trained_on, generated)
-
-
-def _validation_prompts(config: GRPOConfig, covered: Coverage | None) -> list[str]:
-    """Held-out problems like the prompts."""
-    spec = covered.held_out_spec() if covered else nested(config)
-    samples = distinct_samples(spec, config.eval_samples, config.seed, "validation")
-    return [sample.record.expression for sample in samples]
-
-
-def _with_room(
-    config: GRPOConfig, source: PromptSource, validation: Sequence[str], checkpoint: Checkpoint
-) -> GRPOConfig:
-    """The config with a length limit, measured on some prompts unless it has one.
-
-    A limit that cuts right solutions off leaves their depth without reward.
-    """
-    expressions = [*validation, *source.others(PROMPTS_TO_MEASURE, 0, 1)]
-    problems = [problem_from(expression) for expression in expressions]
-    if config.max_gen_length:
-        warn_if_too_short(config.max_gen_length, problems, checkpoint.tokenizer)
-        return config
-    context = checkpoint.model.config.max_seq_length
-    return replace(config, max_gen_length=room_to_answer(problems, checkpoint.tokenizer, context))
-
-
-def _more_files(run: Run) -> None:
-    if run.checkpoint.adapter:
-        save_adapter_files(run, run.config)
-    run.write_json("grpo_training_log.json", MetricsLog(run.folder).read())
-
-
-def _describe(run: Run, task: GRPOTask) -> None:
-    config = run.config
-    print(
-        f"grpo: {parameter_summary(run.model)} on {run.model.device}, "
-        f"{task.source.prompts_per_step} prompts x {config.num_candidates} completions of at most "
-        f"{config.max_gen_length} tokens a step, {task.total_steps:,} steps, "
-        f"rewards {config.rewards}, seed {config.seed}\nrun folder {run.folder}"
-    )
