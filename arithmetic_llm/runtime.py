@@ -10,11 +10,12 @@ import contextlib
 import hashlib
 import os
 import platform
+import reprlib
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, get_args, get_origin
 
 
 class UserError(Exception):
@@ -75,6 +76,37 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# -------------------------------------------------------------------- values that were read
+
+
+def checked(form: Any, value: Any, name: str) -> Any:
+    """The value, if it is of a form: a type, ``list[T]``, ``dict[K, V]`` or ``tuple[T, T]``.
+
+    A float may be whole; a bool is no number; a list of as many values will do for a tuple.
+
+    Raises:
+        ValueError: it is of another one; the message has the name.
+    """
+    kind, parts = get_origin(form) or form, get_args(form)
+    kinds = {float: (float, int), list: (list, tuple), tuple: (list, tuple)}.get(kind, kind)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not of type {kind.__name__}")
+    if kind is tuple and len(value) != len(parts):
+        raise ValueError(f"{name} is {reprlib.repr(value)}, not {len(parts)} values")
+    columns = (value, value.values()) if kind is dict else zip(value) if kind is tuple else (value,)
+    for part, column in zip(parts, columns, strict=False):  # a bare type has no parts
+        for item in column:
+            checked(part, item, name)
+    return value
+
+
+def reason(error: BaseException) -> str:
+    """Reason that an error gives, in one line."""
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is missing"
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 # ------------------------------------------------------------------------------- progress
 
 
@@ -98,15 +130,15 @@ class Progress:
         self.total, self.description, self.unit = total, description, unit
         self.count, self.initial = initial, initial
         self.started = self.last_line = time.monotonic()
-        self.figures: dict[str, object] = {}
+        self.metrics: dict[str, object] = {}
 
-    def update(self, n: int = 1, **figures: object) -> None:
+    def update(self, n: int = 1, **metrics: object) -> None:
         """Count ``n`` more units and show the latest figures (loss, accuracy, tokens/s)."""
         self.count += n
-        self.figures.update(figures)
+        self.metrics.update(metrics)
         if self.terminal:
-            if figures:
-                self.bar.set_postfix(self.figures, refresh=False)
+            if metrics:
+                self.bar.set_postfix(self.metrics, refresh=False)
             self.bar.update(n)
         elif time.monotonic() - self.last_line > self.SECONDS_BETWEEN_LINES:
             self._print_line()
@@ -128,8 +160,8 @@ class Progress:
         left = ""
         if self.total and rate:
             left = f", {readable_seconds((self.total - self.count) / rate)} left"
-        figures = "".join(f", {name} {value}" for name, value in self.figures.items())
-        line = f"{self.description}: {self.count}{of_total} {self.unit}{figures}{left}"
+        metrics = "".join(f", {name} {value}" for name, value in self.metrics.items())
+        line = f"{self.description}: {self.count}{of_total} {self.unit}{metrics}{left}"
         print(line, file=sys.stderr, flush=True)
 
     def __enter__(self) -> Progress:

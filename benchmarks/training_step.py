@@ -60,7 +60,7 @@ def main(threads=2, steps=120):
         ((batch,),) = task.updates(step)
         marks.append(time.perf_counter())
         with autocast(model.device, precision):
-            loss = task.loss(model, batch) / batch.count
+            loss = task.loss(model, batch) / batch.loss_denominator
         marks.append(time.perf_counter())
         optimizer.zero_grad()
         loss.backward()

@@ -19,6 +19,7 @@ import torch
 from arithmetic_llm import runtime
 from arithmetic_llm.cli import run_main
 from arithmetic_llm.config import ModelConfig, SampleSpec
+from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.corpus.draw import draw_samples
 from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.model.checkpoint import Checkpoint
@@ -150,13 +151,7 @@ def of_transformers(model: ArithmeticModel):
 
 def checkpoint_of(model: ArithmeticModel, tokenizer: ArithmeticTokenizer) -> Checkpoint:
     """A checkpoint of a model that claims to have been trained on depth 1 to 3."""
-    seen = {
-        "styles": {"nested": 100},
-        "depths": [1, 2, 3],
-        "flat_terms": [],
-        "num_range": [1, 20],
-        "splits": {"train": 100},
-    }
+    seen = Coverage({"nested": 100}, (1, 2, 3), (), (1, 20), {"train": 100})
     return Checkpoint(model, tokenizer, "foundational", seen)
 
 

@@ -51,8 +51,8 @@ MUTANTS = [
     ),
     Mutant(
         "GRPO: replay at full weight",
-        "scale = coefficient * (policy_count or own) / own",
-        "scale = (policy_count or own) / own",
+        "scale = coefficient * (policy_denominator or own) / own",
+        "scale = (policy_denominator or own) / own",
         f"{GRPO} -k that_of_trl",
     ),
     Mutant(
@@ -75,8 +75,8 @@ MUTANTS = [
     ),
     Mutant(
         "GRPO: rollouts at temperature 1",
-        "return Sampling(config.temperature, config.top_k, config.top_p, seed)",
-        "return Sampling(1.0, config.top_k, config.top_p, seed)",
+        "return SamplingParams(config.temperature, config.top_k, config.top_p, seed)",
+        "return SamplingParams(1.0, config.top_k, config.top_p, seed)",
         f"{GRPO} -k sampled",
     ),
     Mutant(
@@ -161,8 +161,8 @@ MUTANTS = [
     ),
     Mutant(
         "GRPO: a line tells of its last step alone",
-        "**means(self.figures),",
-        "**self.figures[-1],",
+        "**means(self.metrics),",
+        "**self.metrics[-1],",
         "test_grpo_stage.py -k means",
     ),
     # ------------------------------------------------------------------------- GRPO's mathematics
@@ -224,7 +224,7 @@ MUTANTS = [
     Mutant(
         "loop: divided by each micro-batch's own weight",
         "loss = task.loss(run.model, batch.to(run.model.device)) / total",
-        "loss = task.loss(run.model, batch.to(run.model.device)) / batch.count",
+        "loss = task.loss(run.model, batch.to(run.model.device)) / batch.loss_denominator",
         f"{STAGE} -k in_parts",
     ),
     Mutant(
@@ -247,8 +247,8 @@ MUTANTS = [
     ),
     Mutant(
         "loop: the worst model is kept as the best",
-        "if task.badness(figures) < run.best:",
-        "if task.badness(figures) > -run.best:",
+        "if task.selection_loss(metrics) < run.best:",
+        "if task.selection_loss(metrics) > -run.best:",
         "test_training.py -k best",
     ),
     Mutant(
@@ -611,8 +611,8 @@ MUTANTS = [
     ),
     Mutant(
         "evaluation: every row counts as trained",
-        "    return in_row and low <= problem.low and problem.high <= high",
-        "    return True",
+        "return in_style and self._has_row(problem) and low <= problem.low <= problem.high <= high",
+        "return True",
         "test_evaluate.py -k covered",
     ),
     Mutant(

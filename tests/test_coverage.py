@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT, call, records
 
 from arithmetic_llm.config import MAX_DEPTH, MAX_FLAT_TERMS
-from arithmetic_llm.corpus.coverage import coverage, merge, survey
+from arithmetic_llm.corpus.coverage import Coverage, coverage_of, from_dict, survey, to_dict
 from arithmetic_llm.corpus.draw import distinct_samples as draw_test_set
 from arithmetic_llm.corpus.files import json_line
 from arithmetic_llm.corpus.record import solved
@@ -32,7 +32,7 @@ def corpus(tmp_path_factory):
 def test_the_sidecar_and_the_text_tell_the_same(corpus, tmp_path):
     bare = tmp_path / "bare.txt"
     bare.write_bytes(corpus.read_bytes())
-    told, read = coverage(corpus), coverage(bare)
+    told, read = coverage_of(corpus), coverage_of(bare)
     assert told.styles["invalid"] == read.styles["invalid"] == 30
     assert told.depths == read.depths == (1, 2, 3)
     # A flat sum of two numbers is, by its text, a tree of depth 1.
@@ -49,10 +49,10 @@ def test_a_recipes_corpus_needs_no_sidecar_for_its_held_out_problems(tmp_path, c
         *("--num-samples", 3000, "--seed", seed, "--output-txt", tmp_path / "c.txt"),
     )
     assert made.code == 0
-    told = coverage(tmp_path / "c.txt")
+    told = coverage_of(tmp_path / "c.txt")
     assert capsys.readouterr().out == ""
     (tmp_path / "c.txt.meta.json").unlink()
-    read = coverage(tmp_path / "c.txt")
+    read = coverage_of(tmp_path / "c.txt")
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{tmp_path / 'c.txt.meta.json'}: is missing; ")
     assert (read.num_range, read.depths, read.flat_terms) == ((1, 20), (1, 2, 3, 4), ())
@@ -153,12 +153,12 @@ def test_a_sidecar_of_another_file_is_not_believed(corpus, tmp_path, capsys):
     path.write_text("".join(lines[:50]))
     meta = json.loads((corpus.parent / "c.txt.meta.json").read_text())
     (tmp_path / "c.txt.meta.json").write_text(json.dumps(meta))
-    assert sum(coverage(path).splits.values()) == 50
+    assert sum(coverage_of(path).splits.values()) == 50
     assert "does not describe" in capsys.readouterr().out
 
 
 def test_held_out_problems_are_like_those_of_the_corpus(corpus):
-    spec = coverage(corpus).held_out_spec()
+    spec = coverage_of(corpus).held_out_spec()
     samples = draw_test_set(spec, 60, 0, "validation")
     assert {sample.depth for sample in samples} == {1, 2, 3}
     assert {sample.style for sample in samples} == {"nested"}
@@ -177,26 +177,28 @@ def test_a_corpus_without_trees_is_judged_on_what_it_has(style):
     assert {sample.style for sample in samples} == {style}
 
 
+EARLIER = Coverage({"nested": 3, "drill": 1}, (1, 2), (), (1, 20), {"train": 4})
+LATER = Coverage({"nested": 2, "flat": 5}, (2, 4), (3,), (-5, 9), {"train": 6, "test": 1})
+
+
 def test_two_stages_have_seen_what_either_has():
-    earlier = {
-        "styles": {"nested": 3, "drill": 1},
-        "depths": [1, 2],
-        "flat_terms": [],
-        "num_range": [1, 20],
-        "splits": {"train": 4},
-    }
-    later = {
+    assert EARLIER.merge(LATER) == Coverage(
+        styles={"nested": 5, "drill": 1, "flat": 5},
+        depths=(1, 2, 4),
+        flat_terms=(3,),
+        num_range=(-5, 20),
+        splits={"train": 10, "test": 1},
+    )
+
+
+def test_a_file_states_a_coverage_in_plain_values():
+    said = {
         "styles": {"nested": 2, "flat": 5},
         "depths": [2, 4],
         "flat_terms": [3],
         "num_range": [-5, 9],
         "splits": {"train": 6, "test": 1},
     }
-    assert merge(earlier, later) == {
-        "styles": {"nested": 5, "drill": 1, "flat": 5},
-        "depths": [1, 2, 4],
-        "flat_terms": [3],
-        "num_range": [-5, 20],
-        "splits": {"train": 10, "test": 1},
-    }
-    assert merge({}, later) == later
+    assert to_dict(LATER) == said
+    assert from_dict(said) == LATER
+    assert from_dict(to_dict(None)) is None

@@ -261,11 +261,11 @@ def test_every_epoch_has_another_order():
 
 def test_held_out_figures_are_those_of_plain_sums():
     model, job = random_model(TOKENIZER.vocab_size), task()
-    figures = job.evaluate(model)
+    metrics = job.validate(model)
     total = count = 0.0
     for index in range(50):
         batch = job.held_out.batch([index])
         total += job.loss(model, batch).item()
         count += batch.weights.sum().item()
-    assert figures["eval_loss"] == pytest.approx(total / count, rel=1e-4)
-    assert figures["eval_exact"] == 0.0
+    assert metrics["eval_loss"] == pytest.approx(total / count, rel=1e-4)
+    assert metrics["eval_exact"] == 0.0

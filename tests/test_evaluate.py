@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from math import sqrt
 from random import Random
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from oracle import Oracle, right_answer, with_result
 
 from arithmetic_llm.config import MAX_DEPTH, EvaluationConfig, SampleSpec
-from arithmetic_llm.corpus.coverage import covered
+from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.corpus.draw import draw_samples as draw
 from arithmetic_llm.corpus.files import json_line
@@ -23,20 +24,16 @@ from arithmetic_llm.evaluation import evaluate as evaluation
 from arithmetic_llm.evaluation.evaluate import evaluate, problems_for, problems_from, save
 from arithmetic_llm.evaluation.judge import judge
 from arithmetic_llm.evaluation.length import answer_lengths, room_to_answer
-from arithmetic_llm.evaluation.metrics import figures, wilson_interval
-from arithmetic_llm.model.decode import Completion, Sampling
+from arithmetic_llm.evaluation.metrics import evaluation_metrics, wilson_interval
+from arithmetic_llm.model.decode import Completion, SamplingParams
 from arithmetic_llm.model.tokenizer import END_THINK, EOS, ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError, atomic_write_text
 from arithmetic_llm.task.problem import problem_from, split_of
 from arithmetic_llm.task.text import SPECIAL_TOKENS
 
-SEEN = {
-    "styles": {"nested": 9},
-    "depths": [1, 2, 3],
-    "flat_terms": [],
-    "num_range": [1, 20],
-    "splits": {"train": 9},
-}
+SEEN = Coverage(
+    styles={"nested": 9}, depths=(1, 2, 3), flat_terms=(), num_range=(1, 20), splits={"train": 9}
+)
 SPEC = SampleSpec(max_depth=4, invalid_rate=0.1, typed_rate=0.0)
 PROBLEMS = problems_from(distinct_samples(SPEC, 80, seed=3))
 
@@ -115,7 +112,7 @@ def test_trained_depths_leave_out_other_depths_and_invalid_expressions(tokenizer
         depth = problem_from(expression).depth
         return right_answer(expression) if depth in (1, 2, 3) else with_result(expression, 999)
 
-    seen = {**SEEN, "styles": {"nested": 9, "invalid": 1}}
+    seen = replace(SEEN, styles={"nested": 9, "invalid": 1})
     metrics = judged(tokenizer, answer, trained_on=seen).metrics
     assert metrics["trained_depths"]["samples"] == metrics["trained_depths"]["correct"] == 54
     assert metrics["exact_match_accuracy"] == 100 * 54 / 80
@@ -297,7 +294,7 @@ def test_figures_by_hand(tokenizer):
     wrong = outcome_of(tokenizer, (TRACE + ENDING).format(8, 8, 8))
     lucky = outcome_of(tokenizer, (TRACE + ENDING).format(8, 8, 7))
     silent = outcome_of(tokenizer, TRACE.format(7, 7), finish_reason="length")
-    found = figures([right, wrong, lucky, silent], SEEN)
+    found = evaluation_metrics([right, wrong, lucky, silent], SEEN)
     assert found["correct_samples"] == 2
     assert found["parseable_samples"] == 3
     assert found["parse_success_rate"] == 75
@@ -314,7 +311,7 @@ def test_figures_by_hand(tokenizer):
 
 def test_no_step_needed_is_no_step_validity(tokenizer):
     refused = outcome_of(tokenizer, right_answer("5 +"), "5 +")
-    assert figures([refused], SEEN)["step_validity_rate"] is None
+    assert evaluation_metrics([refused], SEEN)["step_validity_rate"] is None
     assert refused.correct
 
 
@@ -328,7 +325,7 @@ def test_a_text_beyond_the_context_is_marked(tokenizer):
 def test_a_near_tie_is_counted_with_its_margin(tokenizer):
     text = (TRACE + ENDING).format(7, 7, 7)
     clear, close = (outcome_of(tokenizer, text, margin=m) for m in (0.5, 2e-6))
-    found = figures([clear, close], SEEN)["near_ties"]
+    found = evaluation_metrics([clear, close], SEEN)["near_ties"]
     assert found["samples"] == 1
     assert found["smallest_margin"] == 2e-6
     assert close.as_dict()["margin"] == 2e-6
@@ -348,18 +345,19 @@ def test_a_near_tie_is_counted_with_its_margin(tokenizer):
     ],
 )
 def test_covered_means_depth_numbers_and_style(text, style, expected):
-    assert covered(problem_from(text, style), SEEN) == expected
+    assert SEEN.covers(problem_from(text, style)) == expected
 
 
 def test_covered_flat_sums_are_trained_as_such_or_as_typed_trees():
     flat = problem_from("1 + 2 + 3 + 4")
-    assert covered(flat, {**SEEN, "flat_terms": [4]})
-    assert covered(flat, {**SEEN, "styles": {"nested": 1, "typed": 1}})
-    assert not covered(problem_from("1 + 2 + 3 + 4 + 5"), {**SEEN, "flat_terms": [4]})
+    of_four = replace(SEEN, flat_terms=(4,))
+    assert of_four.covers(flat)
+    assert replace(SEEN, styles={"nested": 1, "typed": 1}).covers(flat)
+    assert not of_four.covers(problem_from("1 + 2 + 3 + 4 + 5"))
 
 
 def test_nothing_known_of_the_training_marks_nothing(tokenizer):
-    metrics = judged(tokenizer, right_answer, trained_on={}).metrics
+    metrics = judged(tokenizer, right_answer, trained_on=None).metrics
     assert {row["trained"] for row in metrics["by_depth"]} == {None}
     assert metrics["trained_depths"]["samples"] == 0
 
@@ -395,7 +393,9 @@ def test_an_evaluation_of_nothing_is_refused(tokenizer):
 # -------------------------------------------------------------------------- repeatability
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=7)])
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(temperature=0.8, top_p=0.9, seed=7)]
+)
 def test_the_batch_size_changes_no_text(trained_model, tokenizer, sampling):
     problems = problems_from(distinct_samples(SMALL_WORLD, 65, seed=5))
 
@@ -421,7 +421,7 @@ def test_another_seed_samples_other_texts(trained_model, tokenizer):
                 tokenizer,
                 problems,
                 trained_on=SEEN,
-                sampling=Sampling(temperature=1.0, seed=seed),
+                sampling=SamplingParams(temperature=1.0, seed=seed),
                 max_new_tokens=40,
             ).outcomes
         ]

@@ -11,7 +11,7 @@ from arithmetic_llm.corpus.draw import draw_samples
 from arithmetic_llm.model.decode import (
     GREEDY,
     Completion,
-    Sampling,
+    SamplingParams,
     decode,
     generate,
     look_up,
@@ -22,7 +22,7 @@ from arithmetic_llm.model.tokenizer import BOS, EOS
 VOCAB = 61
 MODEL = random_model(VOCAB, seed=1)
 LIMIT = 24
-SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.95, seed=5)
+SAMPLED = SamplingParams(temperature=0.9, top_k=20, top_p=0.95, seed=5)
 
 
 def make_prompts(count, seed=0):
@@ -257,7 +257,9 @@ def test_looking_up_by_hand():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "sampling", [GREEDY, Sampling(temperature=0.7, seed=2), SAMPLED], ids=["greedy", "T", "all"]
+    "sampling",
+    [GREEDY, SamplingParams(temperature=0.7, seed=2), SAMPLED],
+    ids=["greedy", "T", "all"],
 )
 def test_logprobs_are_those_of_a_full_forward_pass(sampling):
     for prompt, completion in zip(
@@ -292,12 +294,12 @@ def test_the_distribution_is_that_of_transformers(temperature, top_k, top_p):
         expected = TopKLogitsWarper(top_k)(None, expected)
     if top_p < 1.0:
         expected = TopPLogitsWarper(top_p)(None, expected)
-    ours = truncated_logprobs(logits, Sampling(temperature, top_k, top_p))
+    ours = truncated_logprobs(logits, SamplingParams(temperature, top_k, top_p))
     torch.testing.assert_close(ours, expected.log_softmax(-1))
 
 
 def test_tokens_are_drawn_as_often_as_their_probability_says():
-    draws, sampling = 4000, Sampling(temperature=1.3, top_k=8, top_p=0.9, seed=3)
+    draws, sampling = 4000, SamplingParams(temperature=1.3, top_k=8, top_p=0.9, seed=3)
     prompt = PROMPTS[0]
     with torch.no_grad():
         logits = MODEL(torch.tensor([prompt]))[0, -1]
@@ -312,13 +314,13 @@ def test_tokens_are_drawn_as_often_as_their_probability_says():
 
 def test_the_seed_decides_what_is_drawn():
     def tokens(seed):
-        sampling = Sampling(temperature=1.0, seed=seed)
+        sampling = SamplingParams(temperature=1.0, seed=seed)
         return [c.tokens for c in generate(MODEL, PROMPTS[:5], LIMIT, sampling)]
 
     assert tokens(1) == tokens(1) != tokens(2)
 
 
 def test_equal_prompts_are_drawn_independently():
-    sampling = Sampling(temperature=1.0, seed=1)
+    sampling = SamplingParams(temperature=1.0, seed=1)
     completions = generate(MODEL, [PROMPTS[0]] * 8, LIMIT, sampling)
     assert len({tuple(completion.tokens) for completion in completions}) > 4

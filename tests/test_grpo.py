@@ -25,7 +25,7 @@ from arithmetic_llm.grpo.policy import policy_logprobs
 from arithmetic_llm.grpo.prompts import PassRates, PromptSource
 from arithmetic_llm.grpo.reference import Reference
 from arithmetic_llm.grpo.task import GRPOTask, loss_settings
-from arithmetic_llm.model.decode import Sampling, generate
+from arithmetic_llm.model.decode import SamplingParams, generate
 from arithmetic_llm.model.lora import add_lora
 from arithmetic_llm.model.tokenizer import EOS, PAD
 from arithmetic_llm.training.loop import update
@@ -191,7 +191,7 @@ def test_a_completions_tokens_count_its_eos_included_and_nothing_else():
         counted = batch.mask[row].nonzero()[:, 0].tolist()
         assert counted == list(range(start, start + len(episode.completion)))
         assert batch.targets[row, batch.mask[row]].tolist() == episode.completion
-    assert batch.count == sum(length for _, length in LENGTHS)
+    assert batch.loss_denominator == sum(length for _, length in LENGTHS)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_the_weights_of_two_ragged_episodes_by_hand(loss_type, inside, count):
     assert batch.input_ids.tolist() == [[11, 12, 13], [16, 17, PAD]]
     assert batch.targets.tolist() == [[12, 13, 14], [17, PAD, PAD]]
     assert batch.weights.tolist() == [[0.0, inside, inside], [1.0, 0.0, 0.0]]
-    assert batch.count == count
+    assert batch.loss_denominator == count
 
 
 def test_what_ids_stand_in_a_text_makes_no_difference_to_what_counts():
@@ -225,7 +225,7 @@ def test_the_other_rows_of_a_batch_do_not_matter(loss_type):
     alone = [batch_of([episode], config) for episode in episodes()]
     parts = [loss_of(policy_logprobs(model, b, 0.8), None, b, config).loss for b in alone]
     torch.testing.assert_close(torch.stack(parts).sum(), whole)
-    assert sum(b.count for b in alone) == together.count
+    assert sum(b.loss_denominator for b in alone) == together.loss_denominator
 
 
 def test_logprobs_are_those_of_each_row_by_itself():
@@ -256,9 +256,9 @@ def our_loss(model, made, config, old, other):
     logprobs = policy_logprobs(model, batch, config.temperature)
     terms = loss_of(logprobs, reference, batch, config)
     model.zero_grad()
-    (terms.loss / batch.count).backward()
+    (terms.loss / batch.loss_denominator).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    return (terms.loss / batch.count).item(), terms, gradients
+    return (terms.loss / batch.loss_denominator).item(), terms, gradients
 
 
 def rows_of(model, made, config):
@@ -395,7 +395,7 @@ def test_the_reference_does_not_follow_the_policy():
 def test_the_loss_scores_what_the_decoder_sampled_from(tokenizer, truncation):
     model = random_model(tokenizer.vocab_size)
     prompts = [tokenizer.prompt_ids(text) for text in ("1 + 2", "(1 + 2) - (3 + 14)", "5 - 1")] * 3
-    written = generate(model, prompts, 20, Sampling(temperature=0.8, seed=2, **truncation))
+    written = generate(model, prompts, 20, SamplingParams(temperature=0.8, seed=2, **truncation))
     made = [
         Episode(prompt, c.tokens, c.logprobs, 1.0, c.support)
         for prompt, c in zip(prompts, written, strict=True)
@@ -417,7 +417,7 @@ def test_the_loss_scores_what_the_decoder_sampled_from(tokenizer, truncation):
 def test_the_loss_of_truncated_rollouts_has_finite_gradients(tokenizer):
     model = random_model(tokenizer.vocab_size)
     prompt = tokenizer.prompt_ids("1 + 2")
-    written = generate(model, [prompt] * 4, 12, Sampling(temperature=0.8, top_k=3, seed=2))
+    written = generate(model, [prompt] * 4, 12, SamplingParams(temperature=0.8, top_k=3, seed=2))
     made = [Episode(prompt, c.tokens, c.logprobs, 1.0, c.support) for c in written]
     for estimator in ("k3", "exact"):
         config = settings(kl_estimator=estimator)
@@ -470,7 +470,7 @@ def pull(arms, payoff, config, updates=100, candidates=64):
         logprobs = policy_logprobs(arms, batch, 1.0)
         reference = policy_logprobs(TwoArms(), batch, 1.0).detach()
         optimizer.zero_grad()
-        (loss_of(logprobs, reference, batch, config).loss / batch.count).backward()
+        (loss_of(logprobs, reference, batch, config).loss / batch.loss_denominator).backward()
         optimizer.step()
         shares.append(arms.first)
     return fmean(shares[updates // 2 :])  # sampling noise averaged out

@@ -16,6 +16,7 @@ from helpers import call, checkpoint_of, command, one_thread, random_model, reco
 from oracle import Oracle, right_answer
 
 from arithmetic_llm.config import GRPOConfig
+from arithmetic_llm.corpus.coverage import coverage_of
 from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.corpus.files import json_line
 from arithmetic_llm.corpus.record import solved
@@ -183,7 +184,7 @@ def test_validation_is_told_by_exact_depth(finished):
 
 def test_the_best_model_is_that_of_the_highest_validation_reward(world, tmp_path, monkeypatch):
     rewards = iter([0.2, 0.1, 0.5, 0.3])
-    monkeypatch.setattr(GRPOTask, "evaluate", lambda self, model: {"eval_reward": next(rewards)})
+    monkeypatch.setattr(GRPOTask, "validate", lambda self, model: {"eval_reward": next(rewards)})
     argv = arguments(world, "--max-steps", 3, "--eval-every", 1)
     folder, _ = train(argv, tmp_path / "out")
     assert read_checkpoint(folder / "best_model.pt").step == 2
@@ -192,7 +193,7 @@ def test_the_best_model_is_that_of_the_highest_validation_reward(world, tmp_path
 
 def test_the_best_model_is_the_start_if_training_only_harms(world, tmp_path, monkeypatch):
     rewards = iter([0.4, 0.1, 0.3])
-    monkeypatch.setattr(GRPOTask, "evaluate", lambda self, model: {"eval_reward": next(rewards)})
+    monkeypatch.setattr(GRPOTask, "validate", lambda self, model: {"eval_reward": next(rewards)})
     argv = arguments(world, "--max-steps", 2, "--eval-every", 1)
     folder, _ = train(argv, tmp_path / "out")
     best = read_checkpoint(folder / "best_model.pt")
@@ -278,8 +279,8 @@ def test_the_checkpoint_tells_what_it_was_trained_on(finished):
     for folder, _ in finished.values():
         content = read_checkpoint(folder / "final_model.pt")
         assert content.stage == "grpo"
-        assert content.trained_on["depths"] == [1, 2, 3]  # of the start, and the prompts'
-        assert content.trained_on["splits"]["train"] > 100
+        assert content.trained_on.depths == (1, 2, 3)  # of the start, and the prompts'
+        assert content.trained_on.splits["train"] > 100
 
 
 # ------------------------------------------------------------------------------------- adapters
@@ -579,10 +580,10 @@ def test_dead_groups_do_not_train_but_are_counted(tiny_model, tokenizer):
     task = Scripted(tiny_model, tokenizer, [[ALIVE, LOST], [WON]], refill_rounds=1)
     ((batch,),) = list(task.updates(1))
     assert batch.advantages.tolist() == [0.5, -0.5]
-    figures = task.figures()
-    assert figures["frac_reward_zero_std"] == pytest.approx(2 / 3)
-    assert figures["reward"] == figures["accuracy"] == 0.5
-    assert figures["reward_std"] == pytest.approx(0.7071 / 3, rel=1e-3)
+    metrics = task.metrics()
+    assert metrics["frac_reward_zero_std"] == pytest.approx(2 / 3)
+    assert metrics["reward"] == metrics["accuracy"] == 0.5
+    assert metrics["reward_std"] == pytest.approx(0.7071 / 3, rel=1e-3)
     assert task.pass_rates.rates == {1: 0.5}  # all three groups, or it would lean to one half
 
 
@@ -636,8 +637,8 @@ def test_validation_judges_as_an_evaluation_does(trained_model, tokenizer, room)
     expressions = [problem.expression for problem in problems]
     config = settings(max_gen_length=room)
     source = PromptSource(config, PassRates())
-    found = GRPOTask(trained_model, tokenizer, config, source, expressions).evaluate(trained_model)
-    options = {"trained_on": {}, "max_new_tokens": room}
+    found = GRPOTask(trained_model, tokenizer, config, source, expressions).validate(trained_model)
+    options = {"trained_on": None, "max_new_tokens": room}
     metrics = evaluate(trained_model, tokenizer, problems, **options).metrics
     assert 100 * found["eval_exact"] == pytest.approx(metrics["exact_match_accuracy"], abs=1e-4)
     for row in metrics["by_depth"]:
@@ -668,8 +669,8 @@ def test_old_logprobs_stay_while_a_batch_is_used_again(tiny_model, tokenizer):
 def test_replay_weighs_its_coefficient_times_the_policys_loss(tiny_model, tokenizer):
     task = Scripted(tiny_model, tokenizer, [[ALIVE, ALIVE]], sft_replay_coef=0.25)
     ((policy, replay),) = task.updates(1)
-    assert replay.count == 0.0
-    assert float(replay.batch.weights.sum()) == pytest.approx(0.25 * policy.count)
+    assert replay.loss_denominator == 0.0
+    assert float(replay.batch.weights.sum()) == pytest.approx(0.25 * policy.loss_denominator)
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -682,7 +683,7 @@ def test_replay_is_all_of_a_step_without_signal(tiny_model, tokenizer, updates):
     ((replay,), *_) = each
     ids, targets = replay.batch.input_ids, replay.batch.targets
     with torch.no_grad():
-        loss = task.loss(tiny_model, replay) / replay.count
+        loss = task.loss(tiny_model, replay) / replay.loss_denominator
         expected = torch.nn.functional.cross_entropy(
             tiny_model(ids).flatten(0, 1),
             targets.masked_fill(replay.batch.weights == 0, -100).flatten(),
@@ -734,7 +735,7 @@ def test_learning_from_solutions_is_the_cross_entropy_of_the_reference_library(
     task = solutions_task(tiny_model, tokenizer)
     ((solutions,),) = task.updates(0)
     batch = solutions.batch
-    loss = task.loss(tiny_model, solutions) / solutions.count
+    loss = task.loss(tiny_model, solutions) / solutions.loss_denominator
     targets = batch.targets.masked_fill(batch.weights == 0, -100)
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(
@@ -759,7 +760,7 @@ def test_solutions_beyond_the_context_are_counted(tokenizer):
     )
     (batches,) = task.updates(0)
     kept = sum(len(solutions.batch.input_ids) for solutions in batches)
-    dropped = task.figures()["solutions_dropped"]
+    dropped = task.metrics()["solutions_dropped"]
     assert kept > 0 < dropped
     assert kept + dropped == 6
 
@@ -815,7 +816,7 @@ def test_generated_prompts_belong_to_the_train_split_and_are_repeatable():
 
 
 def test_validation_belongs_to_the_validation_split(world):
-    for covered in (None, stage.coverage(world / "i.jsonl")):
+    for covered in (None, coverage_of(world / "i.jsonl")):
         prompts = stage._validation_prompts(settings(eval_samples=30), covered)
         assert len(prompts) == 30
         assert {split_of(prompt) for prompt in prompts} == {"validation"}

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Oracle, right_answer, with_result
 
+from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.evaluation.interactive import (
     PLAIN,
     SYMBOLS,
@@ -111,7 +112,7 @@ def test_a_bare_number_has_no_steps(tokenizer):
 
 
 def test_deeper_than_trained_is_noted_and_solved(tokenizer):
-    seen = {"styles": {"nested": 1}, "depths": [1], "flat_terms": [], "num_range": [1, 20]}
+    seen = Coverage({"nested": 1}, (1,), (), (1, 20), {"train": 1})
     solver = oracle_solver(tokenizer, trained_on=seen)
     text = "".join(answer(solver, "(1+2)-3", SYMBOLS))
     assert text.startswith("\nNote: depth 2; trained on depth 1.\n\n-----")

@@ -264,14 +264,16 @@ def test_a_folder_of_pefts_own_tells_nothing_of_its_training(on_disk, tmp_path):
     of_peft(on_disk, KINDS["rslora"]).save_pretrained(tmp_path / "theirs")
     base = tmp_path / "base" / "best_model.pt"
     loaded = load_model(tmp_path / "theirs", base=base)
-    assert (loaded.stage, loaded.step, loaded.trained_on) == ("adapter", 0, {})
+    assert (loaded.stage, loaded.step, loaded.trained_on) == ("adapter", 0, None)
     assert loaded.tokenizer.hash == load_model(base).tokenizer.hash
 
 
 def test_a_folder_of_ours_tells_what_the_adapters_checkpoint_does(on_disk, tokenizer, tmp_path):
     base = load_model(tmp_path / "base" / "best_model.pt")
     base.model.config = dataclasses.replace(base.model.config, max_seq_length=77)
-    seen = {**base.trained_on, "depths": [1, 2, 3, 4], "styles": {"nested": 7, "flat": 2}}
+    seen = dataclasses.replace(
+        base.trained_on, depths=(1, 2, 3, 4), styles={"nested": 7, "flat": 2}
+    )
     trained = dataclasses.replace(base, stage="instruction_lora", step=17, trained_on=seen)
     trained = with_adapter(trained, KINDS["rslora"], str(tmp_path / "base" / "best_model.pt"))
     save_checkpoint(tmp_path / "lora" / "lora_adapter.pt", trained)

@@ -21,7 +21,7 @@ def shelf(workshop, tokenizer, tmp_path_factory):
     """A folder with a base model, its tokenizer and a corpus."""
     folder = tmp_path_factory.mktemp("shelf")
     base = checkpoint_of(random_model(tokenizer.vocab_size, dropout=0.1), tokenizer)
-    base.trained_on["depths"] = [1]  # the corpus has depth 2 as well
+    base.trained_on = replace(base.trained_on, depths=(1,))  # the corpus has depth 2 as well
     base_folder = folder / "models" / "foundational_20250101_000000"
     save_checkpoint(base_folder / "best_model.pt", base)
     (base_folder / FINISHED).write_text("{}")

@@ -163,7 +163,7 @@ def gradient_of(model, job):
     """The gradient as the trainer makes it: summed over the parts, divided once."""
     (batches,) = job.updates(0)
     model.zero_grad()
-    total = sum(batch.count for batch in batches)
+    total = sum(batch.loss_denominator for batch in batches)
     for batch in batches:
         (job.loss(model, batch) / total).backward()
     return len(batches), torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -201,7 +201,7 @@ def test_held_out_evaluation_is_cut_in_the_same_way(little_memory, monkeypatch):
 
     monkeypatch.setattr(model.model, "forward", watch)
     with torch.no_grad():
-        supervised(model).evaluate(model)
+        supervised(model).validate(model)
     assert sum(rows for rows, _ in shapes) == 60
     assert_within_little_memory(shapes, model)
 

@@ -6,6 +6,7 @@ import pytest
 from oracle import Oracle, right_answer, with_result
 
 from arithmetic_llm.config import SampleSpec
+from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.evaluation.evaluate import evaluate, problems_from
 from arithmetic_llm.evaluation.metrics import wilson_interval
@@ -19,13 +20,9 @@ from arithmetic_llm.evaluation.report import (
 )
 from arithmetic_llm.task.problem import problem_from
 
-SEEN = {
-    "styles": {"nested": 9},
-    "depths": [1, 2],
-    "flat_terms": [],
-    "num_range": [1, 20],
-    "splits": {"train": 9},
-}
+SEEN = Coverage(
+    styles={"nested": 9}, depths=(1, 2), flat_terms=(), num_range=(1, 20), splits={"train": 9}
+)
 PROBLEMS = problems_from(
     distinct_samples(SampleSpec(max_depth=3, invalid_rate=0.1, typed_rate=0.0), 50, seed=3)
 )

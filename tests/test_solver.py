@@ -8,16 +8,13 @@ from helpers import ROOT
 from oracle import Oracle, right_answer, with_result
 
 from arithmetic_llm import ArithmeticSolver
+from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError
 
-SEEN = {
-    "styles": {"nested": 9},
-    "depths": [1, 2],
-    "flat_terms": [3],
-    "num_range": [1, 20],
-    "splits": {"train": 9},
-}
+SEEN = Coverage(
+    styles={"nested": 9}, depths=(1, 2), flat_terms=(3,), num_range=(1, 20), splits={"train": 9}
+)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +198,7 @@ def test_from_checkpoint(tiny_checkpoint, tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     solver = ArithmeticSolver.from_checkpoint(tiny_checkpoint, "cpu", tmp_path, max_new_tokens=9)
     assert solver.solve("1 + 2").tokens <= 9
-    assert solver.trained_on["depths"] == [1, 2, 3]
+    assert solver.trained_on.depths == (1, 2, 3)
 
 
 def test_another_tokenizer_is_refused(tiny_checkpoint, tmp_path):

@@ -18,7 +18,7 @@ from helpers import call, command, damages, edit, one_thread, put, removals, run
 
 from arithmetic_llm.cli import parse
 from arithmetic_llm.config import InstructionConfig
-from arithmetic_llm.corpus.coverage import coverage
+from arithmetic_llm.corpus.coverage import coverage_of
 from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.folders import FINISHED
 from arithmetic_llm.model.checkpoint import weights_hash
@@ -162,7 +162,7 @@ def test_instruction_tuning_starts_from_the_foundational_weights(undisturbed):
 
 def test_the_best_model_is_the_first_of_the_lowest_held_out_loss(workshop, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 1.0, 2.0])
-    monkeypatch.setattr(SupervisedTask, "evaluate", lambda self, model: {"eval_loss": next(losses)})
+    monkeypatch.setattr(SupervisedTask, "validate", lambda self, model: {"eval_loss": next(losses)})
     argv = foundational(workshop, "--max-steps", 20, "--eval-every", 5)
     folder = train(FOUNDATIONAL, argv, tmp_path)
     assert load_model(folder / "best_model.pt").step == 10
@@ -224,9 +224,9 @@ def test_run_json_tells_what_is_needed_to_repeat_the_run(undisturbed):
 def test_a_checkpoint_tells_what_it_was_trained_on(undisturbed):
     for stage, folder in undisturbed.items():
         seen = load_model(folder / "best_model.pt").trained_on
-        assert seen["depths"] == [1, 2], stage
-        assert seen["num_range"] == [1, 9]
-        assert seen["splits"].keys() == {"train"}
+        assert seen.depths == (1, 2), stage
+        assert seen.num_range == (1, 9)
+        assert seen.splits.keys() == {"train"}
 
 
 def test_a_written_config_starts_an_equal_run(workshop, undisturbed, tmp_path):
@@ -275,7 +275,7 @@ def test_held_out_samples_beyond_the_context_are_reported_and_count_as_wrong(
     argv = foundational(workshop, "--max-steps", 1, "--max-seq-length", 60)
     ended = call(FOUNDATIONAL, *argv, "--output-dir", tmp_path)
     tokenizer = ArithmeticTokenizer.load(workshop / "tokenizer")
-    spec = coverage(workshop / "corpus.txt").held_out_spec()
+    spec = coverage_of(workshop / "corpus.txt").held_out_spec()
     drawn = distinct_samples(spec, 20, seed=42, split="validation")
     depths = Counter(
         sample.depth
@@ -533,7 +533,7 @@ def test_a_byte_of_metrics_that_is_no_text_costs_its_line_alone(tmp_path):
 
 def test_a_resumed_run_remembers_its_best(workshop, tmp_path, monkeypatch):
     losses = iter([1.0, 2.0, 3.0, 3.0])
-    monkeypatch.setattr(SupervisedTask, "evaluate", lambda *_: {"eval_loss": next(losses)})
+    monkeypatch.setattr(SupervisedTask, "validate", lambda *_: {"eval_loss": next(losses)})
     argv = foundational(workshop, "--max-steps", 15, "--eval-every", 5, "--save-every", 10)
     folder = train(FOUNDATIONAL, argv, tmp_path)
     (folder / FINISHED).unlink()
@@ -660,7 +660,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(workshop, tmp_path
 
 def test_a_held_out_loss_of_nan_ends_the_run(workshop, tmp_path, monkeypatch):
     """The last update is seen by no training loss."""
-    monkeypatch.setattr(SupervisedTask, "evaluate", lambda *_: {"eval_loss": float("nan")})
+    monkeypatch.setattr(SupervisedTask, "validate", lambda *_: {"eval_loss": float("nan")})
     argv = foundational(workshop, "--max-steps", 2, "--optimizer", "muon")
     ended = call(FOUNDATIONAL, *argv, "--output-dir", tmp_path)
     assert ended.code == 2

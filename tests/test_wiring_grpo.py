@@ -517,7 +517,7 @@ def test_replay_is_of_other_prompts_than_the_rollouts(opened, tokenizer, decoded
 @pytest.mark.parametrize("source", SOURCES)
 def test_what_is_held_out_is_of_the_validation_split(opened, tokenizer, decoded, source):
     stage = opened(**SOURCES[source])
-    stage.task.evaluate(stage.model.eval())
+    stage.task.validate(stage.model.eval())
     (call,) = decoded
     expressions = [expression_of(tokenizer, prompt) for prompt in call.prompts]
     assert {split_of(expression) for expression in expressions} == {"validation"}
@@ -532,7 +532,7 @@ def test_validation_is_greedy_whatever_seed_and_temperature(opened, tokenizer, d
     for options in ({}, {"seed": 7}, {"temperature": 5.0, "top_k": 50}):
         config = replace(stage.config, **options)
         task = GRPOTask(stage.model, tokenizer, config, stage.task.source, problems)
-        found.append(task.evaluate(stage.model))
+        found.append(task.validate(stage.model))
     written = generate(stage.model, decoded[0].prompts, stage.config.max_gen_length)
     right = [
         is_right(expression, tokenizer.decode(completion.tokens))

@@ -422,7 +422,7 @@ def test_judging_is_without_dropout_and_gradients(dropping, tmp_path, monkeypatc
         assert first == second
         return first
 
-    monkeypatch.setattr(SupervisedTask, "evaluate", twice)
+    monkeypatch.setattr(SupervisedTask, "validate", twice)
     run(dropping, "foundational", tmp_path, max_steps=2, eval_every=1)
     assert seen == [(False, False)] * 2
 

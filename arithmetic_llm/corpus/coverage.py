@@ -21,7 +21,7 @@ from arithmetic_llm.config import (
 )
 from arithmetic_llm.corpus.files import read_corpus
 from arithmetic_llm.corpus.record import Record
-from arithmetic_llm.runtime import sha256_file
+from arithmetic_llm.runtime import checked, sha256_file
 from arithmetic_llm.task.expression import Expression, ExpressionError, parse, spell
 from arithmetic_llm.task.problem import Problem, split_of_drawn
 
@@ -44,9 +44,31 @@ class Coverage:
     num_range: tuple[int, int]
     splits: dict[str, int]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, as a checkpoint stores them in ``trained_on``."""
-        return json.loads(json.dumps(asdict(self)))
+    def covers(self, problem: Problem) -> bool:
+        """Whether there are problems of this one's kind: its row, its numbers and its style."""
+        if problem.row.kind == "invalid":
+            return "invalid" in self.styles
+        low, high = self.num_range
+        in_style = problem.style is None or problem.style in self.styles
+        return in_style and self._has_row(problem) and low <= problem.low <= problem.high <= high
+
+    def _has_row(self, problem: Problem) -> bool:
+        if problem.terms is None:
+            return problem.depth in self.depths
+        # 1 + 2 + 3 is a flat sum, but also (1 + 2) + 3 as people type it.
+        typed = "typed" in self.styles and problem.terms - 1 in self.depths
+        return typed or problem.terms in self.flat_terms
+
+    def merge(self, later: Coverage) -> Coverage:
+        """What a model has seen after two stages."""
+        lows, highs = zip(self.num_range, later.num_range, strict=True)
+        return Coverage(
+            styles=dict(Counter(self.styles) + Counter(later.styles)),
+            depths=tuple(sorted({*self.depths, *later.depths})),
+            flat_terms=tuple(sorted({*self.flat_terms, *later.flat_terms})),
+            num_range=(min(lows), max(highs)),
+            splits=dict(Counter(self.splits) + Counter(later.splits)),
+        )
 
     @property
     def exceeds_sampler(self) -> bool:
@@ -79,7 +101,34 @@ class Coverage:
         )
 
 
-def coverage(corpus_path: str | Path) -> Coverage:
+_FORM = {  # of what a file says of a coverage
+    "styles": dict[str, int],
+    "depths": list[int],
+    "flat_terms": list[int],
+    "num_range": tuple[int, int],
+    "splits": dict[str, int],
+}
+
+
+def to_dict(coverage: Coverage | None) -> dict[str, Any]:
+    """Plain lists and numbers for a file, which calls them ``trained_on``; empty if unknown."""
+    return json.loads(json.dumps(asdict(coverage))) if coverage else {}
+
+
+def from_dict(said: dict[str, Any]) -> Coverage | None:
+    """The coverage that a file states; None if the file knows nothing.
+
+    Raises:
+        KeyError, ValueError: a part is missing, or of another form.
+    """
+    if not said:
+        return None
+    parts = {key: checked(form, said[key], f"trained_on {key}") for key, form in _FORM.items()}
+    plain = {key: tuple(part) if isinstance(part, list) else part for key, part in parts.items()}
+    return Coverage(**plain)
+
+
+def coverage_of(corpus_path: str | Path) -> Coverage:
     """From the corpus's sidecar if that describes this very file, else by reading all of it.
 
     Prints a line if the text has to do, and one if held-out problems cannot be like all of it.
@@ -112,20 +161,6 @@ def _told_by_sidecar(corpus_path: str | Path) -> Coverage | None:
 
 def _within(least: int, value: int, most: int) -> int:
     return max(least, min(value, most))
-
-
-def merge(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """What a model has seen after two stages; both as `Coverage.as_dict` gives them."""
-    if not earlier:
-        return later
-    lows, highs = zip(earlier["num_range"], later["num_range"], strict=True)
-    return {
-        "styles": dict(Counter(earlier["styles"]) + Counter(later["styles"])),
-        "depths": sorted({*earlier["depths"], *later["depths"]}),
-        "flat_terms": sorted({*earlier["flat_terms"], *later["flat_terms"]}),
-        "num_range": [min(lows), max(highs)],
-        "splits": dict(Counter(earlier["splits"]) + Counter(later["splits"])),
-    }
 
 
 def survey(records: Iterable[Record]) -> Coverage:
@@ -241,22 +276,3 @@ def _from_sidecar(meta: dict[str, Any]) -> Coverage:
         tuple(meta["settings"]["num_range"]),
         {meta["settings"]["split"]: meta["samples"]},
     )
-
-
-def covered(problem: Problem, trained_on: dict[str, Any]) -> bool:
-    """Whether a checkpoint saw problems of this kind in training.
-
-    Args:
-        trained_on: what the checkpoint says, see `Coverage`.
-    """
-    styles, depths = trained_on["styles"], trained_on["depths"]
-    low, high = trained_on["num_range"]
-    if problem.row.kind == "invalid":
-        return "invalid" in styles
-    if problem.style is not None and problem.style not in styles:
-        return False
-    in_row = problem.depth in depths
-    if problem.terms is not None:  # 1 + 2 + 3 is a flat sum, but also (1 + 2) + 3 as typed
-        in_row = problem.terms in trained_on["flat_terms"]
-        in_row = in_row or ("typed" in styles and problem.terms - 1 in depths)
-    return in_row and low <= problem.low and problem.high <= high

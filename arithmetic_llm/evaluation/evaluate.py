@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from arithmetic_llm.config import MAX_DEPTH, EvaluationConfig, SampleSpec
+from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.corpus.files import read_corpus
 from arithmetic_llm.corpus.record import Sample
@@ -22,7 +23,7 @@ from arithmetic_llm.evaluation.length import right_answers, room_to_answer, warn
 from arithmetic_llm.evaluation.metrics import EvaluationResult
 from arithmetic_llm.folders import resolve_stamp
 from arithmetic_llm.model.checkpoint import Checkpoint, weights_hash
-from arithmetic_llm.model.decode import GREEDY, Completion, Sampling, generate
+from arithmetic_llm.model.decode import GREEDY, Completion, SamplingParams, generate
 from arithmetic_llm.model.load import check_tokenizer, load_model
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
@@ -57,7 +58,7 @@ def evaluate_checkpoint(config: EvaluationConfig) -> EvaluationResult:
         checkpoint.tokenizer,
         problems,
         trained_on=checkpoint.trained_on,
-        sampling=Sampling(config.temperature, config.top_k, config.top_p, config.seed),
+        sampling=SamplingParams(config.temperature, config.top_k, config.top_p, config.seed),
         max_new_tokens=config.max_gen_length,
         batch_size=config.batch_size,
         settings={**_identity(path, checkpoint), **source, "seed": config.seed},
@@ -133,8 +134,8 @@ def evaluate(
     tokenizer: ArithmeticTokenizer,
     problems: Sequence[Problem],
     *,
-    trained_on: dict[str, Any],
-    sampling: Sampling = GREEDY,
+    trained_on: Coverage | None,
+    sampling: SamplingParams = GREEDY,
     max_new_tokens: int = 0,
     batch_size: int = 64,
     settings: dict[str, Any] | None = None,
@@ -145,7 +146,7 @@ def evaluate(
     and change nothing that it writes.
 
     Args:
-        trained_on: what the checkpoint says of its training; empty if nothing is known.
+        trained_on: what the checkpoint says of its training; None if nothing is known.
         max_new_tokens: 0 = as `room_to_answer` gives.
         batch_size: changes the speed and the memory, never a result (on a CPU, in fp32).
         settings: where the model and the problems come from; the result keeps them beside how the
@@ -175,7 +176,7 @@ def evaluate(
 
 
 def _decoding(
-    model: ArithmeticModel, sampling: Sampling, max_new_tokens: int, batch_size: int
+    model: ArithmeticModel, sampling: SamplingParams, max_new_tokens: int, batch_size: int
 ) -> dict[str, Any]:
     return {
         "temperature": sampling.temperature,

@@ -1,6 +1,6 @@
-"""Judging a policy: a verdict on each text that it wrote, and figures over all of them.
+"""Metrics of an evaluation: what the outcomes of all its problems amount to.
 
-A row of the figures holds the problems of one exact depth, the flat sums of one number of terms, or
+A row of the metrics holds the problems of one exact depth, the flat sums of one number of terms, or
 the invalid expressions; no problem is in two of them. Percentages run from 0 to 100 and each
 accuracy stands with its 95 % Wilson interval. Nothing here runs a model.
 """
@@ -13,13 +13,11 @@ from dataclasses import dataclass, field
 from math import isfinite, sqrt
 from typing import TYPE_CHECKING, Any
 
-from arithmetic_llm.corpus.coverage import covered
+from arithmetic_llm.corpus.coverage import Coverage, to_dict
 from arithmetic_llm.evaluation.judge import NEAR_TIE, Outcome
 
 if TYPE_CHECKING:
     pass
-
-# ------------------------------------------------------------------------------ the figures
 
 
 def wilson_interval(correct: int, samples: int, z: float = 1.959964) -> tuple[float, float]:
@@ -74,7 +72,7 @@ def quality(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def figures(outcomes: Sequence[Outcome], trained_on: dict[str, Any]) -> dict[str, Any]:
+def evaluation_metrics(outcomes: Sequence[Outcome], trained_on: Coverage | None) -> dict[str, Any]:
     """The content of ``evaluation_metrics_*.json``, but for the settings.
 
     ``exact_match_accuracy`` speaks of all problems, invalid ones included; ``trained_depths`` of
@@ -101,7 +99,7 @@ def figures(outcomes: Sequence[Outcome], trained_on: dict[str, Any]) -> dict[str
 
 
 def rows(
-    outcomes: Sequence[Outcome], kind: str, trained_on: dict[str, Any]
+    outcomes: Sequence[Outcome], kind: str, trained_on: Coverage | None
 ) -> list[dict[str, Any]]:
     """One dict for each number of a kind of row, ascending; see `Row`.
 
@@ -115,21 +113,21 @@ def rows(
         {
             kind: number,
             **accuracy(group),
-            "trained": all(covered(o.problem, trained_on) for o in group) if trained_on else None,
+            "trained": all(trained_on.covers(o.problem) for o in group) if trained_on else None,
             **quality(group),
         }
         for number, group in sorted(groups.items())
     ]
 
 
-def _of_trained_depths(outcomes: Sequence[Outcome], trained_on: dict[str, Any]) -> list[Outcome]:
+def _of_trained_depths(outcomes: Sequence[Outcome], trained_on: Coverage | None) -> list[Outcome]:
     if not trained_on:
         return []
     by_depth = [outcome for outcome in outcomes if outcome.problem.depth is not None]
-    return [outcome for outcome in by_depth if covered(outcome.problem, trained_on)]
+    return [outcome for outcome in by_depth if trained_on.covers(outcome.problem)]
 
 
-def _invalid_row(outcomes: Sequence[Outcome], trained_on: dict[str, Any]) -> dict[str, Any] | None:
+def _invalid_row(outcomes: Sequence[Outcome], trained_on: Coverage | None) -> dict[str, Any] | None:
     found = rows(outcomes, "invalid", trained_on)
     return {name: value for name, value in found[0].items() if name != "invalid"} if found else None
 
@@ -155,19 +153,19 @@ class EvaluationResult:
     """An evaluation: what was written for every problem, and all that is needed to repeat it."""
 
     outcomes: tuple[Outcome, ...]
-    trained_on: dict[str, Any]  # what the checkpoint says of its training; may be empty
+    trained_on: Coverage | None  # what the checkpoint says of its training; None if nothing
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0  # spent generating and judging
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Plain numbers, ready for JSON; see `figures`."""
+        """Plain numbers, ready for JSON; see `evaluation_metrics`."""
         tokens = sum(outcome.tokens for outcome in self.outcomes)
         return {
-            **figures(self.outcomes, self.trained_on),
+            **evaluation_metrics(self.outcomes, self.trained_on),
             "seconds": round(self.seconds, 2),
             "tokens_per_second": round(tokens / max(self.seconds, 1e-9)),
-            "trained_on": self.trained_on,
+            "trained_on": to_dict(self.trained_on),
             "settings": self.settings,
         }
 

@@ -170,9 +170,9 @@ def _grade(rate: float) -> tuple[str, str]:
     return "not there yet", f"good is from {GOOD:.0f} %"
 
 
-def _match(where: str, figures: dict[str, Any], samples: int) -> str:
-    interval = f"95 % interval {figures['low']:.1f} to {figures['high']:.1f} %"
-    rate = figures["exact_match_accuracy"]
+def _match(where: str, metrics: dict[str, Any], samples: int) -> str:
+    interval = f"95 % interval {metrics['low']:.1f} to {metrics['high']:.1f} %"
+    rate = metrics["exact_match_accuracy"]
     return f"{rate:.1f} % exact match {where} ({samples:,} problems, {interval})"
 
 
@@ -224,19 +224,19 @@ def _footnote(rows: Sequence[Sequence[str]], column: int = 0) -> str:
     return "\n* never seen in training (depth, numbers or style)" if starred else ""
 
 
-def _share(figures: dict[str, Any], correct: int, samples: int) -> str:
+def _share(metrics: dict[str, Any], correct: int, samples: int) -> str:
     if not samples:
         return "none tested"
-    rate = _percent(figures["exact_match_accuracy"])
-    return f"{rate}  {_interval(figures)}  {correct:,} of {samples:,}"
+    rate = _percent(metrics["exact_match_accuracy"])
+    return f"{rate}  {_interval(metrics)}  {correct:,} of {samples:,}"
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} %"
 
 
-def _interval(figures: dict[str, Any]) -> str:
-    return f"[{figures['low']:.2f}, {figures['high']:.2f}]"
+def _interval(metrics: dict[str, Any]) -> str:
+    return f"[{metrics['low']:.2f}, {metrics['high']:.2f}]"
 
 
 def _table(rows: Sequence[Sequence[str]], names: int = 1) -> str:

@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
-from arithmetic_llm.corpus.coverage import covered
+from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.evaluation.judge import Outcome, judge
 from arithmetic_llm.evaluation.length import room_to_answer
 from arithmetic_llm.folders import resolve_stamp
-from arithmetic_llm.model.decode import GREEDY, Completion, Sampling, decode, generate
+from arithmetic_llm.model.decode import GREEDY, Completion, SamplingParams, decode, generate
 from arithmetic_llm.model.load import check_tokenizer, load_model
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
@@ -38,12 +38,12 @@ class ArithmeticSolver:
         self,
         model: ArithmeticModel,
         tokenizer: ArithmeticTokenizer,
-        trained_on: dict[str, Any] | None = None,
+        trained_on: Coverage | None = None,
         max_new_tokens: int = 0,
-        sampling: Sampling = GREEDY,
+        sampling: SamplingParams = GREEDY,
     ):
         self.model, self.tokenizer = model, tokenizer
-        self.trained_on = trained_on or {}
+        self.trained_on = trained_on
         self.max_new_tokens, self.sampling = max_new_tokens, sampling
 
     @classmethod
@@ -134,16 +134,16 @@ class ArithmeticSolver:
     def warnings(self, expression: str) -> list[str]:
         """In what the expression differs from all that the model was trained on."""
         problem, seen = problem_from(expression), self.trained_on
-        if not seen or covered(problem, seen) or problem.row.kind == "invalid":
+        if seen is None or seen.covers(problem) or problem.row.kind == "invalid":
             return []
         found = []
-        if problem.depth is not None and problem.depth not in seen["depths"]:
+        if problem.depth is not None and problem.depth not in seen.depths:
             found.append(f"depth {problem.depth}; trained on depth {_span(seen['depths'])}")
-        elif problem.terms is not None and problem.terms not in seen["flat_terms"]:
+        elif problem.terms is not None and problem.terms not in seen.flat_terms:
             found.append(
                 f"a sum of {problem.terms} numbers; trained on {_span(seen['flat_terms'])}"
             )
-        low, high = seen["num_range"]
+        low, high = seen.num_range
         if problem.low < low or problem.high > high:
             found.append(f"numbers {problem.low} to {problem.high}; trained on {low} to {high}")
         return found

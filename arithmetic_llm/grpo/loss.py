@@ -73,7 +73,9 @@ class EpisodeBatch:
     advantages: Tensor  # (B,)
     rollout_logprobs: Tensor  # (B, T)
     support: Tensor | None  # (B, T, V) bool
-    count: float  # this batch's part of what the sum over all micro-batches is divided by
+    loss_denominator: (
+        float  # this batch's part of what the sum over all micro-batches is divided by
+    )
     old_logprobs: Tensor | None = None  # (B, T) before the first of several updates
 
     @property
@@ -125,7 +127,9 @@ def collate(episodes: Sequence[Episode], loss_type: str, length_limit: int) -> E
         advantages=torch.tensor([e.advantage for e in episodes]),
         rollout_logprobs=logprobs,
         support=_support(episodes, width),
-        count=sum(_count(loss_type, len(e.completion), length_limit) for e in episodes),
+        loss_denominator=sum(
+            _denominator(loss_type, len(e.completion), length_limit) for e in episodes
+        ),
     )
 
 
@@ -134,7 +138,7 @@ def token_weight(loss_type: str, length: int) -> float:
     return 1.0 / length if loss_type == "grpo" else 1.0
 
 
-def _count(loss_type: str, length: int, length_limit: int) -> float:
+def _denominator(loss_type: str, length: int, length_limit: int) -> float:
     """Part of a completion of this length in the number that the summed loss is divided by."""
     return {"dapo": length, "grpo": 1, "dr_grpo": length_limit}[loss_type]
 

@@ -42,7 +42,7 @@ class Monitor:
 
     def note_rollouts(self, step: int, groups: list[list[Rollout]]) -> None:
         """Note the figures of a step's rollouts; now and then keep a group of them."""
-        self.noted = rollout_figures(groups, self._lap())
+        self.noted = rollout_metrics(groups, self._lap())
         self._keep_sample(step, groups[0])
 
     def note_signal(self, found: bool) -> None:
@@ -60,7 +60,7 @@ class Monitor:
         """Note the time since the rollouts as that of training."""
         self.noted["seconds_training"] = self._lap()
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The log line of a step, under the names that users of TRL know."""
         names = {"entropy": "entropy", "clip_ratio": "clipped"}
         if self.has_reference:
@@ -97,7 +97,7 @@ class Monitor:
         return "depths that succeed sometimes (--max-depth, --adaptive-difficulty)"
 
 
-def rollout_figures(groups: list[list[Rollout]], seconds: float) -> dict[str, float]:
+def rollout_metrics(groups: list[list[Rollout]], seconds: float) -> dict[str, float]:
     """Figures of a step's rollouts, those of dead groups included.
 
     Args:
@@ -118,17 +118,17 @@ def rollout_figures(groups: list[list[Rollout]], seconds: float) -> dict[str, fl
     }
 
 
-def validation_figures(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def validation_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Mean reward, exact match, and exact match in each row, as an evaluation counts them."""
     outcomes = [rollout.outcome for rollout in rollouts]
-    figures = {
+    metrics = {
         "eval_reward": fmean(rollout.reward for rollout in rollouts),
         "eval_exact": _share(accuracy(outcomes)),
     }
     for kind in ("depth", "invalid", "terms"):
-        for row in rows(outcomes, kind, trained_on={}):
-            figures[f"eval_exact_{row_name(Row(kind, row[kind]))}"] = _share(row)
-    return figures
+        for row in rows(outcomes, kind, trained_on=None):
+            metrics[f"eval_exact_{row_name(Row(kind, row[kind]))}"] = _share(row)
+    return metrics
 
 
 def row_name(row: Row) -> str:

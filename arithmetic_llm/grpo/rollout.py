@@ -10,7 +10,7 @@ from arithmetic_llm.config import GRPOConfig
 from arithmetic_llm.evaluation.judge import Outcome, judge
 from arithmetic_llm.evaluation.length import right_answers
 from arithmetic_llm.grpo.rewards import Attempt, score
-from arithmetic_llm.model.decode import Completion, Sampling, generate
+from arithmetic_llm.model.decode import Completion, SamplingParams, generate
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.task.problem import problem_from
@@ -47,7 +47,7 @@ def roll_out(
     tokenizer: ArithmeticTokenizer,
     expressions: Sequence[str],
     copies: int,
-    sampling: Sampling,
+    sampling: SamplingParams,
     config: GRPOConfig,
     weights: dict[str, float],
 ) -> list[list[Rollout]]:

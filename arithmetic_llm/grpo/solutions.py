@@ -17,7 +17,7 @@ class Solutions:
     """A micro-batch of right solutions; its loss is their cross-entropy after ``<think>``."""
 
     batch: Batch
-    count: float  # what it adds to the divisor of the summed loss; 0 beside rollouts
+    loss_denominator: float  # what it adds to the divisor of the summed loss; 0 beside rollouts
 
     @property
     def tokens(self) -> int:
@@ -37,7 +37,7 @@ def tokenised_solutions(
 
 
 def as_replay(
-    solutions: list[Solutions], coefficient: float, policy_count: float
+    solutions: list[Solutions], coefficient: float, policy_denominator: float
 ) -> list[Solutions]:
     """Weigh solutions so that they add ``coefficient`` times their mean loss to an update.
 
@@ -46,16 +46,16 @@ def as_replay(
     signal they are all there is, and the divisor is their own.
 
     Args:
-        policy_count: the divisor of the policy's loss; 0 in a step without signal.
+        policy_denominator: the divisor of the policy's loss; 0 in a step without signal.
     """
     if not solutions:
         return []
-    own = sum(each.count for each in solutions)
-    scale = coefficient * (policy_count or own) / own
+    own = sum(each.loss_denominator for each in solutions)
+    scale = coefficient * (policy_denominator or own) / own
     return [
         Solutions(
             replace(each.batch, weights=each.batch.weights * scale),
-            0.0 if policy_count else each.count,
+            0.0 if policy_denominator else each.loss_denominator,
         )
         for each in solutions
     ]

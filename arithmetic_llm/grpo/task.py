@@ -27,14 +27,14 @@ from arithmetic_llm.grpo.loss import (
     grpo_loss,
     token_logprobs,
 )
-from arithmetic_llm.grpo.monitor import Monitor, validation_figures
+from arithmetic_llm.grpo.monitor import Monitor, validation_metrics
 from arithmetic_llm.grpo.policy import as_in_training, policy_logprobs
 from arithmetic_llm.grpo.prompts import PromptSource
 from arithmetic_llm.grpo.reference import Reference
 from arithmetic_llm.grpo.rewards import parse_rewards
 from arithmetic_llm.grpo.rollout import Rollout, is_dead, roll_out
 from arithmetic_llm.grpo.solutions import Solutions, as_replay, tokenised_solutions
-from arithmetic_llm.model.decode import GREEDY, Sampling, evaluating
+from arithmetic_llm.model.decode import GREEDY, SamplingParams, evaluating
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.training.batches import micro_batches
@@ -50,7 +50,7 @@ class GRPOTask:
         validation: held-out expressions to judge the policy by.
     """
 
-    judges_start = True  # what a run adds shows only beside what it began with
+    validates_start = True  # what a run adds shows only beside what it began with
 
     def __init__(
         self,
@@ -121,13 +121,13 @@ class GRPOTask:
         """A group of sampled completions for each prompt."""
         return self._roll_out(prompts, self.config.num_candidates, self._sampling(step, round_))
 
-    def _sampling(self, step: int, round_: int) -> Sampling:
+    def _sampling(self, step: int, round_: int) -> SamplingParams:
         """Sampling as the config says, with random numbers of its own for each round."""
         config, seed = self.config, derived_seed(self.config.seed, step, round_)
-        return Sampling(config.temperature, config.top_k, config.top_p, seed)
+        return SamplingParams(config.temperature, config.top_k, config.top_p, seed)
 
     def _roll_out(
-        self, expressions: Sequence[str], copies: int, sampling: Sampling
+        self, expressions: Sequence[str], copies: int, sampling: SamplingParams
     ) -> list[list[Rollout]]:
         """A group of rewarded completions for each expression."""
         return roll_out(
@@ -211,15 +211,15 @@ class GRPOTask:
         samples = tokenised_solutions(expressions, self.tokenizer, context)
         self.monitor.noted["solutions_dropped"] = len(samples.dropped)
         batches = [samples.batch(part) for part in self._parts(samples.lengths)]
-        return [Solutions(batch, batch.count) for batch in batches]
+        return [Solutions(batch, batch.loss_denominator) for batch in batches]
 
     def _replay(self, step: int, batches: list[EpisodeBatch]) -> list[Solutions]:
         """Right solutions of new prompts; they add ``sft_replay_coef`` times their mean loss."""
         if not self.config.sft_replay_coef:
             return []
         prompts = self.source.others(self.source.prompts_per_step, step, REPLAY, adaptive=False)
-        policy_count = sum(batch.count for batch in batches)
-        return as_replay(self._solutions(prompts), self.config.sft_replay_coef, policy_count)
+        policy_denominator = sum(batch.loss_denominator for batch in batches)
+        return as_replay(self._solutions(prompts), self.config.sft_replay_coef, policy_denominator)
 
     # -- the rest of the loop's protocol, and the check of the first step
 
@@ -230,18 +230,18 @@ class GRPOTask:
         found = check_start(self.model, self.reference, batches, temperature, self.precision)
         print(found, file=sys.stderr)
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The log line of the last step."""
-        return self.monitor.figures()
+        return self.monitor.metrics()
 
-    def evaluate(self, model: ArithmeticModel) -> dict[str, float]:
+    def validate(self, model: ArithmeticModel) -> dict[str, float]:
         """Greedy on held-out prompts: reward, exact match, and exact match at each depth."""
         groups = self._roll_out(self.validation, 1, GREEDY)
-        return validation_figures([*chain(*groups)])
+        return validation_metrics([*chain(*groups)])
 
-    def badness(self, figures: dict[str, float]) -> float:
+    def selection_loss(self, metrics: dict[str, float]) -> float:
         """The less, the higher the validation reward."""
-        return -figures["eval_reward"]
+        return -metrics["eval_reward"]
 
     def work(self, step: int) -> float:
         """Steps: how long a rollout will take is not known beforehand."""

@@ -5,31 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import reprlib
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from arithmetic_llm.cli import build
 from arithmetic_llm.config import ModelConfig
+from arithmetic_llm.corpus.coverage import Coverage, from_dict, to_dict
 from arithmetic_llm.model.lora import adapter_weights
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
-from arithmetic_llm.runtime import UserError, atomic_write, require_file
+from arithmetic_llm.runtime import UserError, atomic_write, checked, reason, require_file
 
 FORMAT = "arithmetic_llm checkpoint 1"
-
-TRAINED_ON = {  # the form of corpus.coverage.Coverage.as_dict
-    "styles": dict[str, int],
-    "depths": list[int],
-    "flat_terms": list[int],
-    "num_range": tuple[int, int],
-    "splits": dict[str, int],
-}
 
 
 @dataclass
@@ -39,7 +31,7 @@ class Checkpoint:
     model: ArithmeticModel
     tokenizer: ArithmeticTokenizer
     stage: str  # "foundational", "instruction", ...
-    trained_on: dict[str, Any]  # of the form `TRAINED_ON`; empty if nothing is known
+    trained_on: Coverage | None = None  # None if nothing is known
     step: int = 0
     training: dict[str, Any] = field(default_factory=dict)  # what --resume needs; else empty
     adapter: dict[str, Any] | None = None  # of a model with LoRA: its config and its base
@@ -53,7 +45,7 @@ class CheckpointData:
     weights: dict[str, Tensor]  # the whole model's; an adapter's alone if there is one
     tokenizer: ArithmeticTokenizer
     stage: str
-    trained_on: dict[str, Any]
+    trained_on: Coverage | None
     step: int
     training: dict[str, Any]
     adapter: dict[str, Any] | None  # config, base_hash and base_path; None of a whole model
@@ -78,7 +70,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         "weights": {name: tensor.detach().cpu() for name, tensor in weights.items()},
         "tokenizer": tokenizer.serialized,
         "tokenizer_hash": tokenizer.hash,
-        "trained_on": checkpoint.trained_on,
+        "trained_on": to_dict(checkpoint.trained_on),
         "training": checkpoint.training,
         "adapter": checkpoint.adapter,
     }
@@ -170,46 +162,13 @@ def description(said: Any) -> dict[str, Any]:
     stage, step = checked(str, said["stage"], "stage"), checked(int, said["step"], "step")
     if step < 0:
         raise ValueError(f"step is {step}")
-    trained_on = checked(dict, said["trained_on"], "trained_on")
-    for key, form in TRAINED_ON.items() if trained_on else ():
-        checked(form, trained_on[key], f"trained_on {key}")
+    trained_on = from_dict(checked(dict, said["trained_on"], "trained_on"))
     return {"stage": stage, "step": step, "trained_on": trained_on}
-
-
-# --------------------------------------------------------------- checks that other files share
-
-
-def checked(form: Any, value: Any, name: str) -> Any:
-    """The value, if it is of a form: a type, ``list[T]``, ``dict[K, V]`` or ``tuple[T, T]``.
-
-    A float may be whole; a bool is no number; a list of as many values will do for a tuple.
-
-    Raises:
-        ValueError: it is of another one; the message has the name.
-    """
-    kind, parts = get_origin(form) or form, get_args(form)
-    kinds = {float: (float, int), list: (list, tuple), tuple: (list, tuple)}.get(kind, kind)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name} is {reprlib.repr(value)}, not of type {kind.__name__}")
-    if kind is tuple and len(value) != len(parts):
-        raise ValueError(f"{name} is {reprlib.repr(value)}, not {len(parts)} values")
-    columns = (value, value.values()) if kind is dict else zip(value) if kind is tuple else (value,)
-    for part, column in zip(parts, columns, strict=False):  # a bare type has no parts
-        for item in column:
-            checked(part, item, name)
-    return value
 
 
 def damaged(path: str | Path, error: BaseException) -> UserError:
     """Refusal of a checkpoint file that does not hold what it should."""
     return UserError(f"{path}: damaged checkpoint ({reason(error)}); use another")
-
-
-def reason(error: BaseException) -> str:
-    """Reason that an error gives, in one line."""
-    if isinstance(error, KeyError):
-        return f"{error.args[0]} is missing"
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # ------------------------------------------------------------------------- identity of weights

@@ -17,7 +17,7 @@ from arithmetic_llm.model.transformer import ArithmeticModel, KVCache
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the next token is chosen; the default is greedy."""
 
     temperature: float = 0.0  # 0 = greedy
@@ -35,7 +35,7 @@ class Sampling:
         return not self.greedy and (self.top_k > 0 or self.top_p < 1.0)
 
 
-GREEDY = Sampling()
+GREEDY = SamplingParams()
 COMPACT_AT = 1 / 8  # share of finished rows from which copying the cache without them pays
 GUESSED, LOOKED_UP = 48, 8  # most tokens of a draft: a guess may be right to its end
 LONGEST_MATCH = 4  # tokens; longer matches draft no better in traces of depth 4
@@ -77,7 +77,7 @@ def generate(
     model: ArithmeticModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    sampling: Sampling = GREEDY,
+    sampling: SamplingParams = GREEDY,
     batch_size: int = 64,
     on_done: Callable[[int, Completion], None] = lambda row, completion: None,
     guesses: Sequence[Sequence[int]] | None = None,
@@ -115,7 +115,7 @@ def decode(
     model: ArithmeticModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    sampling: Sampling = GREEDY,
+    sampling: SamplingParams = GREEDY,
     row_ids: Sequence[int] | None = None,
     guesses: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Emission]:
@@ -313,7 +313,7 @@ def _forward(model: ArithmeticModel, ids: Tensor, cache: KVCache) -> Tensor:
     return model.lm_head(model.hidden_states(ids.to(model.device), cache, nothing)).float()
 
 
-def _uniforms(sampling: Sampling, rows: Sequence[int], steps: int) -> Tensor:
+def _uniforms(sampling: SamplingParams, rows: Sequence[int], steps: int) -> Tensor:
     """(rows, steps) numbers in [0, 1): row i's depend on the seed and on i alone."""
     if sampling.greedy:
         return torch.zeros(1, 1).expand(len(rows), steps)
@@ -330,7 +330,7 @@ class Choice(NamedTuple):
     support: Tensor | None  # (B, T, vocabulary)
 
 
-def _choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Choice:
+def _choose(logits: Tensor, sampling: SamplingParams, uniform: Tensor) -> Choice:
     """Choose by ``logits`` (B, T, vocabulary) and, unless greedy, random numbers (B, T)."""
     best = logits.topk(2, dim=-1).values
     logprobs = truncated_logprobs(logits, sampling)
@@ -346,7 +346,7 @@ def _choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Choice:
     return Choice(tokens, chosen, best[..., 0] - best[..., 1], support)
 
 
-def truncated_logprobs(logits: Tensor, sampling: Sampling) -> Tensor:
+def truncated_logprobs(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """Log-probabilities of the distribution that tokens are drawn from.
 
     Temperature first, then top-k, then the nucleus (Holtzman et al., 2020): the likeliest tokens

@@ -99,7 +99,7 @@ def _from_peft(data: PeftData, folder: Path, base: str | Path) -> Checkpoint:
 
     Stage, step, model config and ``trained_on`` are those of the adapter's training. A folder that
     PEFT itself wrote tells none of them: its stage is ``adapter``, its step 0, its config the
-    base's, and ``trained_on`` is empty, which means unknown. The base's ``trained_on`` would call
+    base's, and ``trained_on`` is None, which means unknown. The base's ``trained_on`` would call
     problems unseen that the adapter may have been trained on.
     """
     start = _base_of_peft(data, folder, base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,17 @@ from torch import Tensor
 
 from arithmetic_llm.cli import build, read_json
 from arithmetic_llm.config import LoRAConfig, ModelConfig
-from arithmetic_llm.model.checkpoint import CheckpointData, checked, description, reason
+from arithmetic_llm.corpus.coverage import Coverage, to_dict
+from arithmetic_llm.model.checkpoint import CheckpointData, description
 from arithmetic_llm.model.lora import target_names
-from arithmetic_llm.runtime import UserError, atomic_write, atomic_write_text, require_file
+from arithmetic_llm.runtime import (
+    UserError,
+    atomic_write,
+    atomic_write_text,
+    checked,
+    reason,
+    require_file,
+)
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
@@ -68,7 +76,7 @@ class PeftData:
     model_config: ModelConfig | None = None  # the shape in training; None = the base's
     stage: str = "adapter"
     step: int = 0
-    trained_on: dict[str, Any] = field(default_factory=dict)
+    trained_on: Coverage | None = None
 
 
 def is_peft_folder(path: str | Path) -> bool:
@@ -98,7 +106,7 @@ def _metadata(data: CheckpointData) -> dict[str, str]:
     training = {
         "stage": data.stage,
         "step": data.step,
-        "trained_on": data.trained_on,
+        "trained_on": to_dict(data.trained_on),
         "model_config": dataclasses.asdict(data.config),  # the base's context may be another
     }
     return {

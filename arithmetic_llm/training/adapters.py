@@ -17,7 +17,6 @@ from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.lora import add_lora, lora_config, without_adapter
 from arithmetic_llm.model.peft import save_peft
 from arithmetic_llm.runtime import atomic_write
-from arithmetic_llm.training.run import Run
 
 BASE_MODEL = "base_model.pt"
 
@@ -32,12 +31,12 @@ def with_adapter(checkpoint: Checkpoint, config: LoRAConfig, base_path: str) -> 
     return replace(checkpoint, model=add_lora(checkpoint.model, config), adapter=adapter)
 
 
-def keep_base(run: Run) -> None:
-    """Write ``base_model.pt`` into the run's folder if the base is in no file of its own.
+def keep_base(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write ``base_model.pt`` into a run's folder if the base is in no file of its own.
 
     A run that starts from an adapter has such a base: the merged model.
     """
-    checkpoint, path = run.checkpoint, run.folder / BASE_MODEL
+    path = folder / BASE_MODEL
     start = Path(checkpoint.adapter["base_path"])
     if start.is_file() and read_checkpoint(start).adapter is None:
         return
@@ -47,12 +46,12 @@ def keep_base(run: Run) -> None:
     checkpoint.adapter["base_path"] = str(path)
 
 
-def save_adapter_files(run: Run, config: AdapterFilesConfig) -> None:
+def save_adapter_files(folder: Path, config: AdapterFilesConfig) -> None:
     """Write ``lora_adapter.pt`` of a run's best model, and what else ``config`` asks for."""
-    best = run.folder / "best_model.pt"
-    with atomic_write(run.folder / "lora_adapter.pt") as file:
+    best = folder / "best_model.pt"
+    with atomic_write(folder / "lora_adapter.pt") as file:
         file.write(best.read_bytes())
     if config.save_merged_model:
-        save_checkpoint(run.folder / "merged_model.pt", load_model(best))
+        save_checkpoint(folder / "merged_model.pt", load_model(best))
     if config.save_peft_adapter:
-        save_peft(run.folder / "peft_adapter", read_checkpoint(best))
+        save_peft(folder / "peft_adapter", read_checkpoint(best))

@@ -48,7 +48,7 @@ class Batch:
         return self.input_ids.numel()
 
     @property
-    def count(self) -> float:
+    def loss_denominator(self) -> float:
         """Sum of the weights: what the summed loss is divided by."""
         return float(self.weights.sum())
 

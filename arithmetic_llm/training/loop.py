@@ -25,6 +25,7 @@ from torch import Tensor
 from arithmetic_llm.folders import FINISHED
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import Progress, UserError, autocast, readable_seconds
+from arithmetic_llm.training.adapters import save_adapter_files
 from arithmetic_llm.training.optim import learning_rate_factor, learning_rates
 from arithmetic_llm.training.run import MetricsLog, Run
 
@@ -35,7 +36,7 @@ class MicroBatch(Protocol):
     """Some sequences that a gradient is computed for at one time."""
 
     tokens: int  # positions that the model reads, padding included
-    count: float  # what the loss is divided by, once, over all micro-batches of an update
+    loss_denominator: float  # the summed loss is divided once by that of all micro-batches
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
@@ -46,7 +47,7 @@ class Task(Protocol):
 
     total_steps: int
     steps_per_epoch: int
-    judges_start: bool  # is the model evaluated before the first step, too
+    validates_start: bool  # is the model evaluated before the first step, too
 
     def updates(self, step: int) -> Iterable[list[MicroBatch]]:
         """The optimizer updates of a step (mostly one), each as its micro-batches."""
@@ -57,16 +58,16 @@ class Task(Protocol):
     def work(self, step: int) -> float:
         """Work done before ``step``, in any unit; what the time estimate rests on."""
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What the last step has to tell beside its loss.
 
         The metrics stream has the mean of each figure over the steps that tell it.
         """
 
-    def evaluate(self, model: ArithmeticModel) -> dict[str, float]:
+    def validate(self, model: ArithmeticModel) -> dict[str, float]:
         """Figures on held-out data."""
 
-    def badness(self, figures: dict[str, float]) -> float:
+    def selection_loss(self, metrics: dict[str, float]) -> float:
         """What of those figures decides the best model; lower is better."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,8 +99,8 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
     bar = Progress(task.total_steps, run.checkpoint.stage, "step", run.step)
     run.model.train()
     with bar, on_ctrl_c() as stop:
-        if task.judges_start and run.step == 0:
-            evaluate(run, task, log, bar)
+        if task.validates_start and run.step == 0:
+            validate(run, task, log, bar)
         meter = Meter(run, task)
         while run.step < task.total_steps:
             step = train_step(run, task)
@@ -110,7 +111,7 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
             if run.step % config.log_every == 0 or epoch_ends:
                 log.append(**meter.line())
             if run.step % config.eval_every == 0 or last:
-                evaluate(run, task, log, bar)
+                validate(run, task, log, bar)
             if run.step % config.save_every == 0 and not last:
                 run.save_step()
             if stop.is_set():
@@ -162,7 +163,7 @@ def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) 
     Raises:
         UserError: loss or gradient is not finite; the weights are as they were.
     """
-    total = sum(batch.count for batch in micro_batches)
+    total = sum(batch.loss_denominator for batch in micro_batches)
     run.optimizer.zero_grad(set_to_none=True)
     loss_sum = 0.0
     for batch in micro_batches:
@@ -236,20 +237,20 @@ def should_move(parameter: Tensor, before: Tensor, rate: float) -> bool:
     return bool((felt & shows).any())
 
 
-def evaluate(run: Run, task: Task, log: MetricsLog, bar: Progress) -> None:
+def validate(run: Run, task: Task, log: MetricsLog, bar: Progress) -> None:
     """Judge the model on held-out data; keep it as ``best_model.pt`` if it is the best so far."""
     run.model.eval()
     with torch.no_grad():
-        figures = task.evaluate(run.model)
-    if math.isnan(task.badness(figures)):
+        metrics = task.validate(run.model)
+    if math.isnan(task.selection_loss(metrics)):
         flags = run.config.rate_flags
         raise UserError(f"the held-out loss is nan at step {run.step}; lower {flags}")
     run.model.train()
-    log.append(step=run.step, **figures)
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    log.append(step=run.step, **metrics)
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     bar.note(f"step {run.step}: {shown}")
-    if task.badness(figures) < run.best:
-        run.best = task.badness(figures)
+    if task.selection_loss(metrics) < run.best:
+        run.best = task.selection_loss(metrics)
         run.save("best_model.pt")
 
 
@@ -264,6 +265,8 @@ def finish(
     if not (run.folder / "best_model.pt").exists():  # no figure was finite
         run.save("best_model.pt")
     run.save("final_model.pt")
+    if run.checkpoint.adapter:
+        save_adapter_files(run.folder, run.config)
     if more_files:
         more_files(run)
     lines = log.read()
@@ -285,7 +288,7 @@ def finish(
 
 def best_line(evaluations: list[dict[str, Any]], task: Task) -> dict[str, Any]:
     """The evaluation that ``best_model.pt`` comes from: the first of the least bad ones."""
-    return min(evaluations, key=task.badness)
+    return min(evaluations, key=task.selection_loss)
 
 
 def epoch_log(lines: list[dict[str, Any]], steps_per_epoch: int) -> list[dict[str, Any]]:
@@ -321,7 +324,7 @@ class Meter:
 
     def _open_window(self) -> None:
         self.window: list[StepResult] = []
-        self.figures: list[dict[str, float]] = []
+        self.metrics: list[dict[str, float]] = []
         self.window_start = time.monotonic()
 
     @property
@@ -334,16 +337,16 @@ class Meter:
 
     def add(self, step: StepResult, bar: Progress) -> None:
         """Count a step and show it."""
-        figures = self.task.figures()
+        metrics = self.task.metrics()
         self.window.append(step)
-        self.figures.append(figures)
+        self.metrics.append(metrics)
         self.tokens += step.tokens
         self.steps += 1
         if self.steps == min(self.ESTIMATE_AFTER_STEPS, self.task.total_steps):
             speed = f"{self.tokens_per_second:,.0f} tokens/s"
             left = readable_seconds(self.seconds_left())
             bar.note(f"expected time for this run: about {left} more at {speed}")
-        shown = {name: f"{figures[name]:.3f}" for name in SHOWN if name in figures}
+        shown = {name: f"{metrics[name]:.3f}" for name in SHOWN if name in metrics}
         speed = f"{self.tokens_per_second:,.0f}"
         bar.update(1, loss=f"{step.loss:.3f}", **shown, tokens_per_s=speed)
 
@@ -364,16 +367,16 @@ class Meter:
             **self.window[-1].rates,
             **({"grad_norm": norms[-1]} if norms else {}),
             "tokens_per_second": round(sum(s.tokens for s in self.window) / max(seconds, 1e-9)),
-            **means(self.figures),
+            **means(self.metrics),
         }
         self._open_window()
         return line
 
 
-def means(figures: Iterable[dict[str, float]]) -> dict[str, float]:
+def means(metrics: Iterable[dict[str, float]]) -> dict[str, float]:
     """The mean of each figure over those that have it."""
     values = defaultdict(list)
-    for each in figures:
+    for each in metrics:
         for name, value in each.items():
             values[name].append(value)
     return {name: fmean(column) for name, column in values.items()}

@@ -18,9 +18,7 @@ from arithmetic_llm.folders import FINISHED, new_run_folder, step_checkpoints
 from arithmetic_llm.model.checkpoint import (
     Checkpoint,
     CheckpointData,
-    checked,
     read_checkpoint,
-    reason,
     save_checkpoint,
 )
 from arithmetic_llm.model.load import load_weights
@@ -28,9 +26,12 @@ from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import (
     UserError,
     atomic_write_text,
+    checked,
+    reason,
     resolve_precision,
     versions,
 )
+from arithmetic_llm.training.adapters import keep_base
 from arithmetic_llm.training.optim import MuonAdamW, build_optimizer
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
@@ -169,34 +170,42 @@ def _layout(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v if k == "params" else type(v) for k, v in group.items()} for group in groups]
 
 
-def open_run(config: RunConfig, checkpoint: Checkpoint, **sources: str) -> Run:
+def open_run(config: RunConfig, checkpoint: Checkpoint, **hashes: str) -> Run:
     """A new run, or the one that ``config.resume`` names.
 
     Args:
-        sources: hashes and the like of what the run learns from; must be the same on resuming.
+        hashes: of what the run learns from; they must be the same on resuming.
 
     Raises:
         UserError: the run to resume is finished, or learned from something else.
     """
-    if not config.resume:
-        return start_run(
-            new_run_folder(config.output_dir, checkpoint.stage), config, checkpoint, sources
-        )
-    folder = Path(config.resume)
+    if config.resume:
+        _check_unfinished(Path(config.resume), config, checkpoint, hashes)
+        run = continue_run(Path(config.resume), config, checkpoint)
+    else:
+        folder = new_run_folder(config.output_dir, checkpoint.stage)
+        run = start_run(folder, config, checkpoint, hashes)
+    if checkpoint.adapter:
+        keep_base(run.folder, checkpoint)
+    return run
+
+
+def _check_unfinished(
+    folder: Path, config: RunConfig, checkpoint: Checkpoint, hashes: dict[str, str]
+) -> None:
     if (folder / FINISHED).exists():
         raise UserError(
             f"{folder}: is finished; start a new run with "
             f"{config.START_FLAG} {folder / 'final_model.pt'}"
         )
     before = read_json(folder / "run.json")
-    for name, value in {**sources, "tokenizer_hash": checkpoint.tokenizer.hash}.items():
+    for name, value in {**hashes, "tokenizer_hash": checkpoint.tokenizer.hash}.items():
         if before.get(name) != value:
             raise UserError(f"{folder}: its {name} has changed since; restore that, or start anew")
-    return continue_run(folder, config, checkpoint)
 
 
 def start_run(
-    folder: Path, config: RunConfig, checkpoint: Checkpoint, sources: dict[str, str]
+    folder: Path, config: RunConfig, checkpoint: Checkpoint, hashes: dict[str, str]
 ) -> Run:
     """A run at step 0, with ``run.json`` and the configs written."""
     run = Run(folder, config, checkpoint, build_optimizer(checkpoint.model, config))
@@ -213,7 +222,7 @@ def start_run(
             "parameters": run.model.parameter_count(),
             "tokenizer_hash": checkpoint.tokenizer.hash,
             "versions": versions(),
-            **sources,
+            **hashes,
         },
     )
     # Last: a folder that --resume can read its settings from has all the rest, too.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,28 +14,23 @@ from torch import Tensor
 from arithmetic_llm.config import (
     FoundationalConfig,
     InstructionConfig,
+    LoRAConfig,
     LoRAInstructionConfig,
     ModelConfig,
     TrainingConfig,
 )
-from arithmetic_llm.corpus.coverage import Coverage, coverage, merge
+from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.corpus.files import read_corpus
 from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.folders import resolve_paths
-from arithmetic_llm.model.checkpoint import Checkpoint, weights_hash
-from arithmetic_llm.model.load import check_tokenizer, load_model
 from arithmetic_llm.model.lora import parameter_summary
-from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
-from arithmetic_llm.model.transformer import ArithmeticModel, initialise
+from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import (
     UserError,
     prepare_training,
-    resolve_device,
-    sha256_file,
 )
 from arithmetic_llm.task.expression import ExpressionError, parse
-from arithmetic_llm.training.adapters import keep_base, save_adapter_files, with_adapter
 from arithmetic_llm.training.batches import (
     Batch,
     LossWeights,
@@ -47,6 +40,7 @@ from arithmetic_llm.training.batches import (
 )
 from arithmetic_llm.training.loop import fit
 from arithmetic_llm.training.run import Run, open_run
+from arithmetic_llm.training.start import Beginning, Sources, begin
 
 MORE_ROOM = "raise --max-seq-length, or make a corpus of shallower problems"
 
@@ -58,7 +52,7 @@ class SupervisedTask:
         model: what is trained; its shape decides how batches are cut to fit into memory.
     """
 
-    judges_start = False  # it is random weights, or the stage before has told
+    validates_start = False  # it is random weights, or the stage before has told
 
     def __init__(
         self,
@@ -92,7 +86,7 @@ class SupervisedTask:
     def loss(self, model: ArithmeticModel, batch: Batch) -> Tensor:
         return summed_cross_entropy(*counted_logits(model, batch))
 
-    def evaluate(self, model: ArithmeticModel) -> dict[str, float]:
+    def validate(self, model: ArithmeticModel) -> dict[str, float]:
         """Figures on the held-out samples.
 
         ``eval_loss`` is in nats per solution token. ``eval_exact`` is the share of samples whose
@@ -120,10 +114,10 @@ class SupervisedTask:
         parts = micro_batches(samples.lengths, indices, shape, device, least)
         return [samples.batch(part) for part in parts]
 
-    def badness(self, figures: dict[str, float]) -> float:
-        return figures["eval_loss"]
+    def selection_loss(self, metrics: dict[str, float]) -> float:
+        return metrics["eval_loss"]
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {}
 
     def state_dict(self) -> dict[str, float]:
@@ -151,94 +145,59 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Te
 def train_foundational(config: FoundationalConfig, shape: ModelConfig) -> Path:
     """Train a model from random weights, or from ``init_from``'s; returns the run folder."""
     config = resolve_paths(config)
+    sources = Sources(config.tokenizer_path, config.corpus_path, config.init_from)
     loss = LossWeights(config.prompt_loss_weight, config.result_loss_weight)
-    return _train("foundational", config, config.corpus_path, config.init_from, shape, loss)
+    return _train("foundational", config, sources, loss, shape=shape)
 
 
 def train_instruction(config: InstructionConfig) -> Path:
     """Fine-tune a foundational model on the tokens after ``<think>``; returns the run folder."""
-    config = resolve_paths(config)
-    start = config.init_from or config.foundational_checkpoint
-    loss = LossWeights(0.0, config.result_loss_weight)
-    return _train("instruction", config, config.instruction_corpus_path, start, None, loss)
+    return _tune("instruction", config)
 
 
 def train_instruction_lora(config: LoRAInstructionConfig) -> Path:
     """Fine-tune a low-rank adapter on a frozen model; returns the run folder."""
+    return _tune("instruction_lora", config, lora=config)
+
+
+def _tune(stage: str, config: InstructionConfig, lora: LoRAConfig | None = None) -> Path:
     config = resolve_paths(config)
     start = config.init_from or config.foundational_checkpoint
+    sources = Sources(config.tokenizer_path, config.instruction_corpus_path, start)
     loss = LossWeights(0.0, config.result_loss_weight)
-    corpus_path = config.instruction_corpus_path
-    return _train("instruction_lora", config, corpus_path, start, None, loss, config)
+    return _train(stage, config, sources, loss, lora=lora)
 
 
 def _train(
     stage: str,
     config: TrainingConfig,
-    corpus_path: str,
-    start: str,
-    shape: ModelConfig | None,
+    sources: Sources,
     loss: LossWeights,
-    lora: LoRAInstructionConfig | None = None,
+    shape: ModelConfig | None = None,
+    lora: LoRAConfig | None = None,
 ) -> Path:
-    """Load and check everything first; only then make the run folder, and train."""
     prepare_training(config.threads, config.seed)
-    tokenizer = ArithmeticTokenizer.load(config.tokenizer_path)
-    covered = coverage(corpus_path)
-    checkpoint = _starting_point(stage, config, start, shape, tokenizer, covered)
-    sources = {"corpus_sha256": sha256_file(corpus_path)}
-    if start:
-        sources["start_hash"] = weights_hash(checkpoint.model)
-    if lora:
-        checkpoint = with_adapter(checkpoint, lora, start)
-    task = _task(config, corpus_path, covered, checkpoint, loss)
-    run = open_run(config, checkpoint, **sources)
-    if lora:
-        keep_base(run)
+    beginning = begin(stage, config, sources, shape=shape, lora=lora)
+    task = _task(config, sources.corpus, beginning, loss)
+    run = open_run(config, beginning.checkpoint, **beginning.hashes)
     _describe(run, task)
-    summary = fit(run, task, partial(save_adapter_files, config=lora) if lora else None)
+    summary = fit(run, task)
     print(f"done: best eval loss {summary['best']['eval_loss']:.4g}; models in {run.folder}")
     return run.folder
 
 
-def _starting_point(
-    stage: str,
-    config: TrainingConfig,
-    start: str,
-    shape: ModelConfig | None,
-    tokenizer: ArithmeticTokenizer,
-    covered: Coverage,
-) -> Checkpoint:
-    """The untrained model, or the one to go on from with what it has seen."""
-    seen = covered.as_dict()
-    if start:
-        base = load_model(start)
-        check_tokenizer(base, config.tokenizer_path, start)
-        model, seen = base.model, merge(base.trained_on, seen)
-        if context := getattr(config, "max_seq_length", 0):
-            model.config = replace(model.config, max_seq_length=context)
-    else:
-        model = initialise(ArithmeticModel(shape, tokenizer.vocab_size))
-    model.to(resolve_device(config.device))
-    return Checkpoint(model, tokenizer, stage, seen)
-
-
 def _task(
-    config: TrainingConfig,
-    corpus_path: str,
-    covered: Coverage,
-    checkpoint: Checkpoint,
-    loss: LossWeights,
+    config: TrainingConfig, corpus_path: str, beginning: Beginning, loss: LossWeights
 ) -> SupervisedTask:
-    tokenizer, context = checkpoint.tokenizer, checkpoint.model.config.max_seq_length
-    warn_of_other_splits(covered, corpus_path)
+    model, tokenizer = beginning.checkpoint.model, beginning.checkpoint.tokenizer
+    context = model.config.max_seq_length
     train = TokenisedSamples(read_corpus(corpus_path), tokenizer, context, loss)
     _report_dropped(train, f"samples of {corpus_path}", context, "left out")
-    records = _held_out_records(covered, config)
+    records = _held_out_records(beginning.covered, config)
     held_out = TokenisedSamples(records, tokenizer, context, LossWeights(0.0, 1.0))
     counted = "left out of eval_loss and wrong in eval_exact"
     _report_dropped(held_out, "held-out samples", context, counted)
-    return SupervisedTask(train, held_out, config, checkpoint.model)
+    return SupervisedTask(train, held_out, config, model)
 
 
 def _held_out_records(covered: Coverage, config: TrainingConfig) -> list[Record]:
@@ -246,16 +205,6 @@ def _held_out_records(covered: Coverage, config: TrainingConfig) -> list[Record]
     spec = covered.held_out_spec()
     samples = distinct_samples(spec, config.eval_samples, config.seed, "validation")
     return [sample.record for sample in samples]
-
-
-def warn_of_other_splits(covered: Coverage, corpus_path: str) -> None:
-    """Say so if a corpus to train on holds problems that are kept for judging."""
-    for split in ("validation", "test"):
-        if count := covered.splits.get(split):
-            print(
-                f"warning: {count} samples of {corpus_path} belong to the {split} split, so "
-                "held-out figures will flatter this model; make the corpus with --split train"
-            )
 
 
 def _report_dropped(samples: TokenisedSamples, name: str, context: int, so: str) -> None:
