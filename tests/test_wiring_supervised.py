@@ -23,7 +23,8 @@ from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.lora import adapter_weights
 from arithmetic_llm.model.tokenizer import BOS, EOS, ArithmeticTokenizer
 from arithmetic_llm.task.problem import split_of
-from arithmetic_llm.training import optim, start, supervised
+from arithmetic_llm.training import optim, supervised
+from arithmetic_llm.training import start as beginning
 from arithmetic_llm.training.batches import plan_epoch
 from arithmetic_llm.training.optim import MuonAdamW
 from arithmetic_llm.training.supervised import SupervisedTask
@@ -267,7 +268,7 @@ def fresh(monkeypatch):
         weights.update({n: w.clone() for n, w in adapter_weights(checkpoint.model).items()})
         return checkpoint
 
-    monkeypatch.setattr(start, "with_adapter", keep)
+    monkeypatch.setattr(beginning, "with_adapter", keep)
     return weights
 
 
@@ -562,7 +563,7 @@ def test_a_frozen_weight_that_moves_ends_the_run(world, tmp_path, monkeypatch):
     def push(before):
         models[0].lm_head.weight[0, 0] += 1e-3
 
-    monkeypatch.setattr(start, "with_adapter", keep)
+    monkeypatch.setattr(beginning, "with_adapter", keep)
     taking_steps(monkeypatch, push)
     with pytest.raises(RuntimeError, match=r"frozen weights have moved: \['lm_head.weight'\]"):
         start(world, "lora", tmp_path)
