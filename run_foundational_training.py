@@ -4,8 +4,9 @@
         --tokenizer-path data/tokenizer
 """
 
-from arithmetic_llm.cli import parse_run, run_main
+from arithmetic_llm.cli import run_main
 from arithmetic_llm.config import FoundationalConfig, ModelConfig
+from arithmetic_llm.folders import parse_run
 
 
 def main(argv=None):

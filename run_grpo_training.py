@@ -5,8 +5,9 @@
         --data-mode generated --num-samples 1024 --num-candidates 8 --batch-size 16
 """
 
-from arithmetic_llm.cli import parse_run, run_main
+from arithmetic_llm.cli import run_main
 from arithmetic_llm.config import GRPOConfig
+from arithmetic_llm.folders import parse_run
 
 
 def main(argv=None):

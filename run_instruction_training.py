@@ -5,8 +5,9 @@
         --foundational-checkpoint models/foundational_YYYYMMDD_HHMMSS/best_model.pt
 """
 
-from arithmetic_llm.cli import parse_run, run_main
+from arithmetic_llm.cli import run_main
 from arithmetic_llm.config import InstructionConfig
+from arithmetic_llm.folders import parse_run
 
 
 def main(argv=None):

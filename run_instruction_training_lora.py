@@ -6,8 +6,9 @@
         --lora-rank 8 --lora-alpha 16 --lora-target-modules attention --save-merged-model
 """
 
-from arithmetic_llm.cli import parse_run, run_main
+from arithmetic_llm.cli import run_main
 from arithmetic_llm.config import LoRAInstructionConfig
+from arithmetic_llm.folders import parse_run
 
 
 def main(argv=None):

@@ -17,7 +17,7 @@ import sys
 import types
 import typing
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -80,9 +80,15 @@ def parse(config_class: type[Config], argv: Sequence[str] | None, description: s
 
 
 def parse_many(
-    sections: dict[str, type], argv: Sequence[str] | None, description: str
+    sections: dict[str, type],
+    argv: Sequence[str] | None,
+    description: str,
+    is_lenient: Callable[[str], bool] = lambda file: False,
 ) -> tuple[Any, ...]:
     """One instance of each config class; section ``model_config`` reads ``--model-config FILE``.
+
+    Args:
+        is_lenient: whether values of a file that can have no effect give way without being refused.
 
     Raises:
         UserError: unknown flag or key, wrong type, value out of bounds, missing required value, a
@@ -94,42 +100,8 @@ def parse_many(
         file = given.get(name, "")
         flags = {key: given[key] for key in _names(cls) if key in given}
         settings |= settings_of(cls, read_json(file) if name in given else {}, flags, file)
-    settings = without_void(settings)
+    settings = without_void(settings, is_lenient)
     return tuple(construct(cls, settings) for cls in sections.values())
-
-
-def parse_run(
-    sections: dict[str, type], argv: Sequence[str] | None, description: str
-) -> tuple[Any, ...]:
-    """Like `parse_many` for a training stage, where ``--resume RUN`` brings the run's own settings.
-
-    A flag that says otherwise than the run did is refused: a resumed run is the same run.
-    """
-    given = read_flags(sections, argv, description)
-    folder = given.pop("resume", "")
-    if not folder:
-        configs = parse_many(sections, argv, description)
-        if configs[0].resume:
-            raise UserError("resume: belongs on the command line, --resume RUN, not into a file")
-        return configs
-    for name in sections:
-        if name in given:
-            raise UserError(
-                f"{flag_of(name)}: {folder} has its own settings; leave it out with --resume"
-            )
-    files = {"config": "training_config.json", "model_config": "model_config.json"}
-    configs = []
-    for name, cls in sections.items():
-        saved = build(cls, read_json(Path(folder) / files[name]), {})
-        for key in _names(cls):
-            if key in given and _typed(key, given[key], _hints(cls)[key]) != getattr(saved, key):
-                raise UserError(
-                    f"{flag_of(key)} {shown(given[key])}: {folder} runs with "
-                    f"{shown(getattr(saved, key))}; leave it out, or start a new run"
-                )
-        configs.append(saved)
-    configs[0] = dataclasses.replace(configs[0], resume=folder)
-    return tuple(configs)
 
 
 def read_flags(
@@ -298,6 +270,14 @@ def construct(config_class: type[Config], settings: Mapping[str, Setting]) -> Co
     return config_class(**values)
 
 
+def contradicted(config: Any, flags: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Flags that say otherwise than a config: the flag, what it says, what the config says."""
+    for key in _names(type(config)):
+        ours = getattr(config, key)
+        if key in flags and _typed(key, flags[key], _hints(type(config))[key]) != ours:
+            yield flag_of(key), shown(flags[key]), shown(ours)
+
+
 def _as_flag(config_class: type, key: str, value: Any) -> Any:
     """Weights by name, ``{"a": 1, "b": 0.5}``, in the words of their flag, ``a=1,b=0.5``."""
     weights = config_class.__dataclass_fields__[key].metadata.get("weights")
@@ -397,22 +377,24 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
 # ------------------------------------------------------------------ settings that need others
 
 
-def without_void(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+def without_void(
+    settings: Mapping[str, Setting], is_lenient: Callable[[str], bool]
+) -> dict[str, Setting]:
     """The settings, those that can have no effect at their defaults.
 
-    What a file says gives way, in one printed line, to the command line; so does what a run has
-    saved, because it was void there, too.
+    What a file says gives way, in one printed line, to the command line; so does what a lenient
+    file says, whatever makes it void.
 
     Raises:
         UserError: a void flag; a void value that its own file, or a default, makes void.
     """
     kept, given_way = dict(settings), defaultdict(list)
     for name, setting in settings.items():
-        default = setting.field.default
+        default, source = setting.field.default, setting.source
         why = unmet(setting.field, settings)
-        if not why or (setting.source != COMMAND_LINE and setting.value == default):
+        if not why or (source != COMMAND_LINE and setting.value == default):
             continue
-        if not _gives_way(setting, why, settings):
+        if not (is_lenient(source) or _gives_way(setting, why, settings)):
             raise UserError(f"{setting} has no effect {_because(why, settings)}; {_remedy(why)}")
         kept[name] = Setting(setting.field, default)
         given_way[_because(why, settings)].append(str(setting))
@@ -445,9 +427,8 @@ def _gives_way(setting: Setting, why: Clause | str, settings: Mapping[str, Setti
     """Whether a void setting is dropped and not refused."""
     if setting.source == COMMAND_LINE:
         return False
-    of_a_run = Path(setting.source).with_name("run.json").is_file()
     causes = () if isinstance(why, str) else why
-    return of_a_run or any(settings[name].source == COMMAND_LINE for name in causes)
+    return any(settings[name].source == COMMAND_LINE for name in causes)
 
 
 def _because(why: Clause | str, settings: Mapping[str, Setting]) -> str:

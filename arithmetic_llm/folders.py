@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from arithmetic_llm.cli import build, contradicted, flag_of, parse_many, read_flags, read_json
 from arithmetic_llm.runtime import UserError
 
 STAMP = "YYYYMMDD_HHMMSS"
+FACTS = "run.json"  # what is needed to repeat a run
+SETTINGS = {"config": "training_config.json", "model_config": "model_config.json"}
 FINISHED = "training_summary.json"  # written last: a run folder that holds it is finished
 
 
@@ -72,3 +75,42 @@ def step_checkpoints(folder: Path) -> list[Path]:
     found = folder.glob("checkpoint_step_*.pt")
     numbered = [(int(m[1]), p) for p in found if (m := re.fullmatch(r"\D+(\d+)\.pt", p.name))]
     return [path for _, path in sorted(numbered)]
+
+
+# -------------------------------------------------------------------- settings that a run keeps
+
+
+def parse_run(
+    sections: dict[str, type], argv: Sequence[str] | None, description: str
+) -> tuple[Any, ...]:
+    """Configs of a training stage, where ``--resume RUN`` brings the run's own settings.
+
+    A flag that says otherwise than the run did is refused: a resumed run is the same run. Settings
+    that a run has saved are never refused as void: they were void there, too.
+    """
+    given = read_flags(sections, argv, description)
+    folder = given.pop("resume", "")
+    if folder:
+        return _of_run(folder, sections, given)
+    configs = parse_many(sections, argv, description, is_lenient=_is_of_run)
+    if configs[0].resume:
+        raise UserError("resume: belongs on the command line, --resume RUN, not into a file")
+    return configs
+
+
+def _is_of_run(file: str) -> bool:
+    return Path(file).with_name(FACTS).is_file()
+
+
+def _of_run(folder: str, sections: dict[str, type], given: dict[str, Any]) -> tuple[Any, ...]:
+    if files := sections.keys() & given.keys():
+        flag = flag_of(min(files))
+        raise UserError(f"{flag}: {folder} has its own settings; leave it out with --resume")
+    configs = []
+    for name, cls in sections.items():
+        configs.append(build(cls, read_json(Path(folder) / SETTINGS[name]), {}))
+        for flag, theirs, ours in contradicted(configs[-1], given):
+            raise UserError(
+                f"{flag} {theirs}: {folder} runs with {ours}; leave it out, or start a new run"
+            )
+    return dataclasses.replace(configs[0], resume=folder), *configs[1:]

@@ -15,23 +15,14 @@ from dataclasses import dataclass
 import pytest
 from helpers import ROOT, call, command, load_script
 
-from arithmetic_llm.cli import (
-    Above,
-    build,
-    flag_of,
-    opt,
-    parse,
-    parse_many,
-    parse_run,
-    run_main,
-    to_json,
-)
+from arithmetic_llm.cli import Above, build, flag_of, opt, parse, parse_many, run_main, to_json
 from arithmetic_llm.config import (
     FoundationalConfig,
     InstructionConfig,
     LoRAInstructionConfig,
     ModelConfig,
 )
+from arithmetic_llm.folders import parse_run
 from arithmetic_llm.model.lora import add_lora
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.training.optim import build_optimizer
@@ -371,9 +362,11 @@ def test_what_a_run_has_saved_starts_a_run_whatever_is_void_in_it(tmp_path, caps
     """Runs of earlier versions saved what was void; it did nothing there."""
     (tmp_path / "run.json").write_text("{}")
     path = json_file(tmp_path, epochs=4, steps=9, old=3, name="n")
-    assert read("--config", path, config=Choosy) == Choosy(steps=9, name="n")
+    sections, from_file = {"config": Choosy2}, ["--config", str(path)]
+    assert parse_run(sections, from_file, "") == (Choosy2(steps=9, name="n"),)
     assert capsys.readouterr().err.count("note: no effect") == 2
-    assert "--epochs 4 has no effect" in refusal("--config", path, "--epochs", 4, config=Choosy)
+    with pytest.raises(UserError, match="--epochs 4 has no effect"):
+        parse_run(sections, [*from_file, "--epochs", "4"], "")
 
 
 def test_a_resumed_run_keeps_what_it_saved_void_or_not(tmp_path):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from arithmetic_llm.cli import read_json, to_json
 from arithmetic_llm.config import RunConfig
-from arithmetic_llm.folders import FINISHED, new_run_folder, step_checkpoints
+from arithmetic_llm.folders import FACTS, FINISHED, SETTINGS, new_run_folder, step_checkpoints
 from arithmetic_llm.model.checkpoint import (
     Checkpoint,
     CheckpointData,
@@ -198,7 +198,7 @@ def _check_unfinished(
             f"{folder}: is finished; start a new run with "
             f"{config.START_FLAG} {folder / 'final_model.pt'}"
         )
-    before = read_json(folder / "run.json")
+    before = read_json(folder / FACTS)
     for name, value in {**hashes, "tokenizer_hash": checkpoint.tokenizer.hash}.items():
         if before.get(name) != value:
             raise UserError(f"{folder}: its {name} has changed since; restore that, or start anew")
@@ -209,9 +209,9 @@ def start_run(
 ) -> Run:
     """A run at step 0, with ``run.json`` and the configs written."""
     run = Run(folder, config, checkpoint, build_optimizer(checkpoint.model, config))
-    atomic_write_text(folder / "model_config.json", to_json(checkpoint.model.config))
+    atomic_write_text(folder / SETTINGS["model_config"], to_json(checkpoint.model.config))
     run.write_json(
-        "run.json",
+        FACTS,
         {
             "command": sys.argv,
             "stage": checkpoint.stage,
@@ -226,7 +226,7 @@ def start_run(
         },
     )
     # Last: a folder that --resume can read its settings from has all the rest, too.
-    atomic_write_text(folder / "training_config.json", to_json(replace(config, resume="")))
+    atomic_write_text(folder / SETTINGS["config"], to_json(replace(config, resume="")))
     return run
 
 
