@@ -177,24 +177,24 @@ LOADING = (*TRAINING, "run_evaluation", "run_interactive")
 GENERATING = [script for script in REFERENCE["SCRIPTS"] if script.startswith("generate")]
 # Where the texts of a module are read, and what they name of another script, in so many words.
 READ_BY = {
-    "adapters": (LOADING, {"--base-checkpoint": "merge_lora_adapter"}),
-    "checkpoint": (LOADING, {"--base-checkpoint": "merge_lora_adapter"}),
     "cli": (TRAINING, {}),
-    "corpus": (GENERATING, {}),
-    "drawing": (LOADING[:-1], {"--num-range": "generate_corpus"}),
-    "evaluate": (("run_evaluation", "run_grpo_training"), {}),
-    "lora": (TRAINING[2:], {}),
-    "reinforce": (("run_grpo_training",), {}),
-    "report": (("run_evaluation",), {}),
-    "rewards": (("run_grpo_training",), {}),
     "runtime": (LOADING, {}),
-    "sampling": (
-        (*GENERATING, "run_evaluation", "run_grpo_training"),
-        {"--flat-terms": "generate_corpus", "--split": "generate_corpus"},
-    ),
-    "supervised": (TRAINING[:3], {"--split": "generate_corpus"}),
-    "tokenizer": (("train_tokenizer",), {}),
-    "trainer": (TRAINING, {}),
+    "folders": (TRAINING, {}),
+    "corpus/draw": (LOADING[:-1], {"--num-range": "generate_corpus"}),
+    "corpus/files": (GENERATING, {}),
+    "model/checkpoint": (LOADING, {}),
+    "model/load": (LOADING, {"--base-checkpoint": "merge_lora_adapter"}),
+    "model/lora": (TRAINING[2:], {}),
+    "model/tokenizer": (("train_tokenizer",), {}),
+    "training/loop": (TRAINING, {}),
+    "training/start": (TRAINING, {"--split": "generate_corpus"}),
+    "training/supervised": (TRAINING[:3], {}),
+    "evaluation/evaluate": (("run_evaluation", "run_grpo_training"), {}),
+    "evaluation/length": (("run_evaluation", "run_grpo_training"), {}),
+    "evaluation/report": (("run_evaluation",), {}),
+    "grpo/checks": (("run_grpo_training",), {}),
+    "grpo/monitor": (("run_grpo_training",), {}),
+    "grpo/rewards": (("run_grpo_training",), {}),
 }
 
 
@@ -215,14 +215,20 @@ def named(path):
     return {flag for text in texts_of(path) for flag in re.findall(r"--[a-z][a-z-]*[a-z]", text)}
 
 
-MODULES = sorted((ROOT / "arithmetic_llm").glob("*.py"))
+PACKAGE = ROOT / "arithmetic_llm"
+MODULES = sorted(PACKAGE.rglob("*.py"))
 COMMON = {"--help", *CONFIG_FLAGS}
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if p.stem != "config"], ids=lambda p: p.stem)
+def name_of(path):
+    """``grpo/monitor``."""
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.stem != "config"], ids=name_of)
 def test_the_messages_of_a_module_name_flags_that_its_readers_have(path):
     if flags := named(path) - COMMON:
-        scripts, elsewhere = READ_BY[path.stem]
+        scripts, elsewhere = READ_BY[name_of(path)]
         for flag in flags - elsewhere.keys():
             assert {script for script in scripts if flag not in documented(script)} == set(), flag
         for flag, script in elsewhere.items():
