@@ -261,7 +261,7 @@ def name_in_peft(name):
 @pytest.fixture
 def fresh(monkeypatch):
     """The weights of an adapter as a stage makes it, once it has made it."""
-    weights, original = {}, supervised.with_adapter
+    weights, original = {}, beginning.with_adapter
 
     def keep(*args):
         checkpoint = original(*args)
@@ -415,7 +415,7 @@ def test_held_out_figures_are_those_of_transformers_without_dropout(
 
 
 def test_judging_is_without_dropout_and_gradients(dropping, tmp_path, monkeypatch):
-    original, seen = SupervisedTask.evaluate, []
+    original, seen = SupervisedTask.validate, []
 
     def twice(self, model):
         seen.append((model.training, torch.is_grad_enabled()))
@@ -553,7 +553,7 @@ def test_an_optimizer_that_moves_one_tensor_ends_the_run(
 
 
 def test_a_frozen_weight_that_moves_ends_the_run(world, tmp_path, monkeypatch):
-    models, original = [], supervised.with_adapter
+    models, original = [], beginning.with_adapter
 
     def keep(*args):
         checkpoint = original(*args)
