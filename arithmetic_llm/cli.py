@@ -107,7 +107,7 @@ def parse_many(
 def read_flags(
     sections: dict[str, type], argv: Sequence[str] | None, description: str
 ) -> dict[str, Any]:
-    """What the command line says and nothing else: no defaults, no JSON."""
+    """Values of the command line alone: no defaults, no JSON."""
     parser = _FlagParser(
         description=description,
         allow_abbrev=False,
@@ -163,7 +163,7 @@ def shown(value: Any) -> str:
 
 
 def default_of(field: dataclasses.Field, sections: Iterable[type]) -> str:
-    """What a flag is without being given: ``32``, ``off``, ``required``, or nothing."""
+    """Value of a flag that is not given: ``32``, ``off``, ``required``, or nothing."""
     if field.metadata.get("required"):
         return f"required {_needed(field, sections)}".rstrip()
     if isinstance(field.default, bool):
@@ -221,7 +221,7 @@ class Setting:
     source: str = DEFAULT
 
     def __str__(self) -> str:
-        """As the user wrote it: ``--batch-size 16``, or ``batch_size 16 (from recipe.json)``."""
+        """The user's words: ``--batch-size 16``, or ``batch_size 16 (from recipe.json)``."""
         name = self.field.name
         if self.source != COMMAND_LINE:
             return f"{name} {shown(self.value)} (from {self.source})"
@@ -486,7 +486,7 @@ def run_main(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoRet
 
 
 def _let_go_of_output() -> None:
-    """What standard output does not take now, Python would try again at exit, and complain."""
+    """Drop what standard output refuses; Python would try again at exit, and complain."""
     try:
         sys.stdout.flush()
     except OSError:

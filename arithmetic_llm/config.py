@@ -40,7 +40,7 @@ def _rate(default: float, help: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSpec:
-    """What to sample. Each rate is a fraction of all samples; nested expressions are the rest."""
+    """Problems to sample; each rate is a fraction of all, nested expressions are the rest."""
 
     num_range: tuple[int, int] = opt((1, 20), "smallest and largest number in an expression")
     min_depth: int = opt(1, "least depth of an expression tree", at_least=1)
@@ -362,7 +362,7 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        """What ``B A x`` is multiplied by."""
+        """Factor of ``B A x``."""
         return self.lora_alpha / (self.lora_rank**0.5 if self.use_rslora else self.lora_rank)
 
 

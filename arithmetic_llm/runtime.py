@@ -257,7 +257,7 @@ def bound_kernel_caches() -> None:
 
 
 def prepare_training(threads: int, seed: int) -> None:
-    """What every run starts with: memory bounded, threads (0 = torch's choice) and seed set.
+    """Bound memory, set threads (0 = torch's choice) and seed, as every run does first.
 
     Torch is seeded on every device; the package draws from no other global generator.
     """

@@ -23,7 +23,7 @@ from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.lora import adapter_weights
 from arithmetic_llm.model.tokenizer import BOS, EOS, ArithmeticTokenizer
 from arithmetic_llm.task.problem import split_of
-from arithmetic_llm.training import optim, supervised
+from arithmetic_llm.training import optim
 from arithmetic_llm.training import start as beginning
 from arithmetic_llm.training.batches import plan_epoch
 from arithmetic_llm.training.optim import MuonAdamW

@@ -60,7 +60,7 @@ class Coverage:
         return typed or problem.terms in self.flat_terms
 
     def merge(self, later: Coverage) -> Coverage:
-        """What a model has seen after two stages."""
+        """Union with a later stage: all that a model has seen after both."""
         lows, highs = zip(self.num_range, later.num_range, strict=True)
         return Coverage(
             styles=dict(Counter(self.styles) + Counter(later.styles)),
@@ -82,7 +82,7 @@ class Coverage:
         )
 
     def held_out_spec(self) -> SampleSpec:
-        """How to draw problems like the corpus's own: trees if it has any, else what it has.
+        """Settings to draw problems like the corpus's own: trees if it has any, else the rest.
 
         What lies beyond the sampler's limits is replaced by the limit.
         """
@@ -129,7 +129,7 @@ def from_dict(said: dict[str, Any]) -> Coverage | None:
 
 
 def coverage_of(corpus_path: str | Path) -> Coverage:
-    """From the corpus's sidecar if that describes this very file, else by reading all of it.
+    """Coverage by the corpus's sidecar if that describes this very file, else by reading all of it.
 
     Prints a line if the text has to do, and one if held-out problems cannot be like all of it.
     """
@@ -144,7 +144,7 @@ def coverage_of(corpus_path: str | Path) -> Coverage:
 
 
 def _told_by_sidecar(corpus_path: str | Path) -> Coverage | None:
-    """None, and a printed line, unless there is a sidecar and it describes this very file."""
+    """Coverage by the sidecar; None, and a printed line, unless it describes this very file."""
     sidecar, state = Path(f"{corpus_path}.meta.json"), "is missing"
     if sidecar.is_file():
         state = f"does not describe {corpus_path}"
@@ -172,7 +172,7 @@ def survey(records: Iterable[Record]) -> Coverage:
 
 
 class _Texts:
-    """What the texts of a corpus show; sums and pairs can be told apart only when all are seen.
+    """Survey of a corpus's texts; sums and pairs can be told apart only when all are seen.
 
     - A sum of three or more numbers without parentheses is a typed tree if the corpus has other
       typed trees and trees of its depth, else a flat sum.
@@ -210,7 +210,7 @@ class _Texts:
             self.depths.add(tree.depth)
 
     def coverage(self) -> Coverage:
-        """All that has been taken in; sums and pairs get the style that fits the rest."""
+        """Coverage of all that was added; sums and pairs get the style that fits the rest."""
         styles, depths, flat_terms = self.styles.copy(), {*self.depths}, set()
         for terms, count in self.sums.items():
             typed = "typed" in self.styles and terms - 1 in self.depths
@@ -239,13 +239,13 @@ class _Texts:
         return min(numbers, default=0), max(numbers, default=0)
 
     def _beyond(self, num_range: tuple[int, int]) -> int:
-        """How many pairs have a number outside of a range."""
+        """Count the pairs that have a number outside of a range."""
         low, high = num_range
         return sum(n for (least, most), n in self.pairs.items() if least < low or most > high)
 
 
 def _style(tree: Expression) -> str:
-    """How a tree with parentheses is written; where two styles spell it alike it is nested."""
+    """Style of a tree with parentheses; where two styles spell it alike it is nested."""
     if tree.canonical == spell(tree.postfix):
         return "nested"
     return "typed" if _lacks_parentheses(tree.canonical) else "padded"

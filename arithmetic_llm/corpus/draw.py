@@ -155,7 +155,7 @@ def draw_distinct(
     rng: Random,
     taken: Collection[Drawn] = (),
 ) -> list[Drawn]:
-    """That many different problems in random order, spread evenly over depths or lengths.
+    """Draw different problems, in random order and spread evenly over depths or lengths.
 
     What a depth with few problems lacks falls to deeper ones; fewer than ``wanted`` come back only
     when all are exhausted.
@@ -218,7 +218,7 @@ def _flat_stratum(terms: int, num_range: tuple[int, int]) -> _Stratum:
 def _distinct(
     stratum: _Stratum, wanted: int, split: str, rng: Random, taken: Collection[Drawn]
 ) -> list[Drawn]:
-    """That many different problems, or all there are; small strata are listed, not searched."""
+    """Draw different problems, or all there are; small strata are listed, not searched."""
     if stratum.size is not None and stratum.size <= 100 * wanted:
         met = [problem for problem in stratum.every() if split_of_drawn(problem) == split]
         free = [problem for problem in met if problem not in taken]

@@ -78,7 +78,7 @@ def write_corpus(
 
 
 class Counts:
-    """How many samples of each style, depth (of trees) and number of terms (of flat sums)."""
+    """Numbers of samples by style, depth (of trees) and number of terms (of flat sums)."""
 
     def __init__(self) -> None:
         self.styles: Counter[str] = Counter()
@@ -103,7 +103,7 @@ class Counts:
 
 
 def summary(path: str, meta: dict[str, Any], config: CorpusConfig) -> str:
-    """What a person wants to know of a file that has just been written."""
+    """Summary of a file that was just written, for a person."""
     missing = config.num_samples - meta["samples"]
     styles = ", ".join(f"{style} {count:,}" for style, count in meta["by_style"].items())
     depths = ", ".join(f"{depth}: {count:,}" for depth, count in meta["by_depth"].items())

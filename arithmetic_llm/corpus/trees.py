@@ -54,7 +54,7 @@ def _operator(rng: Random) -> str:
 
 
 def count_trees(depth: int, num_range: tuple[int, int]) -> int:
-    """How many trees are exactly that deep; `MANY` if there are more."""
+    """Count the trees that are exactly that deep; `MANY` if there are more."""
     numbers = num_range[1] - num_range[0] + 1
     shallower, up_to = 0, numbers  # trees of less than the depth, and of at most the depth
     for _ in range(depth):
@@ -65,7 +65,7 @@ def count_trees(depth: int, num_range: tuple[int, int]) -> int:
 
 
 def count_flat_sums(terms: int, num_range: tuple[int, int]) -> int:
-    """How many flat sums of that many numbers there are."""
+    """Count the flat sums of that many numbers."""
     return (num_range[1] - num_range[0] + 1) ** terms * 2 ** (terms - 1)
 
 

@@ -122,7 +122,7 @@ def problems_from(samples: Sequence[Sample]) -> list[Problem]:
 
 
 def in_train_split(problems: Sequence[Problem]) -> int:
-    """How many problems belong to the train split, so that a model may have learned them."""
+    """Count the problems of the train split, which a model may have learned."""
     return sum(split_of(problem.expression) == "train" for problem in problems)
 
 

@@ -31,7 +31,7 @@ _ERROR_WORDS = {
 
 @dataclass(frozen=True)
 class Marks:
-    """How right and wrong are shown."""
+    """Signs for right and wrong."""
 
     right: str
     wrong: str
@@ -65,7 +65,7 @@ def run(solver: ArithmeticSolver) -> None:
 
 
 def expressions() -> Iterator[str]:
-    """What the user types, line by line; piped input is echoed, so that a transcript is whole."""
+    """Lines that the user types; piped input is echoed, so that a transcript is whole."""
     while True:
         try:
             typed = input(PROMPT).strip()
@@ -90,7 +90,7 @@ def _prepare_terminal() -> None:
 
 
 def answer(solver: ArithmeticSolver, typed: str, marks: Marks) -> Iterator[str]:
-    """All that is shown for one line of input, in pieces."""
+    """Pieces of all that is shown for one line of input."""
     try:
         expression = parse(typed).canonical
         solver.prompt(expression)

@@ -17,7 +17,7 @@ NEAR_TIE = 1e-4  # a gap between the two best logits that another kernel's round
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a policy wrote for one problem, and what it is worth."""
+    """Text that a policy wrote for one problem, with its verdict."""
 
     problem: Problem
     text: str  # what followed the prompt, without a last <eos>
@@ -29,7 +29,7 @@ class Outcome:
 
     @property
     def expression(self) -> str:
-        """As the policy had it: canonical, or as it stands if it is invalid."""
+        """Problem as the policy read it: canonical, or as it stands if it is invalid."""
         return self.problem.expression
 
     @property

@@ -21,14 +21,14 @@ def right_answers(problems: Sequence[Problem], tokenizer: ArithmeticTokenizer) -
 
 
 def answer_lengths(problems: Sequence[Problem], tokenizer: ArithmeticTokenizer) -> list[int]:
-    """How many tokens a right answer to each problem takes, ``<eos>`` included."""
+    """Tokens of a right answer to each problem, ``<eos>`` included."""
     return [len(answer) for answer in right_answers(problems, tokenizer)]
 
 
 def room_to_answer(
     problems: Sequence[Problem], tokenizer: ArithmeticTokenizer, context: int
 ) -> int:
-    """How many new tokens a policy may write: those of the longest right answer and a quarter more.
+    """New tokens that a policy may write: those of the longest right answer and a quarter more.
 
     At most `CONTEXTS_TO_WRITE` contexts, which cuts off no trained depth: a training sample, prompt
     and all, fits into one.

@@ -39,7 +39,7 @@ def percent(part: float, whole: float) -> float | None:
 
 
 def accuracy(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """How many texts are correct, with the 95 % interval in percent."""
+    """Count the correct texts, with the 95 % interval in percent."""
     correct = sum(outcome.correct for outcome in outcomes)
     low, high = wilson_interval(correct, len(outcomes))
     return {
@@ -52,7 +52,7 @@ def accuracy(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def quality(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What stands behind the accuracy: whether texts can be read, steps hold, and where they end.
+    """Qualities behind the accuracy: whether texts can be read, steps hold, and where they end.
 
     ``step_validity_rate`` is the share of all needed steps that were written and right with no
     wrong step before them; None where no step is needed.

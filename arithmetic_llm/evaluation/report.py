@@ -41,7 +41,7 @@ def summary_text(metrics: Metrics) -> str:
 
 
 def heading(title: str, settings: dict[str, Any]) -> str:
-    """What was evaluated, on what, and how."""
+    """Heading: the model, the test and the way of decoding."""
     model = settings.get("model_path", "a model in memory")
     lines = [title, "=" * len(title), f"Model     {model}"]
     if "stage" in settings:
@@ -113,7 +113,7 @@ def depth_table(metrics: Metrics) -> str:
 
 
 def errors(metrics: Metrics) -> str:
-    """What went wrong in the wrong answers, the most frequent kind first."""
+    """Kinds of errors in the wrong answers, the most frequent first."""
     if not metrics["errors"]:
         return "Errors: none"
     lines = [
@@ -124,7 +124,7 @@ def errors(metrics: Metrics) -> str:
 
 
 def notes(metrics: Metrics) -> list[str]:
-    """What limits the figures: problems seen in training, long texts, near-ties."""
+    """Limits of the metrics: problems seen in training, long texts, near-ties."""
     settings, ties, found = metrics["settings"], metrics["near_ties"], []
     if settings.get("in_train_split"):
         found.append(
@@ -146,7 +146,7 @@ def notes(metrics: Metrics) -> list[str]:
 
 
 def standing(metrics: Metrics) -> str:
-    """Where the model stands, in words, by the exact match over all problems.
+    """Standing of the model in words, by the exact match over all problems.
 
     Trained depths have a sentence of their own if enough of the problems are of them.
     """
@@ -182,7 +182,7 @@ Stage = tuple[str, Metrics | None, float]  # name, metrics if it was evaluated, 
 
 
 def stage_table(stages: Sequence[Stage]) -> str:
-    """What each stage of a pipeline took and reached, by exact depth."""
+    """Table of what each stage of a pipeline took and reached, by exact depth."""
     rows = [["stage", "", "exact match", "95 % interval", "parse", "steps", "seconds"]]
     for name, metrics, seconds in stages:
         for place, line in enumerate(_stage_lines(metrics)):

@@ -132,7 +132,7 @@ class ArithmeticSolver:
         )
 
     def warnings(self, expression: str) -> list[str]:
-        """In what the expression differs from all that the model was trained on."""
+        """Differences of the expression from all that the model was trained on."""
         problem, seen = problem_from(expression), self.trained_on
         if seen is None or seen.covers(problem) or problem.row.kind == "invalid":
             return []

@@ -70,7 +70,7 @@ def format_(attempt: Attempt) -> float:
 
 @reward("length")
 def length(attempt: Attempt) -> float:
-    """From 0 for no text down to -1 at the length limit."""
+    """0 for no text, down to -1 at the length limit."""
     return -attempt.tokens / attempt.max_tokens
 
 

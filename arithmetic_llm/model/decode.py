@@ -18,7 +18,7 @@ from arithmetic_llm.model.transformer import ArithmeticModel, KVCache
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen; the default is greedy."""
+    """Settings by which the next token is chosen; the default is greedy."""
 
     temperature: float = 0.0  # 0 = greedy
     top_k: int = 0  # keep the k likeliest tokens; 0 = all
@@ -43,7 +43,7 @@ LONGEST_MATCH = 4  # tokens; longer matches draft no better in traces of depth 4
 
 @dataclass
 class Completion:
-    """What the model wrote after one prompt."""
+    """Text that the model wrote after one prompt."""
 
     tokens: list[int] = field(default_factory=list)  # the final <eos> included
     logprobs: list[float] = field(default_factory=list)  # nats, of the distribution sampled from
@@ -156,7 +156,7 @@ def decode(
 
 
 class Texts:
-    """What is being written: B rows of tokens, prompt and all, each of its own length.
+    """Rows in the making: B rows of tokens, prompt and all, each of its own length.
 
     All tensors are on the CPU; what happens to the tokens there is small beside a forward pass.
     """
@@ -247,7 +247,7 @@ def _padded(rows: Sequence[Sequence[int]], width: int) -> Tensor:
 
 
 def look_up(ids: Tensor, lengths: Tensor, most: int) -> Tensor:
-    """What followed where a row's last tokens stood before, the longest match and then the latest.
+    """Followers of a row's last tokens where they stood before: the longest, then the latest match.
 
     ``7 + 3 = 10 , 7 +`` with ``most`` = 3 gives ``3 = 10``.
 

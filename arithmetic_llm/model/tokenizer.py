@@ -75,7 +75,7 @@ class ArithmeticTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> ArithmeticTokenizer:
-        """From a directory, a ``tokenizer.json``, or the documented ``tokenizer.pkl`` beside one.
+        """Load a directory, a ``tokenizer.json``, or the documented ``tokenizer.pkl`` beside one.
 
         Raises:
             UserError: nothing there, or not a tokenizer of this package.

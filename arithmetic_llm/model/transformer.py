@@ -161,7 +161,7 @@ class KVCache:
 
 @dataclass
 class Context:
-    """What all layers of one forward pass share."""
+    """Positions, masks and cache that all layers of one forward pass share."""
 
     positions: Tensor  # (B, T), or (1, T) without a cache
     cos: Tensor  # (B or 1, 1, T, D)

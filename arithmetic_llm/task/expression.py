@@ -66,12 +66,12 @@ class Expression:
 
     @property
     def operations(self) -> int:
-        """How many reductions lead to the value."""
+        """Number of reductions that lead to the value."""
         return len(self.postfix) // 2
 
     @property
     def terms(self) -> int:
-        """How many numbers the expression holds."""
+        """Number of numbers in the expression."""
         return self.operations + 1
 
     @property

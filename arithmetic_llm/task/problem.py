@@ -15,7 +15,7 @@ Drawn = Postfix | str  # what a draw gives: a tree, or the text of an invalid ex
 
 
 class Row(NamedTuple):
-    """Where a problem is counted: ``("depth", 3)``, ``("terms", 7)`` or ``("invalid", 0)``."""
+    """Row of a problem: ``("depth", 3)``, ``("terms", 7)`` or ``("invalid", 0)``."""
 
     kind: str
     number: int
@@ -38,7 +38,7 @@ class Problem:
 
     @property
     def terms(self) -> int | None:
-        """How many numbers a flat sum has, None for all else."""
+        """Number of terms of a flat sum, None for all else."""
         return self.row.number if self.row.kind == "terms" else None
 
 

@@ -30,7 +30,7 @@ class Step(NamedTuple):
 
     @property
     def operation(self) -> str:
-        """What is carried out: ``10 - 3``."""
+        """Operation that is carried out: ``10 - 3``."""
         return f"{self.left} {self.operator} {self.right}"
 
     def text(self, number: int) -> str:

@@ -71,7 +71,7 @@ class StepVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a text is worth as a solution.
+    """Verdict on a text as a solution.
 
     ``predicted``     the final result that it ends with, None if it has none
     ``answer``        the exact one, ``"ERROR"`` for an invalid expression
@@ -98,7 +98,7 @@ class Verdict:
 
     @property
     def valid_steps(self) -> int:
-        """How many steps are right, counted up to the first wrong one."""
+        """Number of right steps, counted up to the first wrong one."""
         return next((n for n, step in enumerate(self.steps) if not step.ok), len(self.steps))
 
     @property
@@ -124,7 +124,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Goal:
-    """What a right solution starts from: an expression, or else the refusal that it consists of."""
+    """Start of a right solution: an expression, or else the refusal that it consists of."""
 
     expression: str | None
     refusal: str
@@ -252,7 +252,7 @@ def _excuse_last(goal: _Goal, verdicts: list[StepVerdict]) -> list[StepVerdict]:
 def _ending_error(
     conclusion: str | None, closed: bool, ending: str, cut_off: bool
 ) -> ErrorKind | None:
-    """What is wrong with the end of a text whose trace arrives at ``conclusion``."""
+    """Error in the end of a text whose trace arrives at ``conclusion``."""
     if not closed:
         return "cut_off" if cut_off else "unparseable"
     if conclusion is None or " " in conclusion:  # an operation is left

@@ -28,7 +28,7 @@ _MOST_BYTES_ON_CPU, _MOST_BYTES_ON_GPU = 512 * 2**20, 4 * 2**30
 
 @dataclass(frozen=True)
 class LossWeights:
-    """What a token's loss counts, by its place in the sequence; the solution's text counts 1."""
+    """Weights of a token's loss by its place in the sequence; the solution's text counts 1."""
 
     prompt: float  # tokens up to and including <think>
     result: float  # the number after each step's "="
@@ -124,7 +124,7 @@ def token_weights(ids: np.ndarray, tokenizer: ArithmeticTokenizer, loss: LossWei
     place = np.arange(len(ids))
 
     def latest(mark: np.ndarray) -> np.ndarray:
-        """For each place the last one up to it where ``mark`` holds; 0 where none does."""
+        """Last place up to each where ``mark`` holds; 0 where none does."""
         return np.maximum.accumulate(np.where(mark, place, 0))
 
     in_prompt = (latest(ids == BOS) >= latest(ids == THINK)) | (ids == THINK)

@@ -43,7 +43,7 @@ class MicroBatch(Protocol):
 
 
 class Task(Protocol):
-    """What is learned: where batches come from, what the loss is, how the model is judged."""
+    """Subject of a run: where batches come from, what the loss is, how the model is judged."""
 
     total_steps: int
     steps_per_epoch: int
@@ -59,7 +59,7 @@ class Task(Protocol):
         """Work done before ``step``, in any unit; what the time estimate rests on."""
 
     def metrics(self) -> dict[str, float]:
-        """What the last step has to tell beside its loss.
+        """Metrics of the last step beside its loss.
 
         The metrics stream has the mean of each figure over the steps that tell it.
         """
@@ -68,10 +68,10 @@ class Task(Protocol):
         """Figures on held-out data."""
 
     def selection_loss(self, metrics: dict[str, float]) -> float:
-        """What of those figures decides the best model; lower is better."""
+        """Loss by which the best model is selected; lower is better."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the task has learned itself, for a checkpoint; mostly nothing."""
+        """State that the task itself has learned, for a checkpoint; mostly none."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state again."""
@@ -122,14 +122,14 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
 
 
 class UpdateResult(NamedTuple):
-    """What an optimizer update tells."""
+    """Metrics of an optimizer update."""
 
     loss: float  # nats per counted token
     gradient_norm: float  # of all gradients together, before clipping
 
 
 class StepResult(NamedTuple):
-    """What a step tells."""
+    """Metrics of a step."""
 
     loss: float  # mean over its updates; 0 if it had none
     tokens: int  # positions that the model read, padding included
@@ -351,7 +351,7 @@ class Meter:
         bar.update(1, loss=f"{step.loss:.3f}", **shown, tokens_per_s=speed)
 
     def seconds_left(self) -> float:
-        """By the work that this process has done and what remains, at the same speed."""
+        """Estimate by the work that this process has done and what remains, at the same speed."""
         done = self.task.work(self.run.step) - self.task.work(self.first_step)
         left = self.task.work(self.task.total_steps) - self.task.work(self.run.step)
         return self.seconds * left / max(done, 1e-9)

@@ -26,7 +26,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a run begins with."""
+    """Model, coverage and hashes that a run begins with."""
 
     checkpoint: Checkpoint  # the model that is to be trained
     covered: Coverage | None  # of the corpus; None if there is none
