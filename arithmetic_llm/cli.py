@@ -35,6 +35,12 @@ class Above(NamedTuple):
     bound: float
 
 
+class Below(NamedTuple):
+    """In ``needs``: any number less than the bound; a default of None is."""
+
+    bound: float
+
+
 def opt(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field with the help text that its flag shows.
 
@@ -45,7 +51,7 @@ def opt(default: Any, help: str, **metadata: Any) -> Any:
 
     ``needs`` lists what must hold for the setting to have any effect. Each entry maps other
     settings to what they must be, and one of them must be so: the value itself, one of a tuple of
-    values, or `Above` a bound. A setting that the script does not have stands in nobody's way.
+    values, `Above` or `Below` a bound. A setting that the script does not have stands in nobody's way.
 
         needs=[{"data_mode": "generated"}]             prompts must be generated
         needs=[{"max_steps": 0}]                       max_steps overrides it
@@ -204,6 +210,8 @@ def _in_words(name: str, wanted: Any) -> str:
     """``with --schedule cosine or linear``, ``without --max-steps``."""
     if isinstance(wanted, Above):
         return f"with {flag_of(name)} above {wanted.bound}"
+    if isinstance(wanted, Below):
+        return f"with {flag_of(name)} below {wanted.bound}"
     if isinstance(wanted, tuple):
         return f"with {flag_of(name)} {' or '.join(wanted)}"
     return f"with {flag_of(name)} {wanted}" if wanted else f"without {flag_of(name)}"
@@ -420,6 +428,8 @@ def unmet(field: dataclasses.Field, settings: Mapping[str, Setting]) -> Clause |
 def _is(value: Any, wanted: Any) -> bool:
     if isinstance(wanted, Above):
         return value is not None and value > wanted.bound
+    if isinstance(wanted, Below):
+        return value is None or value < wanted.bound
     return value in wanted if isinstance(wanted, tuple) else value == wanted
 
 
@@ -454,6 +464,8 @@ def _remedy(why: Clause | str) -> str:
 def _to_set(name: str, wanted: Any) -> str:
     if isinstance(wanted, Above):
         return f"set {flag_of(name)} above {wanted.bound}"
+    if isinstance(wanted, Below):
+        return f"set {flag_of(name)} below {wanted.bound}"
     if wanted is False or wanted == "":
         return f"leave {flag_of(name)} out"
     return f"set {flag_of(name)} {' or '.join(wanted) if isinstance(wanted, tuple) else wanted}"

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from arithmetic_llm.cli import Above, check_fields, default_of, like, opt
+from arithmetic_llm.cli import Above, Below, check_fields, default_of, like, opt
 from arithmetic_llm.runtime import UserError
 
 # What settings need; see `opt`.
@@ -18,6 +18,7 @@ TREES = {"style": ("nested", "typed", "padded"), "invalid_rate": Above(0)}  # no
 SAMPLED = {"temperature": Above(0)}
 GENERATED = {"data_mode": "generated"}
 ATTEMPTS = {"learn_from": "attempts"}
+NOT_FLAT_ALONE = {"flat_rate": Below(1)}  # a flat sum is counted by its terms, not by depth
 SEVERAL_UPDATES = {"num_iterations": Above(1)}  # in the first, the ratio to clip is 1
 
 
@@ -103,6 +104,8 @@ class CorpusConfig(SampleSpec):
         "which problems: no two splits share one; test and validation files repeat none either",
         choices=SPLITS,
     )
+    min_depth: int = like(SampleSpec, "min_depth", needs=[NOT_FLAT_ALONE])
+    max_depth: int = like(SampleSpec, "max_depth", needs=[NOT_FLAT_ALONE])
     flat_terms: int = like(SampleSpec, "flat_terms", needs=[{"flat_rate": Above(0)}])
 
 

@@ -15,7 +15,17 @@ from dataclasses import dataclass
 import pytest
 from helpers import ROOT, call, command, load_script
 
-from arithmetic_llm.cli import Above, build, flag_of, opt, parse, parse_many, run_main, to_json
+from arithmetic_llm.cli import (
+    Above,
+    Below,
+    build,
+    flag_of,
+    opt,
+    parse,
+    parse_many,
+    run_main,
+    to_json,
+)
 from arithmetic_llm.config import (
     FoundationalConfig,
     InstructionConfig,
@@ -398,6 +408,8 @@ def failing(field, wanted):
     """A value of a field other than a need wants it to be; None if there is none."""
     if isinstance(wanted, Above):
         return wanted.bound if field.metadata.get("at_least", 0) <= wanted.bound else None
+    if isinstance(wanted, Below):
+        return wanted.bound
     wanted = wanted if isinstance(wanted, tuple) else (wanted,)
     others = [choice for choice in field.metadata.get("choices", ()) if choice not in wanted]
     return others[0] if others else {int: 1, str: "x", bool: True}[type(wanted[0])]
@@ -408,6 +420,8 @@ def meeting(clause):
     name, wanted = next(iter(clause.items()))
     if isinstance(wanted, Above):
         return name, wanted.bound + 1
+    if isinstance(wanted, Below):
+        return name, wanted.bound / 2
     return name, wanted[0] if isinstance(wanted, tuple) else wanted
 
 
@@ -482,11 +496,18 @@ INSTRUCTION = {**SUPERVISED, "": "prompt_loss_weight", "--init-from x": "foundat
 VOID = {
     "generate_corpus": {
         "--flat-rate 0": "flat_terms",
+        "--flat-rate 1": "min_depth max_depth",
         "--instruction-only": "output_foundational",
         "--foundational-only": "output_instruction",
     },
-    "generate_foundational_plaintext": {"--flat-rate 0": "flat_terms"},
-    "generate_instruction_corpus_mixed": {"--flat-rate 0": "flat_terms"},
+    "generate_foundational_plaintext": {
+        "--flat-rate 0": "flat_terms",
+        "--flat-rate 1": "min_depth max_depth",
+    },
+    "generate_instruction_corpus_mixed": {
+        "--flat-rate 0": "flat_terms",
+        "--flat-rate 1": "min_depth max_depth",
+    },
     "run_foundational_training": {
         **SUPERVISED,
         "--init-from x": "d_model nhead num_layers dim_feedforward dropout max_seq_length "
@@ -613,6 +634,9 @@ def needed_flags(fields, settings):
             clauses = field.metadata.get("needs", ())
             if all(settings.get(n, fields[n].default) == w for c in clauses for n, w in c.items()):
                 words += [flag_of(field.name), "1"]
+    if settings.get("flat_rate") == 1:  # rates add up to 1
+        for style in ("typed", "padded", "drill", "invalid"):
+            words += [f"--{style}-rate", "0"]
     return words
 
 
