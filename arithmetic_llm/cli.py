@@ -51,7 +51,7 @@ def opt(default: Any, help: str, **metadata: Any) -> Any:
 
     ``needs`` lists what must hold for the setting to have any effect. Each entry maps other
     settings to what they must be, and one of them must be so: the value itself, one of a tuple of
-    values, `Above` or `Below` a bound. A setting that the script does not have stands in nobody's way.
+    values, `Above` or `Below` a bound. One that the script does not have stands in nobody's way.
 
         needs=[{"data_mode": "generated"}]             prompts must be generated
         needs=[{"max_steps": 0}]                       max_steps overrides it
