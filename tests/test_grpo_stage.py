@@ -744,6 +744,22 @@ def test_learning_from_solutions_is_the_cross_entropy_of_the_reference_library(
     torch.testing.assert_close(loss.detach(), expected)
 
 
+def test_a_corpus_with_a_prompt_beyond_the_sampler_is_refused_at_once(world, tmp_path):
+    """Its worked solution, which rollouts draft with, would take minutes and gigabytes."""
+    text = " + ".join(["1"] * 4096)
+    corpus = tmp_path / "c.txt"
+    corpus.write_text(f"Evaluate: {text}\n<think> </think> Final Result: 4096\n")
+    ended = call(
+        SCRIPT,
+        *("--sft-checkpoint", world / "start" / "best_model.pt"),
+        *("--tokenizer", world / "tokenizer", "--instruction-corpus", corpus),
+        *("--output-dir", tmp_path / "out", "--max-gen-length", 100),
+    )
+    assert ended.code == 2
+    assert ended.error_lines[0].startswith(f"error: {corpus}: has a problem of 4,096 numbers")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "option", ["adaptive_difficulty", "refill_rounds", "num_iterations", "sft_replay_coef"]
 )
