@@ -36,7 +36,7 @@ class SamplingParams:
 
 
 GREEDY = SamplingParams()
-# A pass over some thousand positions keeps a CPU as busy as it gets: few rows get long drafts.
+# A CPU is as busy as it gets with some thousand positions a pass: many rows have short drafts.
 POSITIONS, LONGEST_DRAFT = 1024, 48
 LOOKED_UP = 8  # most tokens of a draft that is looked up
 LONGEST_MATCH = 4  # tokens; longer matches draft no better in traces of depth 4
@@ -145,7 +145,7 @@ def decode(
     with evaluating(model):
         cache = _read_prompts(model, prompts)
         while rows:
-            most = min(max(POSITIONS // len(rows), 1), LONGEST_DRAFT)
+            most = _longest_draft(len(rows), model.device)
             drafts = [row.draft(most) for row in rows]
             # Each row reads its last token, the only one that is certain and not in the cache, and
             # its draft. The padding behind a shorter draft is read as well, and never looked at.
@@ -236,6 +236,11 @@ def look_up(text: str, most: int) -> str:
         if place >= 0:
             return text[place + length : place + length + most]
     return ""
+
+
+def _longest_draft(rows: int, device: torch.device) -> int:
+    """Most tokens of a draft in a batch of so many rows."""
+    return min(max(POSITIONS // rows, 1), LONGEST_DRAFT) if device.type == "cpu" else LONGEST_DRAFT
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
