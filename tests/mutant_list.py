@@ -495,7 +495,7 @@ MUTANTS = [
         "solution: a continuation goes on from the problem, whatever was stated since",
         "_rest_of_step(expression if mark else problem,",
         "_rest_of_step(problem,",
-        "test_solution.py -k continuations",
+        "test_solution.py -k wherever_it_is_cut",
     ),
     Mutant(
         "verifier: any step number is right",

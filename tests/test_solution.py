@@ -139,18 +139,8 @@ def test_a_right_solution_goes_on_as_it_does_wherever_it_is_cut(problem):
     text = one_line(solve(problem).text).removeprefix("<think>") + "<eos>"
     for end in range(len(text) - len("<eos>")):
         following = continuation(problem, text[:end])
-        assert following or text[:end].endswith((" ", "S", "t", "e", "p"))
-        assert text[end:].startswith(following)
-
-
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_continuations_lead_from_nothing_to_the_end(problem):
-    text = ""
-    while not text.endswith("<eos>"):
-        following = continuation(problem, text)
         assert following
-        text += following
-    assert text.removesuffix("<eos>") == one_line(solve(problem).text).removeprefix("<think>")
+        assert text[end:].startswith(following)
 
 
 @pytest.mark.parametrize(
