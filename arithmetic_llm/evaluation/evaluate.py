@@ -18,10 +18,10 @@ from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.corpus.files import read_corpus
 from arithmetic_llm.corpus.record import Sample
+from arithmetic_llm.evaluation.draft import right_continuations
 from arithmetic_llm.evaluation.judge import Outcome, judge
 from arithmetic_llm.evaluation.length import (
     check_sizes,
-    right_answers,
     room_to_answer,
     warn_if_too_short,
 )
@@ -134,7 +134,7 @@ def evaluate(
 ) -> EvaluationResult:
     """Put every problem to the model and judge what it writes, with a progress bar.
 
-    The right answers are the decoder's guesses: they save passes where the model writes just them,
+    A right solver makes the decoder's guesses: they save passes where the model writes just them,
     and change nothing that it writes.
 
     Args:
@@ -159,8 +159,8 @@ def evaluate(
             show(outcome)
 
         started = time.monotonic()
-        guesses = right_answers(problems, tokenizer)
-        generate(model, prompts, limit, sampling, batch_size, on_done, guesses)
+        guess = right_continuations(problems, tokenizer)
+        generate(model, prompts, limit, sampling, batch_size, on_done, guess)
         seconds = time.monotonic() - started
     in_order = tuple(outcomes[row] for row in range(len(problems)))
     settings = {**(settings or {}), **_decoding(model, sampling, limit, batch_size)}
