@@ -230,6 +230,12 @@ def test_a_png_is_as_wide_as_told(tmp_path):
     assert int.from_bytes(output.read_bytes()[16:20], "big") == 6 * 150
 
 
+def test_names_that_matplotlib_would_hide_or_set_as_formulas_are_shown_as_they_are(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("_first", "$a_b$ and $c")]
+    assert call("plot_runs.py", *runs, "--output", tmp_path / "a.svg").err == ""
+    assert {"./_first", "$a_b$ and $c"} <= texts_of(tmp_path / "a.svg")
+
+
 def test_an_older_run_is_told_of(tmp_path):
     old = [{k: v for k, v in line.items() if k != "seconds"} for line in RUN_LINES]
     ended = call("plot_runs.py", write_run(tmp_path / "old", old), "--output", tmp_path / "a.svg")

@@ -67,6 +67,11 @@ def new_figure(width: float, height: float) -> Any:
     return matplotlib("figure").Figure(figsize=(width, height), layout="constrained")
 
 
+def as_label(name: str) -> str:
+    """A name as it is: matplotlib hides what begins with ``_`` and sets ``$...$`` as a formula."""
+    return ("./" if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def look(sequence: Sequence[Any], index: int) -> Any:
     """A colour, style or marker by its index, from the start again after the last."""
     return sequence[index % len(sequence)]
@@ -88,10 +93,11 @@ def draw_runs(panels: Sequence[Panel], names: Sequence[str], width: float) -> An
         for place, panel in enumerate(panels):
             draw_panel(figure.add_subplot(rows, columns, place + 1), panel, len(names))
         if len(names) == 1:
-            figure.suptitle(names[0])
+            figure.suptitle(as_label(names[0]))
         else:
             handles = [_sample(group, None) for group in range(len(names))]
-            figure.legend(handles, names, handlelength=4, loc="outside upper left", frameon=False)
+            labels = [*map(as_label, names)]
+            figure.legend(handles, labels, handlelength=4, loc="outside upper left", frameon=False)
         return figure
 
 
@@ -155,7 +161,7 @@ def draw_evaluations(
         left.set_xlabel("exact depth, or numbers of a flat sum")
         _draw_errors(right, errors)
         handles = [_dot(index, filled=True) for index in range(len(names))]
-        labels = [f"{_letter(index)}: {name}" for index, name in enumerate(names)]
+        labels = [f"{_letter(index)}: {as_label(name)}" for index, name in enumerate(names)]
         if any(not point.trained for points in accuracies.points for point in points):
             handles, labels = [*handles, _dot(None, False)], [*labels, UNTRAINED]
         figure.legend(handles, labels, loc="outside upper left", frameon=False)
