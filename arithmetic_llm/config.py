@@ -666,6 +666,37 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
+class PictureConfig:
+    """A picture."""
+
+    output: str = opt("", "the picture to write; its name ends in .png or .svg", required=True)
+    width: float = opt(
+        12.0, "width in inches; the height follows from the panels", at_least=4.0, at_most=50.0
+    )
+
+
+@dataclass(frozen=True)
+class PlotRunsConfig(PictureConfig):
+    """Curves of training runs."""
+
+    runs: tuple[str, ...] = opt(
+        (),
+        "run folders; those that differ only in the seed become one band",
+        positional="RUN",
+        required=True,
+    )
+
+
+@dataclass(frozen=True)
+class PlotEvaluationConfig(PictureConfig):
+    """Evaluations side by side."""
+
+    metrics: tuple[str, ...] = opt(
+        (), "files evaluation_metrics_*.json", positional="METRICS", required=True
+    )
+
+
+@dataclass(frozen=True)
 class QuickstartConfig:
     """Quickstart."""
 

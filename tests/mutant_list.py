@@ -640,6 +640,18 @@ MUTANTS = [
         "test_evaluate.py -k limit",
     ),
     Mutant(
+        "pictures: minutes count lines and not steps",
+        '(line["step"] - clock.steps[-1]) * seconds_of(line)',
+        "seconds_of(line)",
+        "test_plots.py -k minutes",
+    ),
+    Mutant(
+        "pictures: runs of other settings are one band",
+        "alike = bool(run.settings) and _recipe(run) == _recipe(group[0])",
+        "alike = bool(run.settings)",
+        "test_plots.py -k seed",
+    ),
+    Mutant(
         "rewards: step validity pays beyond what is needed",
         "return min(verdict.valid_steps, verdict.needed_steps) / verdict.needed_steps",
         "return verdict.valid_steps / verdict.needed_steps",

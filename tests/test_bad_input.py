@@ -19,16 +19,20 @@ from helpers import (
     command,
     damages,
     edit,
+    evaluation,
     full_when_flushing,
     full_when_writing,
     make_tokenizer,
     one_thread,
     removals,
     run,
+    write_run,
 )
 
 TRAINING = ["--threads", 1, "--device", "cpu", "--max-steps", 1, "--eval-samples", 5]
 CORPUS, TOKENIZER, MODEL = "corpus.txt", "tokenizer", "model.pt"
+RUN, METRICS = "finished_run", "metrics.json"
+PLACES = ("RUN", "METRICS")  # words that --help shows for values without a flag
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Script:
     """A script with arguments that are right, as far as each is not made wrong."""
 
     name: str
-    inputs: dict[str, str] = field(default_factory=dict)  # flag -> file of the world
+    inputs: dict[str, str] = field(default_factory=dict)  # flag or, by its place, WORD -> file
     output: tuple[str, str] | None = None  # flag, file or folder
     other: tuple[object, ...] = ()
 
@@ -44,8 +48,10 @@ class Script:
         """The arguments, with another value for a flag (``corpus_path=...``)."""
         flags = {**self.inputs, **dict([self.output] if self.output else [])}
         flags = {flag: world / name for flag, name in flags.items()}
-        flags.update({"--" + name.replace("_", "-"): value for name, value in changed.items()})
-        return [*self.other, *(word for item in flags.items() for word in item)]
+        for name, value in changed.items():
+            flags[name if name in flags else "--" + name.replace("_", "-")] = value
+        words = [word for item in flags.items() for word in item]
+        return [*self.other, *(word for word in words if word not in PLACES)]
 
 
 GENERATE = ("--num-samples", 20, "--max-depth", 2)
@@ -110,6 +116,8 @@ SCRIPTS = [
         ("--max-gen-length", 2),
     ),
     Script("run_interactive.py", {"--model-path": MODEL, "--tokenizer-path": TOKENIZER}),
+    Script("plot_runs.py", {"RUN": RUN}, ("--output", "old.svg")),
+    Script("plot_evaluation.py", {"METRICS": METRICS}, ("--output", "old.svg")),
     Script("quickstart.py"),
 ]
 
@@ -119,6 +127,8 @@ BAD = {
     TOKENIZER: ["missing", "empty", "folder", "malformed.json", "other_tokenizer"],
     MODEL: ["missing", "empty", "folder", "truncated.pt", "hostile.pt", "nan.pt", "corpus.txt"],
     "adapter.pt": ["missing", "empty", "folder", "truncated.pt", "hostile.pt", "nan.pt"],
+    RUN: ["missing", "empty", "folder", "corpus.txt", "empty_run"],
+    METRICS: ["missing", "empty", "folder", "corpus.txt", "malformed.json", "other.json"],
 }
 
 
@@ -156,6 +166,11 @@ def world(workshop, tiny_checkpoint, tokenizer, tmp_path_factory):
     (folder / "half.txt").write_text("".join(lines[:5]))
     (folder / "bytes").write_bytes(b"Evaluate: 1 + \xff\n")
     (folder / "malformed.json").write_text('{"model": ')
+    (folder / "other.json").write_text('{"stage": "foundational", "steps": 9}')
+    write_run(folder / RUN)
+    write_run(folder / "empty_run", lines=[])
+    (folder / METRICS).write_text(json.dumps(evaluation(rates=[50])))
+    (folder / "old.svg").write_text("<svg/>")
     make_tokenizer(150).save(folder / "other_tokenizer")
     content = (folder / MODEL).read_bytes()
     (folder / "truncated.pt").write_bytes(content[: len(content) // 2])
