@@ -29,6 +29,7 @@ from helpers import (
 
 TRAINING = ["--threads", 1, "--device", "cpu", "--max-steps", 1, "--eval-samples", 5]
 CORPUS, TOKENIZER, MODEL = "corpus.txt", "tokenizer", "model.pt"
+METRICS = "metrics.json"
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,11 @@ SCRIPTS = [
         ("--output-path", "old.txt"),
     ),
     Script(
+        "export_model.py",
+        {"--model-path": MODEL, "--metrics": METRICS},
+        ("--output-dir", "old_export"),
+    ),
+    Script(
         "run_evaluation.py",
         {"--model-path": MODEL, "--tokenizer-path": TOKENIZER, "--test-file": CORPUS},
         ("--output-dir", "results"),
@@ -119,6 +125,7 @@ BAD = {
     TOKENIZER: ["missing", "empty", "folder", "malformed.json", "other_tokenizer"],
     MODEL: ["missing", "empty", "folder", "truncated.pt", "hostile.pt", "nan.pt", "corpus.txt"],
     "adapter.pt": ["missing", "empty", "folder", "truncated.pt", "hostile.pt", "nan.pt"],
+    METRICS: ["missing", "empty", "folder", "malformed.json", "other_metrics.json", "bytes"],
 }
 
 
@@ -145,6 +152,7 @@ def world(workshop, tiny_checkpoint, tokenizer, tmp_path_factory):
     shutil.copy(tiny_checkpoint, folder / MODEL)
     tokenizer.save(folder / TOKENIZER)
     _make_adapter(folder)
+    _make_export(folder)
     (folder / "old.txt").write_text("old\n")
     tokenizer.save(folder / "old_tokenizer")
 
@@ -174,6 +182,17 @@ def _make_adapter(folder):
     assert ended.code == 0, ended.err
     (adapter,) = folder.glob("lora/*/lora_adapter.pt")
     shutil.copy(adapter, folder / "adapter.pt")
+
+
+def _make_export(folder):
+    argv = ["--model-path", folder / MODEL, "--output-dir", folder / "evaluated"]
+    assert call("run_evaluation.py", *argv, *BRIEFLY.split()[2:]).code == 0
+    (metrics,) = folder.glob("evaluated/evaluation_metrics_*.json")
+    shutil.move(metrics, folder / METRICS)
+    other = (folder / METRICS).read_text().replace('"weights_hash": "', '"weights_hash": "0')
+    (folder / "other_metrics.json").write_text(other)
+    argv = ["--model-path", folder / MODEL, "--output-dir", folder / "old_export"]
+    assert call("export_model.py", *argv).code == 0
 
 
 def state_of(folder):
