@@ -25,6 +25,7 @@ SCRIPTS = {
     "run_instruction_training": (config.InstructionConfig,),
     "run_instruction_training_lora": (config.LoRAInstructionConfig,),
     "merge_lora_adapter": (config.MergeConfig,),
+    "export_model": (config.ExportConfig,),
     "run_grpo_training": (config.GRPOConfig,),
     "run_evaluation": (config.EvaluationConfig,),
     "run_interactive": (config.InteractiveConfig,),

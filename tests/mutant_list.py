@@ -614,6 +614,31 @@ MUTANTS = [
         "path.write_bytes(temporary.read_bytes())\n        os.fsync(0)",
         "test_checkpoint.py",
     ),
+    # ------------------------------------------------------------------------------------- export
+    Mutant(
+        "export: prompts are padded on the right",
+        '"padding_side": "left"',
+        '"padding_side": "right"',
+        "test_export.py -k greedy",
+    ),
+    Mutant(
+        "export: heads that share keys are taken for others",
+        'if said["num_key_value_heads"] != said["num_attention_heads"]:',
+        "if False:",
+        "test_export.py -k another_model",
+    ),
+    Mutant(
+        "export: the card has the figures of another model",
+        "if theirs != weights_hash(checkpoint.model):",
+        "if False:",
+        "test_export.py -k figures",
+    ),
+    Mutant(
+        "export: files take their names one by one",
+        "            file = stack.enter_context(",
+        "            stack.pop_all().close()\n            file = stack.enter_context(",
+        "test_export.py -k fills_up",
+    ),
     # --------------------------------------------------------------------------------- evaluation
     Mutant(
         "evaluation: the normal interval for Wilson's",

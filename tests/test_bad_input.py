@@ -31,7 +31,7 @@ from helpers import (
 
 TRAINING = ["--threads", 1, "--device", "cpu", "--max-steps", 1, "--eval-samples", 5]
 CORPUS, TOKENIZER, MODEL = "corpus.txt", "tokenizer", "model.pt"
-RUN, METRICS = "finished_run", "metrics.json"
+RUN, METRICS, OWN_METRICS = "finished_run", "metrics.json", "own_metrics.json"
 PLACES = ("RUN", "METRICS")  # words that --help shows for values without a flag
 
 
@@ -110,6 +110,11 @@ SCRIPTS = [
         ("--output-path", "old.txt"),
     ),
     Script(
+        "export_model.py",
+        {"--model-path": MODEL, "--metrics": OWN_METRICS},
+        ("--output-dir", "old_export"),
+    ),
+    Script(
         "run_evaluation.py",
         {"--model-path": MODEL, "--tokenizer-path": TOKENIZER, "--test-file": CORPUS},
         ("--output-dir", "results"),
@@ -129,6 +134,7 @@ BAD = {
     "adapter.pt": ["missing", "empty", "folder", "truncated.pt", "hostile.pt", "nan.pt"],
     RUN: ["missing", "empty", "folder", "corpus.txt", "empty_run"],
     METRICS: ["missing", "empty", "folder", "corpus.txt", "malformed.json", "other.json"],
+    OWN_METRICS: ["missing", "empty", "folder", "malformed.json", "other_metrics.json", "bytes"],
 }
 
 
@@ -155,6 +161,7 @@ def world(workshop, tiny_checkpoint, tokenizer, tmp_path_factory):
     shutil.copy(tiny_checkpoint, folder / MODEL)
     tokenizer.save(folder / TOKENIZER)
     _make_adapter(folder)
+    _make_export(folder)
     (folder / "old.txt").write_text("old\n")
     tokenizer.save(folder / "old_tokenizer")
 
@@ -189,6 +196,17 @@ def _make_adapter(folder):
     assert ended.code == 0, ended.err
     (adapter,) = folder.glob("lora/*/lora_adapter.pt")
     shutil.copy(adapter, folder / "adapter.pt")
+
+
+def _make_export(folder):
+    argv = ["--model-path", folder / MODEL, "--output-dir", folder / "evaluated"]
+    assert call("run_evaluation.py", *argv, *BRIEFLY.split()[2:]).code == 0
+    (metrics,) = folder.glob("evaluated/evaluation_metrics_*.json")
+    shutil.move(metrics, folder / OWN_METRICS)
+    other = (folder / OWN_METRICS).read_text().replace('"weights_hash": "', '"weights_hash": "0')
+    (folder / "other_metrics.json").write_text(other)
+    argv = ["--model-path", folder / MODEL, "--output-dir", folder / "old_export"]
+    assert call("export_model.py", *argv).code == 0
 
 
 def state_of(folder):
