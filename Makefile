@@ -3,11 +3,12 @@
 #     make test           lint and tests
 # and for developers
 #     make mutants        wrong edits of the package, one at a time: do the tests notice?
+#     make bench          how fast it is, beside the peers; BENCH="--long --write-docs" adds flags
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: quickstart test mutants clean
+.PHONY: quickstart test mutants bench clean
 
 quickstart: $(VENV)/ready
 	$(RUN) quickstart.py
@@ -18,6 +19,9 @@ test: $(VENV)/ready-to-test
 
 mutants: $(VENV)/ready-to-test
 	$(RUN) tests/mutants.py
+
+bench: $(VENV)/ready-to-test
+	$(RUN) benchmarks/run.py $(BENCH)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
