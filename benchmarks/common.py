@@ -386,7 +386,7 @@ class Materials:
         return build(ModelConfig, values | (tiny if self.config.miniature else {}), {})
 
     def _training(self) -> list[str]:
-        steps = self.config.size(900, 3)
+        steps = self.config.size(600, 3)
         return [
             *("run_foundational_training.py", "--config", str(RECIPE / "foundational.json")),
             *map(str, shape_flags(self.shape)),
