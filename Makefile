@@ -26,8 +26,8 @@ bench: $(VENV)/ready-to-test
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/ready: requirements.txt | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+$(VENV)/ready: requirements.txt requirements-extras.txt | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-extras.txt
 	touch $@
 
 $(VENV)/ready-to-test: requirements.txt requirements-test.txt | $(VENV)/bin/python

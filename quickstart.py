@@ -103,7 +103,7 @@ def main(argv=None):
 
     print("\n" + stage_table(done))
     print("\nType expressions into the solver:")
-    print(f"  {sys.executable} run_interactive.py --model-path {INSTRUCTION}")
+    print(f"  {quoted([sys.executable])} run_interactive.py --model-path {INSTRUCTION}")
 
 
 def words(command, recipe):

@@ -26,6 +26,7 @@ from arithmetic_llm.runtime import UserError, require_file
 Config = TypeVar("Config")
 Clause = Mapping[str, Any]  # settings by name, and what one of them must be; see `opt`
 OUT_OF_MEMORY = "out of memory; use a smaller batch (--help says which flags cut it) or model"
+ANY_NUMBER = "*"  # of values, as argparse spells it
 COMMAND_LINE, DEFAULT = "the command line", "the default"  # where a value comes from, if not a file
 
 
@@ -45,13 +46,15 @@ def opt(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field with the help text that its flag shows.
 
     ``required=True`` marks a value that flag or JSON must give wherever it has an effect;
+    ``positional`` is the word that stands for a value given by its place and not by a flag, or for
+    several if the field is a ``tuple[T, ...]``;
     ``choices`` lists what is allowed; ``at_least``, ``above`` and ``at_most`` bound a number;
     ``weights=True`` marks a text of weights by name, which JSON may give as an object; ``unset``
     says what a default of None stands for.
 
     ``needs`` lists what must hold for the setting to have any effect. Each entry maps other
     settings to what they must be, and one of them must be so: the value itself, one of a tuple of
-    values, `Above` or `Below` a bound. A setting that the script does not have stands in nobody's way.
+    values, `Above` or `Below` a bound. One that the script does not have stands in nobody's way.
 
         needs=[{"data_mode": "generated"}]             prompts must be generated
         needs=[{"max_steps": 0}]                       max_steps overrides it
@@ -124,9 +127,10 @@ def read_flags(
         group = parser.add_argument_group(_heading(cls))
         for field in dataclasses.fields(cls):
             text = _help(field, sections.values())
-            _add_flag(group, field.name, _hints(cls)[field.name], field.metadata, text)
+            add = _add_positional if "positional" in field.metadata else _add_flag
+            add(group, field.name, _hints(cls)[field.name], field.metadata, text)
     arguments = [_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
-    namespace, unknown = parser.parse_known_args(arguments)
+    namespace, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         flags = [word for action in parser._actions for word in action.option_strings]
         raise UserError(f"unknown argument {unknown[0]}{_did_you_mean(unknown[0], flags)}")
@@ -155,12 +159,27 @@ def _add_flag(parser: Any, name: str, hint: Any, metadata: Any, help: str) -> No
         )
 
 
+def _add_positional(parser: Any, name: str, hint: Any, metadata: Any, help: str) -> None:
+    """Values by their place; none is fine with the parser, since JSON may give them."""
+    kind, count = _scalar(hint)
+    nargs, word = ("?" if count is None else "*"), metadata["positional"]
+    text = help.replace("%", "%%")
+    parser.add_argument(
+        name, type=kind, nargs=nargs, metavar=word, help=text, default=argparse.SUPPRESS
+    )
+
+
 # ------------------------------------------------------------------- what --help and the docs say
 
 
 def flag_of(name: str) -> str:
     """``batch_size`` -> ``--batch-size``."""
     return "--" + name.replace("_", "-")
+
+
+def word_of(field: dataclasses.Field) -> str:
+    """What a user types for a field: ``--batch-size``, or ``RUN`` if its place tells."""
+    return field.metadata.get("positional") or flag_of(field.name)
 
 
 def shown(value: Any) -> str:
@@ -272,9 +291,9 @@ def construct(config_class: type[Config], settings: Mapping[str, Setting]) -> Co
     for name, value in values.items():
         field = settings[name].field
         required = field.metadata.get("required") and not unmet(field, settings)
-        if required and value in (None, ""):
+        if required and value in (None, "", ()):
             where = _needed(field, [config_class])
-            raise UserError(f"{f'{flag_of(name)} is required {where}'.rstrip()}; see --help")
+            raise UserError(f"{f'{word_of(field)} is required {where}'.rstrip()}; see --help")
     return config_class(**values)
 
 
@@ -319,8 +338,8 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
     if value is None and type(None) in typing.get_args(hint):
         return None
     if count is not None:
-        if not isinstance(value, list | tuple) or len(value) != count:
-            raise UserError(f"{key}: needs {count} values, not {value!r}")
+        if not isinstance(value, list | tuple) or count not in (ANY_NUMBER, len(value)):
+            raise UserError(f"{key}: needs {_how_many(count)}, not {value!r}")
         return tuple(_typed(key, item, kind) for item in value)
     whole_float = kind is int and isinstance(value, float) and value.is_integer()
     if (kind is float and type(value) is int) or whole_float:
@@ -356,12 +375,17 @@ def check_fields(config: Any) -> None:
         _check(field, getattr(config, field.name))
 
 
-def _scalar(hint: Any) -> tuple[type, int | None]:
-    """``int | None`` -> (int, None); ``tuple[int, int]`` -> (int, 2)."""
+def _how_many(count: int | str) -> str:
+    return "a list" if count == ANY_NUMBER else f"{count} values"
+
+
+def _scalar(hint: Any) -> tuple[type, int | str | None]:
+    """``int | None`` -> (int, None); ``tuple[int, int]`` -> (int, 2); with ``...`` any number."""
     if isinstance(hint, types.UnionType):
         (hint,) = [part for part in typing.get_args(hint) if part is not type(None)]
     if typing.get_origin(hint) is tuple:
-        return typing.get_args(hint)[0], len(typing.get_args(hint))
+        kind, *others = typing.get_args(hint)
+        return kind, ANY_NUMBER if others == [...] else 1 + len(others)
     return hint, None
 
 

@@ -14,6 +14,7 @@ NO_STEP_LIMIT = {"max_steps": 0}
 ADAMW, MUON = {"optimizer": "adamw"}, {"optimizer": "muon"}
 ADAPTER, ALL_WEIGHTS = {"lora_rank": Above(0)}, {"lora_rank": 0}
 DRAWN = {"test_file": ""}
+EXPORTED = {"from_hf": ""}
 TREES = {"style": ("nested", "typed", "padded"), "invalid_rate": Above(0)}  # not flat sums alone
 SAMPLED = {"temperature": Above(0)}
 GENERATED = {"data_mode": "generated"}
@@ -663,6 +664,63 @@ class MergeConfig:
     base_checkpoint: str = opt("", "the model that the adapter was trained on", required=True)
     adapter_path: str = opt("", "lora_adapter.pt, or a PEFT folder", required=True)
     output_path: str = opt("", "the checkpoint to write", required=True)
+
+
+@dataclass(frozen=True)
+class PictureConfig:
+    """A picture."""
+
+    output: str = opt("", "the picture to write; its name ends in .png or .svg", required=True)
+    width: float = opt(
+        12.0, "width in inches; the height follows from the panels", at_least=4.0, at_most=50.0
+    )
+
+
+@dataclass(frozen=True)
+class PlotRunsConfig(PictureConfig):
+    """Curves of training runs."""
+
+    runs: tuple[str, ...] = opt(
+        (),
+        "run folders; those that differ only in the seed become one band",
+        positional="RUN",
+        required=True,
+    )
+
+
+@dataclass(frozen=True)
+class PlotEvaluationConfig(PictureConfig):
+    """Evaluations side by side."""
+
+    metrics: tuple[str, ...] = opt(
+        (), "files evaluation_metrics_*.json", positional="METRICS", required=True
+    )
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Export, and the way back."""
+
+    model_path: str = opt(
+        "", "checkpoint of any stage, adapters included", required=True, needs=[EXPORTED]
+    )
+    base_checkpoint: str = opt(
+        "", "where the base is, if model_path is an adapter", needs=[EXPORTED]
+    )
+    output_dir: str = opt("", "the folder to write", required=True, needs=[EXPORTED])
+    metrics: str = opt(
+        "",
+        "evaluation_metrics_*.json of this very model, whose figures the model card will show",
+        needs=[EXPORTED],
+    )
+    from_hf: str = opt("", "the way back: turn this folder into a checkpoint")
+    output_path: str = opt("", "the checkpoint to write; only with --from-hf")
+
+    def __post_init__(self) -> None:
+        if self.from_hf and not self.output_path:
+            raise UserError("--output-path is required with --from-hf; see --help")
+        if self.output_path and not self.from_hf:
+            raise UserError("--output-path has no effect without --from-hf; leave it out")
 
 
 @dataclass(frozen=True)

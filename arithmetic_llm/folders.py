@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from arithmetic_llm.cli import build, contradicted, flag_of, parse_many, read_flags, read_json
-from arithmetic_llm.runtime import UserError
+from arithmetic_llm.runtime import UserError, checked
 
 STAMP = "YYYYMMDD_HHMMSS"
 FACTS = "run.json"  # what is needed to repeat a run
 SETTINGS = {"config": "training_config.json", "model_config": "model_config.json"}
+METRICS = "metrics.jsonl"
 FINISHED = "training_summary.json"  # written last: a run folder that holds it is finished
 
 
@@ -75,6 +77,22 @@ def step_checkpoints(folder: Path) -> list[Path]:
     found = folder.glob("checkpoint_step_*.pt")
     numbered = [(int(m[1]), p) for p in found if (m := re.fullmatch(r"\D+(\d+)\.pt", p.name))]
     return [path for _, path in sorted(numbered)]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All lines of a metrics stream; one that a kill left unfinished is passed over."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [values for values in map(_values, lines) if values]
+
+
+def _values(line: str) -> dict[str, Any] | None:
+    """The values of a line of metrics; None if it is not one, or not a whole one."""
+    try:
+        values = json.loads(line)
+        checked(int, checked(dict, values, "line")["step"], "step")
+    except (KeyError, RecursionError, ValueError):
+        return None
+    return values
 
 
 # -------------------------------------------------------------------- settings that a run keeps

@@ -13,7 +13,7 @@ import platform
 import reprlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, get_args, get_origin
 
@@ -56,6 +56,20 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8 with ``\\n`` line ends, whole or not at all."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def atomic_write_all(folder: str | Path, files: Mapping[str, bytes]) -> None:
+    """Write several files into a folder; none of them takes its name before all are on the disk.
+
+    Raises:
+        UserError: as `atomic_write`; every file is then as it was.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, content in files.items():
+            file = stack.enter_context(atomic_write(Path(folder) / name))
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def require_file(path: str | Path, what: str) -> Path:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from arithmetic_llm import config  # noqa: E402
-from arithmetic_llm.cli import default_of, flag_of, needs_of  # noqa: E402
+from arithmetic_llm.cli import default_of, needs_of, word_of  # noqa: E402
 from arithmetic_llm.runtime import atomic_write_text  # noqa: E402
 
 SCRIPTS = {
@@ -25,9 +25,12 @@ SCRIPTS = {
     "run_instruction_training": (config.InstructionConfig,),
     "run_instruction_training_lora": (config.LoRAInstructionConfig,),
     "merge_lora_adapter": (config.MergeConfig,),
+    "export_model": (config.ExportConfig,),
     "run_grpo_training": (config.GRPOConfig,),
     "run_evaluation": (config.EvaluationConfig,),
     "run_interactive": (config.InteractiveConfig,),
+    "plot_runs": (config.PlotRunsConfig,),
+    "plot_evaluation": (config.PlotEvaluationConfig,),
     "quickstart": (config.QuickstartConfig,),
 }
 
@@ -48,7 +51,7 @@ def row(field, configs):
     if choices := field.metadata.get("choices"):
         text += f" ({', '.join(choices)})"
     text = (text + needs_of(field, configs)).replace("|", "\\|")
-    return f"| `{flag_of(field.name)}` | {default(field, configs)} | {text} |"
+    return f"| `{word_of(field)}` | {default(field, configs)} | {text} |"
 
 
 def default(field, configs):

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import importlib.util
 import io
+import json
 import os
 import subprocess
 import sys
@@ -153,6 +154,45 @@ def checkpoint_of(model: ArithmeticModel, tokenizer: ArithmeticTokenizer) -> Che
     """A checkpoint of a model that claims to have been trained on depth 1 to 3."""
     seen = Coverage({"nested": 100}, (1, 2, 3), (), (1, 20), {"train": 100})
     return Checkpoint(model, tokenizer, "foundational", seen)
+
+
+# Training, 10 steps at 6 s and 10 at 12 s a step, and a validation at the start and in between.
+RUN_LINES = [
+    {"step": 0, "eval_loss": 4.0, "eval_exact": 0.0},
+    {"step": 10, "loss": 2.0, "learning_rate": 0.1, "tokens_per_second": 1000, "seconds": 6.0},
+    {"step": 15, "eval_loss": 1.0, "eval_exact": 0.5},
+    {"step": 20, "loss": 1.0, "learning_rate": 0.2, "tokens_per_second": 500, "seconds": 12.0},
+]
+
+
+def write_run(folder: Path, lines: Sequence[dict] = RUN_LINES, **settings: object) -> str:
+    """A run folder of some lines and settings; returns its path as a user types it."""
+    folder.mkdir()
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text)
+    if settings:
+        (folder / "training_config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+def evaluation(
+    rates: Sequence[float],
+    trained: bool = True,
+    errors: dict[str, int] | None = None,
+    model: str = "models/sft/best_model.pt",
+    **more: object,
+) -> dict:
+    """The metrics of an evaluation with such accuracies of depth 1, 2, ..., in percent."""
+    rows = [
+        {"depth": depth, **row(rate), "trained": trained} for depth, rate in enumerate(rates, 1)
+    ]
+    empty = {"by_depth": rows, "by_terms": [], "invalid": None, "errors": errors or {}}
+    return {"total_samples": 200, **empty, "settings": {"model_path": model}, **more}
+
+
+def row(rate: float) -> dict[str, float]:
+    """An accuracy in percent as a row of an evaluation has it, give or take 5."""
+    return {"exact_match_accuracy": rate, "low": rate - 5, "high": min(rate + 5, 100)}
 
 
 # ------------------------------------------------------------------------------- what goes wrong

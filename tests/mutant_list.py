@@ -396,32 +396,38 @@ MUTANTS = [
     # -------------------------------------------------------------------------------------- decoder
     Mutant(
         "decoder: a draft is believed one token too far",
-        "counts = 1 + (tokens[:, :-1] == drafts).cumprod(dim=1).sum(dim=1)",
-        "counts = 2 + (tokens[:, 1:-1] == drafts[:, 1:]).cumprod(dim=1).sum(dim=1)",
+        "new = tokens[: right + 1]",
+        "new = tokens[: min(right + 2, len(draft) + 1)]",
         "test_generate.py -k batch_size",
     ),
     Mutant(
+        "decoder: a draft is believed unchecked",
+        "while right < len(draft) and tokens[right] == draft[right] != EOS:",
+        "while right < len(draft) and EOS not in (tokens[right], draft[right]):",
+        "test_generate.py -k guesses",
+    ),
+    Mutant(
         "decoder: what follows the end of a text counts",
-        "counts = torch.minimum(counts, (ends.cumsum(dim=1) == ends).sum(dim=1))",
-        "pass",
+        "tokens[right] == draft[right] != EOS",
+        "tokens[right] == draft[right]",
         "test_generate.py -k guesses",
     ),
     Mutant(
         "decoder: a guess is followed after it has failed",
-        "self.on_guess[rows[missed]] = False",
-        "pass",
-        "test_generate.py -k passes",
+        "if self.guessed[: len(new)] == new else []",
+        "",
+        "test_generate.py -k asked_for",
     ),
     Mutant(
         "decoder: the shorter match is looked up",
-        "best = (matched * width + place).argmax",
-        "best = ((matched > 0) * width + place).argmax",
+        "for length in range(min(LONGEST_MATCH, len(text) - 1), 0, -1):",
+        "for length in range(1, min(LONGEST_MATCH, len(text) - 1) + 1):",
         "test_generate.py -k looking_up",
     ),
     Mutant(
         "decoder: the cache keeps all that a pass has read",
-        "cache.lengths = cache.lengths + counts.to(model.device)",
-        "cache.lengths = cache.lengths + logits.shape[1]",
+        "cache.lengths = cache.lengths + torch.tensor(counts, device=model.device)",
+        "cache.lengths = cache.lengths + ids.shape[1]",
         "test_generate.py -k greedy",
     ),
     Mutant(
@@ -444,14 +450,14 @@ MUTANTS = [
     ),
     Mutant(
         "decoder: dropout on while writing",
-        "    with evaluating(model):\n        _read_prompts",
-        "    with torch.enable_grad():\n        _read_prompts",
+        "    with evaluating(model):\n        cache = _read_prompts",
+        "    with torch.enable_grad():\n        cache = _read_prompts",
         f"{GRPO} -k dropout",
     ),
     Mutant(
         "decoder: the wrong rows leave the cache",
-        "cache.keep(texts.drop_finished().to(model.device))",
-        "cache.keep(torch.arange(len(texts.drop_finished())))",
+        "cache.remove(place)",
+        "cache.remove(len(rows) - 1)",
         "test_generate.py -k batch_size",
     ),
     # ------------------------------------------------------------------------------- the task
@@ -478,6 +484,18 @@ MUTANTS = [
         "match = _READY.search(expression)",
         "match = [*_READY.finditer(expression), None][-2 if _READY.search(expression) else -1]",
         "test_solution.py",
+    ),
+    Mutant(
+        "solution: a continuation does not see the result that a step states",
+        "for stated in (None, int(own[3])) if own else (None,):",
+        "for stated in (None,):",
+        "test_solution.py -k stands_there",
+    ),
+    Mutant(
+        "solution: a continuation goes on from the problem, whatever was stated since",
+        "_rest_of_step(expression if mark else problem,",
+        "_rest_of_step(problem,",
+        "test_solution.py -k wherever_it_is_cut",
     ),
     Mutant(
         "verifier: any step number is right",
@@ -596,6 +614,31 @@ MUTANTS = [
         "path.write_bytes(temporary.read_bytes())\n        os.fsync(0)",
         "test_checkpoint.py",
     ),
+    # ------------------------------------------------------------------------------------- export
+    Mutant(
+        "export: prompts are padded on the right",
+        '"padding_side": "left"',
+        '"padding_side": "right"',
+        "test_export.py -k greedy",
+    ),
+    Mutant(
+        "export: heads that share keys are taken for others",
+        'if said["num_key_value_heads"] != said["num_attention_heads"]:',
+        "if False:",
+        "test_export.py -k another_model",
+    ),
+    Mutant(
+        "export: the card has the figures of another model",
+        "if theirs != weights_hash(checkpoint.model):",
+        "if False:",
+        "test_export.py -k figures",
+    ),
+    Mutant(
+        "export: files take their names one by one",
+        "            file = stack.enter_context(",
+        "            stack.pop_all().close()\n            file = stack.enter_context(",
+        "test_export.py -k fills_up",
+    ),
     # --------------------------------------------------------------------------------- evaluation
     Mutant(
         "evaluation: the normal interval for Wilson's",
@@ -620,6 +663,18 @@ MUTANTS = [
         "return min(longest + max(32, longest // 4), CONTEXTS_TO_WRITE * context)",
         "return min(longest // 2, CONTEXTS_TO_WRITE * context)",
         "test_evaluate.py -k limit",
+    ),
+    Mutant(
+        "pictures: minutes count lines and not steps",
+        '(line["step"] - clock.steps[-1]) * seconds_of(line)',
+        "seconds_of(line)",
+        "test_plots.py -k minutes",
+    ),
+    Mutant(
+        "pictures: runs of other settings are one band",
+        "alike = bool(run.settings) and _recipe(run) == _recipe(group[0])",
+        "alike = bool(run.settings)",
+        "test_plots.py -k seed",
     ),
     Mutant(
         "rewards: step validity pays beyond what is needed",

@@ -66,8 +66,8 @@ def is_noticed(mutant: Mutant, copy: Path) -> bool:
         path.write_text(text, encoding="utf-8")
 
 
-def run_tests(arguments: str, copy: Path) -> int:
-    """Exit code of pytest: 0 = passed, 1 = failed; a hang counts as failed.
+def run_tests(arguments: str, copy: Path, seconds: int = SECONDS) -> int:
+    """Exit code of pytest: 0 = passed, 1 = failed; longer than ``seconds`` counts as failed.
 
     Raises:
         RuntimeError: the tests could not be run at all.
@@ -83,7 +83,7 @@ def run_tests(arguments: str, copy: Path) -> int:
             env={name: v for name, v in environment.items() if not name.startswith("PYTEST_")},
             capture_output=True,
             text=True,
-            timeout=SECONDS,
+            timeout=seconds,
         )
     except subprocess.TimeoutExpired:
         return 1
@@ -105,7 +105,7 @@ def require_green(mutants: Sequence[Mutant], copy: Path) -> None:
         RuntimeError: some fail.
     """
     files = sorted({mutant.tests.split()[0] for mutant in mutants})
-    if run_tests(" ".join(files), copy) != 0:
+    if run_tests(" ".join(files), copy, seconds=len(files) * SECONDS) != 0:
         raise RuntimeError(f"these tests fail without any edit: {', '.join(files)}")
 
 

@@ -44,6 +44,10 @@ class _Memory:
         self.rows = [self.rows[row] for row in rows.tolist()]
         self.lengths = self.lengths[rows]
 
+    def remove(self, row: int) -> None:
+        self.rows[row], self.lengths[row] = self.rows[-1], self.lengths[-1]
+        self.rows, self.lengths = self.rows[:-1], self.lengths[:-1]
+
 
 class Oracle(nn.Module):
     """Has all of `ArithmeticModel` that the decoder uses; its hidden states are its logits."""

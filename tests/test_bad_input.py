@@ -19,16 +19,20 @@ from helpers import (
     command,
     damages,
     edit,
+    evaluation,
     full_when_flushing,
     full_when_writing,
     make_tokenizer,
     one_thread,
     removals,
     run,
+    write_run,
 )
 
 TRAINING = ["--threads", 1, "--device", "cpu", "--max-steps", 1, "--eval-samples", 5]
 CORPUS, TOKENIZER, MODEL = "corpus.txt", "tokenizer", "model.pt"
+RUN, METRICS, OWN_METRICS = "finished_run", "metrics.json", "own_metrics.json"
+PLACES = ("RUN", "METRICS")  # words that --help shows for values without a flag
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Script:
     """A script with arguments that are right, as far as each is not made wrong."""
 
     name: str
-    inputs: dict[str, str] = field(default_factory=dict)  # flag -> file of the world
+    inputs: dict[str, str] = field(default_factory=dict)  # flag or, by its place, WORD -> file
     output: tuple[str, str] | None = None  # flag, file or folder
     other: tuple[object, ...] = ()
 
@@ -44,8 +48,10 @@ class Script:
         """The arguments, with another value for a flag (``corpus_path=...``)."""
         flags = {**self.inputs, **dict([self.output] if self.output else [])}
         flags = {flag: world / name for flag, name in flags.items()}
-        flags.update({"--" + name.replace("_", "-"): value for name, value in changed.items()})
-        return [*self.other, *(word for item in flags.items() for word in item)]
+        for name, value in changed.items():
+            flags[name if name in flags else "--" + name.replace("_", "-")] = value
+        words = [word for item in flags.items() for word in item]
+        return [*self.other, *(word for word in words if word not in PLACES)]
 
 
 GENERATE = ("--num-samples", 20, "--max-depth", 2)
@@ -104,12 +110,19 @@ SCRIPTS = [
         ("--output-path", "old.txt"),
     ),
     Script(
+        "export_model.py",
+        {"--model-path": MODEL, "--metrics": OWN_METRICS},
+        ("--output-dir", "old_export"),
+    ),
+    Script(
         "run_evaluation.py",
         {"--model-path": MODEL, "--tokenizer-path": TOKENIZER, "--test-file": CORPUS},
         ("--output-dir", "results"),
         ("--max-gen-length", 2),
     ),
     Script("run_interactive.py", {"--model-path": MODEL, "--tokenizer-path": TOKENIZER}),
+    Script("plot_runs.py", {"RUN": RUN}, ("--output", "old.svg")),
+    Script("plot_evaluation.py", {"METRICS": METRICS}, ("--output", "old.svg")),
     Script("quickstart.py"),
 ]
 
@@ -119,6 +132,9 @@ BAD = {
     TOKENIZER: ["missing", "empty", "folder", "malformed.json", "other_tokenizer"],
     MODEL: ["missing", "empty", "folder", "truncated.pt", "hostile.pt", "nan.pt", "corpus.txt"],
     "adapter.pt": ["missing", "empty", "folder", "truncated.pt", "hostile.pt", "nan.pt"],
+    RUN: ["missing", "empty", "folder", "corpus.txt", "empty_run"],
+    METRICS: ["missing", "empty", "folder", "corpus.txt", "malformed.json", "other.json"],
+    OWN_METRICS: ["missing", "empty", "folder", "malformed.json", "other_metrics.json", "bytes"],
 }
 
 
@@ -145,6 +161,7 @@ def world(workshop, tiny_checkpoint, tokenizer, tmp_path_factory):
     shutil.copy(tiny_checkpoint, folder / MODEL)
     tokenizer.save(folder / TOKENIZER)
     _make_adapter(folder)
+    _make_export(folder)
     (folder / "old.txt").write_text("old\n")
     tokenizer.save(folder / "old_tokenizer")
 
@@ -156,6 +173,11 @@ def world(workshop, tiny_checkpoint, tokenizer, tmp_path_factory):
     (folder / "half.txt").write_text("".join(lines[:5]))
     (folder / "bytes").write_bytes(b"Evaluate: 1 + \xff\n")
     (folder / "malformed.json").write_text('{"model": ')
+    (folder / "other.json").write_text('{"stage": "foundational", "steps": 9}')
+    write_run(folder / RUN)
+    write_run(folder / "empty_run", lines=[])
+    (folder / METRICS).write_text(json.dumps(evaluation(rates=[50])))
+    (folder / "old.svg").write_text("<svg/>")
     make_tokenizer(150).save(folder / "other_tokenizer")
     content = (folder / MODEL).read_bytes()
     (folder / "truncated.pt").write_bytes(content[: len(content) // 2])
@@ -174,6 +196,17 @@ def _make_adapter(folder):
     assert ended.code == 0, ended.err
     (adapter,) = folder.glob("lora/*/lora_adapter.pt")
     shutil.copy(adapter, folder / "adapter.pt")
+
+
+def _make_export(folder):
+    argv = ["--model-path", folder / MODEL, "--output-dir", folder / "evaluated"]
+    assert call("run_evaluation.py", *argv, *BRIEFLY.split()[2:]).code == 0
+    (metrics,) = folder.glob("evaluated/evaluation_metrics_*.json")
+    shutil.move(metrics, folder / OWN_METRICS)
+    other = (folder / OWN_METRICS).read_text().replace('"weights_hash": "', '"weights_hash": "0')
+    (folder / "other_metrics.json").write_text(other)
+    argv = ["--model-path", folder / MODEL, "--output-dir", folder / "old_export"]
+    assert call("export_model.py", *argv).code == 0
 
 
 def state_of(folder):

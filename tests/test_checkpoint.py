@@ -1,11 +1,14 @@
 """Checkpoints: whole or not there, never executed, and refused by name if anything is wrong."""
 
 import pickle
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 from helpers import (
+    ROOT,
     Hostile,
     checkpoint_of,
     edit,
@@ -64,6 +67,15 @@ def test_it_needs_no_file_beside_it(saved, tiny_model):
     elsewhere = saved.rename(saved.parent / "other.pt")
     ids = torch.tensor([[2, 50, 60]])
     assert torch.equal(load_model(elsewhere).model.eval()(ids), tiny_model(ids))
+
+
+def test_loading_does_not_import_the_compiler_of_torch(saved):
+    """It would take longer than all the rest."""
+    code = (
+        "import sys; from arithmetic_llm.model.load import load_model; load_model(sys.argv[1]); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, saved], check=True, cwd=ROOT)
 
 
 def test_the_hash_of_the_weights_sees_every_change(tiny_model, tokenizer):

@@ -59,6 +59,21 @@ class Needy:
     path: str = opt("", "a path", required=True)
 
 
+@dataclass(frozen=True)
+class Placed:
+    """One with values that are told by their place."""
+
+    size: int = opt(3, "a size")
+    limits: tuple[int, ...] = opt((), "limits, 100 % of them", positional="LIMIT", required=True)
+
+
+@dataclass(frozen=True)
+class PlacedOnce:
+    """One with a value that is told by its place."""
+
+    path: str = opt("here", "a path", positional="PATH")
+
+
 def read(*argv, config=Recipe):
     return parse(config, [str(word) for word in argv], "")
 
@@ -103,6 +118,47 @@ def test_a_required_value_may_come_from_either_side(tmp_path):
     assert read("--path", "x", config=Needy).path == "x"
     assert read("--config", json_file(tmp_path, path="y"), config=Needy).path == "y"
     assert "--path is required" in refusal(config=Needy)
+
+
+# ----------------------------------------------------------------------- values by their place
+
+
+@pytest.mark.parametrize(
+    "argv", [[1, 2, "--size", 5], ["--size", 5, 1, 2], [1, "--size", 5, 2], ["--size=5", 1, 2]]
+)
+def test_values_by_their_place_stand_anywhere_among_the_flags(argv):
+    assert read(*argv, config=Placed) == Placed(5, (1, 2))
+
+
+def test_values_by_their_place_may_come_from_json_and_read_back(tmp_path):
+    path = json_file(tmp_path, limits=[1, 2, 3])
+    assert read("--config", path, config=Placed) == Placed(limits=(1, 2, 3))
+    assert read("--config", path, 9, config=Placed).limits == (9,)
+    path.write_text(to_json(Placed(limits=(7,))))
+    assert read("--config", path, config=Placed) == Placed(limits=(7,))
+
+
+def test_one_value_by_its_place():
+    assert read("there", config=PlacedOnce).path == "there"
+    assert read(config=PlacedOnce).path == "here"
+    assert "unknown argument x" in refusal("there", "x", config=PlacedOnce)
+
+
+def test_what_is_wrong_with_values_by_their_place_is_one_line(tmp_path):
+    assert refusal(config=Placed) == "LIMIT is required; see --help"
+    assert "LIMIT" in refusal("x", config=Placed)
+    for wrong in (5, "5", ["5"], [1.5], None):
+        assert "limits" in refusal("--config", json_file(tmp_path, limits=wrong), config=Placed)
+    assert "LIMIT is required" in refusal("--config", json_file(tmp_path, limits=[]), config=Placed)
+
+
+def test_help_shows_values_by_their_place(capsys):
+    with pytest.raises(SystemExit):
+        read("--help", config=Placed)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "[LIMIT ...]" in text
+    assert "LIMIT limits, 100 % of them (required)" in text
+    assert "--limits" not in text
 
 
 # ------------------------------------------------------------------------------------ spelling
@@ -749,7 +805,7 @@ sys.argv = [{script!r}, "--help"]
 try:
     runpy.run_path({str(ROOT / script)!r}, run_name="__main__")
 finally:
-    heavy = {{"torch", "numpy", "tokenizers", "transformers"}} & sys.modules.keys()
+    heavy = {{"torch", "numpy", "tokenizers", "transformers", "matplotlib"}} & sys.modules.keys()
     assert not heavy, heavy
     assert time.process_time() < 0.5
 """

@@ -43,10 +43,10 @@ def test_help_and_flag_reference_agree(script, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         load_script(f"{script}.py").main(["--help"])
     text = re.sub(r"\n {8,}", "  ", capsys.readouterr().out)
-    lines = re.findall(r"^  (--[\w-]+)(.*?) {2,}(.*)$", text, re.MULTILINE)
+    lines = re.findall(r"^  (--[\w-]+|[A-Z]+\b)(.*?) {2,}(.*)$", text, re.MULTILINE)
     shown = {flag: (value, text) for flag, value, text in lines if flag not in CONFIG_FLAGS}
     (section,) = re.findall(rf"^## {script}\.py$(.*?)(?=^## |\Z)", FLAGS, re.DOTALL | re.MULTILINE)
-    rows = re.findall(r"^\| `(--[\w-]+)` \| (.*?) \| (.*) \|$", section, re.MULTILINE)
+    rows = re.findall(r"^\| `(--[\w-]+|[A-Z]+)` \| (.*?) \| (.*) \|$", section, re.MULTILINE)
     assert [*shown] == [flag for flag, _, _ in rows]
     for flag, default, text in rows:
         value, help_text = shown[flag]

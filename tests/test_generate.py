@@ -153,10 +153,9 @@ def test_tokens_stream_as_they_are_written_and_finished_rows_leave():
     expected = generate(MODEL, PROMPTS[:12], LIMIT)
     streamed = [[] for _ in range(12)]
     for emission in decode(MODEL, PROMPTS[:12], LIMIT):
-        assert emission.rows  # some row has something new
-        for row, token in zip(emission.rows, emission.tokens, strict=True):
-            assert EOS not in streamed[row]
-            streamed[row].append(token)
+        assert len(emission.tokens) == len(emission.logprobs) == len(emission.margins) > 0
+        assert EOS not in streamed[emission.row]
+        streamed[emission.row] += emission.tokens
     assert streamed == [completion.tokens for completion in expected]
     assert len({len(tokens) for tokens in streamed}) > 3
 
@@ -175,10 +174,14 @@ def test_a_stream_that_is_left_early_leaves_the_model_as_it_was():
 
 
 class Passes:
-    """Counts the forward passes of a model inside a block."""
+    """The shapes that a model reads inside a block, a forward pass each."""
 
     def __init__(self, model):
-        self.model, self.count = model, 0
+        self.model, self.shapes = model, []
+
+    @property
+    def count(self):
+        return len(self.shapes)
 
     def __enter__(self):
         self.hook = self.model.model.register_forward_hook(self.add)
@@ -187,12 +190,12 @@ class Passes:
     def __exit__(self, *_):
         self.hook.remove()
 
-    def add(self, *_):
-        self.count += 1
+    def add(self, module, inputs, output):
+        self.shapes.append(tuple(inputs[0].shape))
 
 
 def guesses_of_all_kinds(completions):
-    """Right, right at first, wrong at once, too short, too long, and none."""
+    """Right, wrong in one place, wrong at once, too short, too long, and none."""
     kinds = [
         lambda tokens: tokens,
         lambda tokens: [*tokens[:5], 7, *tokens[6:]],
@@ -201,55 +204,89 @@ def guesses_of_all_kinds(completions):
         lambda tokens: [*tokens, *range(6, 60), EOS],
         lambda tokens: [],
     ]
-    return [kinds[row % 6](completion.tokens) for row, completion in enumerate(completions)]
+    texts = [kinds[row % 6](completion.tokens) for row, completion in enumerate(completions)]
+    return lambda row, written: texts[row][len(written) :]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_guesses_change_no_token_and_no_logprob(sampling, batch_size):
     plain = generate(MODEL, PROMPTS, LIMIT, sampling, batch_size=64)
-    guesses = guesses_of_all_kinds(plain)
-    guessed = generate(MODEL, PROMPTS, LIMIT, sampling, batch_size, guesses=guesses)
+    guess = guesses_of_all_kinds(plain)
+    guessed = generate(MODEL, PROMPTS, LIMIT, sampling, batch_size, guess=guess)
     for one, other in zip(plain, guessed, strict=True):
         assert one.tokens == other.tokens
         assert one.finish_reason == other.finish_reason
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        assert one.margin == pytest.approx(other.margin, abs=1e-4)
         assert len(one.support) == len(other.support)
         assert all(map(torch.equal, one.support, other.support))
 
 
+def prompt_and_text():
+    """A prompt and the 20 tokens that the model writes after it."""
+    pairs = zip(PROMPTS, generate(MODEL, PROMPTS, 20), strict=True)
+    return next((p, c.tokens) for p, c in pairs if len(p) > 1 and len(c.tokens) == 20)
+
+
 def test_a_right_guess_takes_few_passes_and_a_wrong_one_no_more_than_none():
-    completions = generate(MODEL, PROMPTS, 20)
-    pairs = zip(PROMPTS, completions, strict=True)
-    prompt, plain = next((p, c) for p, c in pairs if len(p) > 1 and len(c.tokens) == 20)
+    prompt, text = prompt_and_text()
     passes = {}
-    for name, guess in {"right": plain.tokens, "wrong": [9] * 20, "none": []}.items():
-        with Passes(MODEL) as counter:
-            generate(MODEL, [prompt], 20, guesses=[guess])
-        passes[name] = counter.count
+    for name, guessed in {"right": text, "wrong": [9] * 20, "none": []}.items():
+        with Passes(MODEL) as passed:
+            generate(MODEL, [prompt], 20, guess=lambda _, new, g=guessed: [] if new else g)
+        passes[name] = passed.count
     assert passes["right"] == 2  # the prompt, and all of the text at once
     assert passes["right"] < passes["wrong"] <= passes["none"] + 1 <= 20 + 2
+
+
+def test_a_guess_is_asked_for_again_when_it_is_wrong_or_used_up_and_not_before():
+    prompt, text = prompt_and_text()
+    answers = {0: [*text[:5], 9, *text[6:]], 6: text[6:9], 10: text[10:]}
+    asked = []
+
+    def guess(row, written):
+        asked.append((row, written))
+        return answers[len(written)]
+
+    generate(MODEL, [prompt], 20, guess=guess)
+    # Wrong in its sixth place; then used up, one token having been chosen behind it; then right.
+    assert text[5] != 9
+    assert asked == [(0, text[:place]) for place in (0, 6, 10)]
+
+
+def test_prompts_that_are_alike_are_read_once():
+    one, other = PROMPTS[0], PROMPTS[1]
+    with Passes(MODEL) as passed:
+        generate(MODEL, [one, other, one, one, other], 3)
+    longest = max(len(one), len(other)) - 1
+    assert passed.shapes[0] == (2, longest)
+    assert {rows for rows, _ in passed.shapes[1:]} <= {1, 2, 3, 4, 5}
+    assert passed.shapes[1][0] == 5
 
 
 def test_what_repeats_itself_is_looked_up(trained_model, tokenizer):
     """A solution copies its own expression; the naive loop takes a pass for each token."""
     prompt = tokenizer.prompt_ids("(7 - 2) + (3 - (4 + 1))")
-    with Passes(trained_model) as counter:
+    with Passes(trained_model) as passed:
         (completion,) = generate(trained_model, [prompt], 80)
     assert completion.tokens == naive_greedy(trained_model, prompt, 80)
-    assert counter.count < 0.8 * len(completion.tokens)
+    assert passed.count < 0.8 * len(completion.tokens)
 
 
-def test_looking_up_by_hand():
-    ids = torch.tensor([[7, 1, 2, 3, 9, 1, 2, 8, 1, 2], [5, 5, 5, 0, 0, 0, 0, 0, 0, 0]])
-    lengths = torch.tensor([10, 3])
-    assert look_up(ids, lengths, 3).tolist() == [
-        [8, 1, 2],  # the later of two matches of the same length
-        [5, -1, -1],  # behind the latest match only one token is known
-    ]
-    longer = torch.tensor([[4, 1, 2, 3, 9, 1, 2, 8, 4, 1, 2]])
-    assert look_up(longer, torch.tensor([11]), 2).tolist() == [[3, 9]]  # the longer match
-    assert look_up(torch.tensor([[1, 2, 3]]), torch.tensor([3]), 2).tolist() == [[-1, -1]]
+@pytest.mark.parametrize(
+    ("text", "following"),
+    [
+        ("7+3=10,7+", "3=1"),
+        ("7123912812", "812"),  # the later of two matches of the same length
+        ("41239128412", "391"),  # the longer match before the later one
+        ("555", "5"),  # behind the latest match only one token is known
+        ("123", ""),
+        ("1", ""),
+    ],
+)
+def test_looking_up_by_hand(text, following):
+    assert look_up(text, 3) == following
 
 
 # -------------------------------------------------------------------------- log-probabilities

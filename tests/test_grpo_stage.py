@@ -168,7 +168,7 @@ def test_a_line_tells_the_means_of_all_its_steps(world, tmp_path, monkeypatch):
             assert line[name] == [each[name] for each in window if name in each][-1]
         for name in line.keys() - {"step", "epoch", "learning_rate", "grad_norm"}:
             told = [each[name] for each in window if name in each]
-            if name not in ("tokens_per_second", "seconds_generating", "seconds_training"):
+            if not name.startswith(("tokens_per_second", "seconds")):
                 assert line[name] == pytest.approx(sum(told) / len(told)), name
 
 
@@ -742,6 +742,22 @@ def test_learning_from_solutions_is_the_cross_entropy_of_the_reference_library(
             tiny_model(batch.input_ids).flatten(0, 1), targets.flatten(), ignore_index=-100
         )
     torch.testing.assert_close(loss.detach(), expected)
+
+
+def test_a_corpus_with_a_prompt_beyond_the_sampler_is_refused_at_once(world, tmp_path):
+    """Its worked solution, which rollouts draft with, would take minutes and gigabytes."""
+    text = " + ".join(["1"] * 4096)
+    corpus = tmp_path / "c.txt"
+    corpus.write_text(f"Evaluate: {text}\n<think> </think> Final Result: 4096\n")
+    ended = call(
+        SCRIPT,
+        *("--sft-checkpoint", world / "start" / "best_model.pt"),
+        *("--tokenizer", world / "tokenizer", "--instruction-corpus", corpus),
+        *("--output-dir", tmp_path / "out", "--max-gen-length", 100),
+    )
+    assert ended.code == 2
+    assert ended.error_lines[0].startswith(f"error: {corpus}: has a problem of 4,096 numbers")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

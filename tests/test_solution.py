@@ -1,6 +1,7 @@
 """The step-by-step solution, its order and its text."""
 
 import random
+import re
 import time
 
 import pytest
@@ -9,7 +10,13 @@ from arithmetic_llm.config import SampleSpec
 from arithmetic_llm.corpus.draw import draw
 from arithmetic_llm.corpus.trees import write
 from arithmetic_llm.task.expression import parse
-from arithmetic_llm.task.solution import next_step, reductions, solve, solve_canonical
+from arithmetic_llm.task.solution import (
+    continuation,
+    next_step,
+    reductions,
+    solve,
+    solve_canonical,
+)
 from arithmetic_llm.task.text import one_line, problem_text, read_answer
 
 
@@ -120,3 +127,44 @@ def test_reductions_are_made_one_at_a_time():
 )
 def test_reading_the_answer(text, answer):
     assert read_answer(text) == answer
+
+
+# ------------------------------------------------------------------------------ what comes next
+
+PROBLEMS = ["5 + (10 - 3)", "((1 + 2)) - (3 - 14)", "1 - 2 - 3 - 4", "-7", "5 +", "6 18"]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_a_right_solution_goes_on_as_it_does_wherever_it_is_cut(problem):
+    text = one_line(solve(problem).text).removeprefix("<think>") + "<eos>"
+    for end in range(len(text) - len("<eos>")):
+        following = continuation(problem, text[:end])
+        assert following
+        assert text[end:].startswith(following)
+
+
+@pytest.mark.parametrize(
+    ("written", "following"),
+    [
+        # by the result that the step states
+        (" Step 1: 10 - 3 = 8", " Expression now: 5 + 8 Step 2: 5 + 8 = 13 Expression now: 13"),
+        (" Step 1: 10 - 3 = 8 Expression now: 5 +", " 8 Step 2: 5 + 8 = 13 Expression now: 13"),
+        # by the last expression that was stated, however it came about
+        (" Step 1: 10 - 3 = 7 Expression now: 6 + 7 Step 2:", " 6 + 7 = 13 Expression now: 13"),
+        (" Step 1: nonsense Expression now: 6 + 7 Step 2: 6", " + 7 = 13 Expression now: 13"),
+        (" Step 1: 5 + 10 = 15 Expression now: 4 </think>", ""),
+        # nothing that the solver would have written
+        (" Step 2: 10", ""),
+        (" Step 1: 5 + 10", ""),
+        (" Step 1: 10 - 3 = 7 Expression now: 6 + 7", ""),
+        (" Step 1: 10 - 3 = 7 Expression now: 5 + 7 </think>", ""),
+        ("Final Result: 12", ""),
+        (" Step ", "1: 10 - 3 = 7 Expression now: 5 + 7 Step 2: 5 + 7 = 12 Expression now: 12"),
+        # numbers that Python does not read
+        (f" Step 1: 10 - 3 = {'9' * 5000}", ""),
+        (f" Step 1: 1 Expression now: 1 + {'9' * 5000} Step 2: ", ""),
+    ],
+)
+def test_what_stands_there_decides_how_it_goes_on(written, following):
+    found = continuation("5 + (10 - 3)", written)
+    assert re.sub(" </think> Final Result: 1[23]<eos>$", "", found) == following

@@ -136,12 +136,24 @@ def test_a_stream_comes_in_pieces_as_they_are_written(tokenizer):
         return hidden_states(*args)
 
     solver.model.hidden_states = counted
-    stream = solver.stream("1 + 2")
+    stream = solver.stream("1 + 2 + 3 + 4 + 5 + 6 + 7 + 8 + 9")
     assert next(stream)
     assert len(asked) == 2  # the prompt, and the first pass behind it
     passes = [len(asked) for piece in stream]
-    assert passes == sorted(passes)
-    assert len({*passes}) > 5  # a draft may be right for some pieces, never for all
+    assert len(passes) > 2
+    assert passes == [*range(3, 3 + len(passes))]  # a draft may be right, but has its length
+
+
+def test_right_drafts_are_checked_and_not_believed(tokenizer):
+    """A model that is wrong writes what it would have written, in a few passes all the same."""
+    wrong = " Step 1: 2 + 3 = 6 Expression now: 1 + 6 Step 2: 1 + 6 = 7 Expression now: 7"
+    wrong += " </think> Final Result: 8"
+    model, passes = Oracle(tokenizer, lambda expression: wrong), []
+    hidden_states = model.hidden_states
+    model.hidden_states = lambda *args: passes.append(None) or hidden_states(*args)
+    outcome = ArithmeticSolver(model, tokenizer).solve("1 + (2 + 3)")
+    assert outcome.text == wrong.strip()
+    assert len(passes) <= 6  # the prompt, up to each error, and from there to the end
 
 
 # ---------------------------------------------------------------------------------- bounds

@@ -65,6 +65,24 @@ def test_encode_batch_is_encode_of_each():
     assert TOKENIZER.encode_batch(TEXTS[:20]) == [TOKENIZER.encode(text) for text in TEXTS[:20]]
 
 
+def test_training_cuts_text_as_the_file_says():
+    """The trainer with its own regular expression writes the same file, byte for byte."""
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.trainers import BpeTrainer
+
+    ours = make_tokenizer()
+    plain = Tokenizer.from_str(SMALLEST.serialized)
+    trainer = BpeTrainer(
+        vocab_size=ours.vocab_size,
+        show_progress=False,
+        special_tokens=[AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS],
+        initial_alphabet=[chr(code) for code in range(32, 127)],
+    )
+    texts = (re.split("</?think>", record.sequence) for record in records())
+    plain.train_from_iterator(texts, trainer)
+    assert plain.to_str() == ours.serialized
+
+
 # ----------------------------------------------------------------------------- transformers
 
 

@@ -13,13 +13,18 @@ from typing import Any
 
 import torch
 
-from arithmetic_llm.config import MAX_DEPTH, EvaluationConfig, SampleSpec
+from arithmetic_llm.config import EvaluationConfig, SampleSpec
 from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.corpus.files import read_corpus
 from arithmetic_llm.corpus.record import Sample
+from arithmetic_llm.evaluation.draft import right_continuations
 from arithmetic_llm.evaluation.judge import Outcome, judge
-from arithmetic_llm.evaluation.length import right_answers, room_to_answer, warn_if_too_short
+from arithmetic_llm.evaluation.length import (
+    check_sizes,
+    room_to_answer,
+    warn_if_too_short,
+)
 from arithmetic_llm.evaluation.metrics import EvaluationResult
 from arithmetic_llm.folders import resolve_stamp
 from arithmetic_llm.model.checkpoint import Checkpoint, weights_hash
@@ -36,8 +41,6 @@ from arithmetic_llm.runtime import (
     versions,
 )
 from arithmetic_llm.task.problem import Problem, problem_from, split_of
-
-MOST_NUMBERS = 2**MAX_DEPTH  # in a problem; a solution grows with the square of them
 
 
 def evaluate_checkpoint(config: EvaluationConfig) -> EvaluationResult:
@@ -86,20 +89,9 @@ def problems_for(config: EvaluationConfig) -> tuple[list[Problem], dict[str, Any
 def _from_file(path: str) -> tuple[list[Problem], dict[str, Any]]:
     path = resolve_stamp(path)
     problems = [problem_from(record.expression) for record in read_corpus(path)]
-    _check_sizes(problems, path)
+    check_sizes(problems, path)
     seen = in_train_split(problems)
     return problems, {"test_file": path, "sha256": sha256_file(path), "in_train_split": seen}
-
-
-def _check_sizes(problems: Sequence[Problem], path: str) -> None:
-    """Refuse what is larger than anything the sampler draws: its solution would fill the memory."""
-    valid = (problem for problem in problems if problem.row.kind != "invalid")
-    largest = max((problem.expression.count(" ") // 2 + 1 for problem in valid), default=0)
-    if largest > MOST_NUMBERS:
-        raise UserError(
-            f"{path}: has a problem of {largest:,} numbers, but at most {MOST_NUMBERS:,} can be "
-            "evaluated; leave it out"
-        )
 
 
 def _drawn(config: EvaluationConfig) -> tuple[list[Problem], dict[str, Any]]:
@@ -142,7 +134,7 @@ def evaluate(
 ) -> EvaluationResult:
     """Put every problem to the model and judge what it writes, with a progress bar.
 
-    The right answers are the decoder's guesses: they save passes where the model writes just them,
+    A right solver makes the decoder's guesses: they save passes where the model writes just them,
     and change nothing that it writes.
 
     Args:
@@ -167,8 +159,8 @@ def evaluate(
             show(outcome)
 
         started = time.monotonic()
-        guesses = right_answers(problems, tokenizer)
-        generate(model, prompts, limit, sampling, batch_size, on_done, guesses)
+        guess = right_continuations(problems, tokenizer)
+        generate(model, prompts, limit, sampling, batch_size, on_done, guess)
         seconds = time.monotonic() - started
     in_order = tuple(outcomes[row] for row in range(len(problems)))
     settings = {**(settings or {}), **_decoding(model, sampling, limit, batch_size)}

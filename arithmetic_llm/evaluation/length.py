@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from arithmetic_llm.config import MAX_DEPTH
 from arithmetic_llm.model.tokenizer import EOS, ArithmeticTokenizer
+from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.problem import Problem
 from arithmetic_llm.task.solution import solve
 from arithmetic_llm.task.text import one_line
 
+MOST_NUMBERS = 2**MAX_DEPTH  # in a problem; a solution grows with the square of them
 CONTEXTS_TO_WRITE = 4  # how far beyond the trained context decoding goes by default
 
 
@@ -47,4 +50,19 @@ def warn_if_too_short(
             f"warning: --max-gen-length {limit} cuts off the right answers to {longer:,} of "
             f"{len(problems):,} problems; the longest takes {max(lengths):,} tokens",
             file=sys.stderr,
+        )
+
+
+def check_sizes(problems: Iterable[Problem], path: str) -> None:
+    """Refuse what is larger than anything the sampler draws: its solution would fill the memory.
+
+    Raises:
+        UserError: a problem of the file has more numbers than a full tree of the greatest depth.
+    """
+    valid = (problem for problem in problems if problem.row.kind != "invalid")
+    largest = max((problem.expression.count(" ") // 2 + 1 for problem in valid), default=0)
+    if largest > MOST_NUMBERS:
+        raise UserError(
+            f"{path}: has a problem of {largest:,} numbers, but at most {MOST_NUMBERS:,} can be "
+            "solved step by step; leave it out"
         )

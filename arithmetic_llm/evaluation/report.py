@@ -107,7 +107,7 @@ def depth_table(metrics: Metrics) -> str:
             _percent(row["step_validity_rate"]),
             _percent(row["cut_off_rate"]),
         ]
-        for name, row in _named_rows(metrics)
+        for name, row in named_rows(metrics)
     ]
     return _table(rows) + _footnote(rows)
 
@@ -204,14 +204,14 @@ def _stage_lines(metrics: Metrics | None) -> list[list[str]]:
             _percent(row["parse_success_rate"]),
             _percent(row["step_validity_rate"]),
         ]
-        for name, row in [*_named_rows(metrics), ("all", metrics)]
+        for name, row in [*named_rows(metrics), ("all", metrics)]
     ]
 
 
 # ---------------------------------------------------------------------------------- pieces
 
 
-def _named_rows(metrics: Metrics) -> list[tuple[str, dict[str, Any]]]:
+def named_rows(metrics: Metrics) -> list[tuple[str, dict[str, Any]]]:
     """Every row with its name; a star marks what the checkpoint never saw in training."""
     rows = [(f"depth {row['depth']}", row) for row in metrics["by_depth"]]
     rows += [(f"{row['terms']} terms", row) for row in metrics["by_terms"]]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from arithmetic_llm.corpus.coverage import Coverage
+from arithmetic_llm.evaluation.draft import right_continuations
 from arithmetic_llm.evaluation.judge import Outcome, judge
 from arithmetic_llm.evaluation.length import room_to_answer
 from arithmetic_llm.folders import resolve_stamp
@@ -96,7 +97,8 @@ class ArithmeticSolver:
         prompts = [self.prompt(problem.expression) for problem in problems]
         limits = [self._limit(problem) for problem in problems]
         longest = max(limits, default=0)
-        written = generate(self.model, prompts, longest, self.sampling, batch_size)
+        guess = right_continuations(problems, self.tokenizer)
+        written = generate(self.model, prompts, longest, self.sampling, batch_size, guess=guess)
         return [self._judge(*row) for row in zip(problems, prompts, written, limits, strict=True)]
 
     def stream(self, expression: str) -> Generator[str, None, Outcome]:
@@ -110,9 +112,9 @@ class ArithmeticSolver:
         """
         problem = problem_from(expression)
         prompt, limit = self.prompt(problem.expression), self._limit(problem)
-        written = Completion()
-        for emission in decode(self.model, [prompt], limit, self.sampling):
-            written.add(emission, 0)
+        written, guess = Completion(), right_continuations([problem], self.tokenizer)
+        for emission in decode(self.model, [prompt], limit, self.sampling, guess=guess):
+            written.add(emission)
             yield self.tokenizer.decode_completion(emission.tokens)
         return self._judge(problem, prompt, written, limit)
 

@@ -12,7 +12,9 @@ from arithmetic_llm.corpus.draw import draw_any
 from arithmetic_llm.corpus.files import read_corpus
 from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.evaluation.judge import Outcome
+from arithmetic_llm.evaluation.length import check_sizes
 from arithmetic_llm.task.expression import spell
+from arithmetic_llm.task.problem import problem_from
 
 
 def nested(config: GRPOConfig) -> SampleSpec:
@@ -61,6 +63,8 @@ class PromptSource:
         self.corpus: list[Record] = []
         if config.data_mode == "instruction":
             self.corpus = [*read_corpus(config.instruction_corpus)]
+            asked = (problem_from(record.expression) for record in self.corpus)
+            check_sizes(asked, config.instruction_corpus)
         available = len(self.corpus) or config.num_samples
         self.prompts_per_epoch = min(config.num_samples, available)
         self.prompts_per_step = config.batch_size * config.gradient_accumulation_steps

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from arithmetic_llm.config import GRPOConfig
+from arithmetic_llm.evaluation.draft import right_continuations
 from arithmetic_llm.evaluation.judge import Outcome, judge
-from arithmetic_llm.evaluation.length import right_answers
 from arithmetic_llm.grpo.rewards import Attempt, score
 from arithmetic_llm.model.decode import Completion, SamplingParams, generate
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
@@ -53,7 +53,7 @@ def roll_out(
 ) -> list[list[Rollout]]:
     """Write ``copies`` completions of each expression and reward them.
 
-    As in an evaluation, right answers are the decoder's guesses: they save passes and change no
+    As in an evaluation, a right solver makes the decoder's guesses: they save passes and change no
     text.
 
     Args:
@@ -65,10 +65,10 @@ def roll_out(
     """
     asked = [problem_from(expression) for expression in expressions for _ in range(copies)]
     prompts = [tokenizer.prompt_ids(problem.expression) for problem in asked]
-    guesses = right_answers(asked, tokenizer)
+    guess = right_continuations(asked, tokenizer)
     limit, context = config.max_gen_length, model.config.max_seq_length
     size = config.rollout_batch_size
-    written = generate(model, prompts, limit, sampling, size, guesses=guesses)
+    written = generate(model, prompts, limit, sampling, size, guess=guess)
     rollouts = []
     for problem, prompt, completion in zip(asked, prompts, written, strict=True):
         outcome = judge(problem, completion, len(prompt), tokenizer, context)

@@ -95,7 +95,7 @@ def read_checkpoint(path: str | Path) -> CheckpointData:
     try:
         return CheckpointData(
             config=build(ModelConfig, checked(dict, raw["model_config"], "model_config"), {}),
-            weights=_finite(raw["weights"]),
+            weights=finite(raw["weights"]),
             tokenizer=_with_hash(ArithmeticTokenizer(raw["tokenizer"]), raw["tokenizer_hash"]),
             training=checked(dict, raw["training"], "training"),
             adapter=_adapter(raw["adapter"]),
@@ -129,7 +129,7 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _finite(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def finite(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights in fp32, however they are stored; none is NaN or infinite."""
     for name, tensor in checked(dict[str, torch.Tensor], weights, "weights").items():
         if tensor.layout is not torch.strided or not tensor.is_floating_point():

@@ -36,9 +36,13 @@ class SamplingParams:
 
 
 GREEDY = SamplingParams()
-COMPACT_AT = 1 / 8  # share of finished rows from which copying the cache without them pays
-GUESSED, LOOKED_UP = 48, 8  # most tokens of a draft: a guess may be right to its end
+# A CPU is as busy as it gets with some thousand positions a pass: many rows have short drafts.
+POSITIONS, LONGEST_DRAFT = 1024, 48
+LOOKED_UP = 8  # most tokens of a draft that is looked up
 LONGEST_MATCH = 4  # tokens; longer matches draft no better in traces of depth 4
+
+# What a row might write next, right or wrong, given its name and all tokens that it has written.
+Guess = Callable[[int, list[int]], Sequence[int]]
 
 
 @dataclass
@@ -51,26 +55,25 @@ class Completion:
     margin: float = float("inf")  # smallest gap between the two best logits: a near-tie if ~1e-5
     support: list[Tensor] = field(default_factory=list)  # (vocabulary,) bool a token, if truncated
 
-    def add(self, emission: Emission, place: int) -> None:
-        """Append what one decoding step has given for this row."""
-        self.tokens.append(emission.tokens[place])
-        self.logprobs.append(emission.logprobs[place])
-        self.margin = min(self.margin, emission.margins[place])
-        if emission.support is not None:
-            self.support.append(emission.support[place])
+    def add(self, emission: Emission) -> None:
+        """Append what a decoding step has given for this row."""
+        self.tokens += emission.tokens
+        self.logprobs += emission.logprobs
+        self.margin = min(self.margin, *emission.margins)
+        self.support += emission.support
         if self.tokens[-1] == EOS:
             self.finish_reason = "eos"
 
 
 @dataclass(frozen=True)
 class Emission:
-    """One decoding step: a token for every row that is still being written."""
+    """Tokens that one decoding step gives for one row: those of a draft that are right, and one."""
 
-    rows: list[int]  # indices into the prompts
+    row: int  # index into the prompts
     tokens: list[int]
     logprobs: list[float]
     margins: list[float]
-    support: Tensor | None = None  # (rows, vocabulary) bool: what truncation has left
+    support: list[Tensor]  # (vocabulary,) bool a token: what truncation has left; or nothing
 
 
 def generate(
@@ -80,11 +83,11 @@ def generate(
     sampling: SamplingParams = GREEDY,
     batch_size: int = 64,
     on_done: Callable[[int, Completion], None] = lambda row, completion: None,
-    guesses: Sequence[Sequence[int]] | None = None,
+    guess: Guess | None = None,
 ) -> list[Completion]:
     """Complete every prompt; results stand in the order of the prompts.
 
-    Prompts of similar length share a batch, the longest first. ``batch_size`` and ``guesses``
+    Prompts of similar length share a batch, the longest first. ``batch_size`` and ``guess``
     change the speed and the memory, never a result: rows do not see each other, and each row draws
     its own random numbers from ``(seed, row)``.
 
@@ -92,19 +95,18 @@ def generate(
         prompts: token ids, each non-empty, of any lengths.
         max_new_tokens: most tokens written after a prompt, ``<eos>`` included.
         on_done: called with the row of each prompt and its completion as soon as that is finished.
-        guesses: what each row might write, right or wrong; see `decode`.
+        guess: what each row might write next, see `decode`.
     """
     completions = [Completion() for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = [prompts[row] for row in rows]
-        guessed = [guesses[row] for row in rows] if guesses else None
-        for emission in decode(model, batch, max_new_tokens, sampling, rows, guessed):
-            for place, row in enumerate(emission.rows):
-                completions[row].add(emission, place)
-                if completions[row].finish_reason == "eos":
-                    on_done(row, completions[row])
+        for emission in decode(model, batch, max_new_tokens, sampling, rows, guess):
+            completion = completions[emission.row]
+            completion.add(emission)
+            if completion.finish_reason == "eos":
+                on_done(emission.row, completion)
         for row in rows:
             if completions[row].finish_reason == "length":
                 on_done(row, completions[row])
@@ -117,173 +119,156 @@ def decode(
     max_new_tokens: int,
     sampling: SamplingParams = GREEDY,
     row_ids: Sequence[int] | None = None,
-    guesses: Sequence[Sequence[int]] | None = None,
+    guess: Guess | None = None,
 ) -> Iterator[Emission]:
     """Write all prompts at once, yielding the tokens as they come.
 
     A row stops after ``<eos>`` or ``max_new_tokens``; the iterator ends when all have stopped.
 
-    The next tokens of a row are drafted (Leviathan et al., 2023): from its guess as long as it
-    writes just that, else by looking up what followed when its last tokens stood in its text
-    before. One forward pass checks a whole draft: the token of each place is chosen as ever, and
-    the first choice that is not the drafted one is the last that counts. So drafts decide how many
-    passes a text takes, and never the text, be it greedy or sampled.
+    The next tokens of a row are drafted (Leviathan et al., 2023): guessed, or else looked up, which
+    is what followed when the row's last tokens stood in its text before. One forward pass checks a
+    whole draft: the token of each place is chosen as ever, and the first choice that is not the
+    drafted one is the last that counts. So drafts decide how many passes a text takes, and never
+    the text, be it greedy or sampled.
 
     Args:
-        row_ids: the rows' names in what is yielded and in the random streams (default 0, 1, ...).
-        guesses: tokens that each row might write, for instance a right solution.
+        row_ids: the rows' names in what is yielded, in the random streams and for ``guess``
+            (default 0, 1, ...).
+        guess: asked at the start of a row, and again whenever its last answer was wrong or is used
+            up.
     """
-    row_ids = list(range(len(prompts)) if row_ids is None else row_ids)
-    draws = _uniforms(sampling, row_ids, max_new_tokens)
-    texts = Texts(prompts, max_new_tokens, guesses or [[]] * len(prompts))
-    cache = model.new_cache(len(prompts))
+    if not prompts or max_new_tokens == 0:
+        return
+    names = range(len(prompts)) if row_ids is None else row_ids
+    draws = _uniforms(sampling, names, max_new_tokens)
+    rows = [TextRow(*row, max_new_tokens, guess) for row in zip(names, prompts, draws, strict=True)]
     with evaluating(model):
-        _read_prompts(model, prompts, cache)
-        while not texts.done.all():
-            # Finished rows cost as much as others, but copying the cache without them costs, too.
-            if texts.done.float().mean() > COMPACT_AT:
-                cache.keep(texts.drop_finished().to(model.device))
-            drafts = texts.drafts()
-            # Row by row: the last token that is certain, then the draft; -1 is no token to read.
-            logits = _forward(model, torch.cat((texts.last, drafts.clamp(min=PAD)), dim=1), cache)
-            choice = _choose(logits, sampling, texts.of_places(draws, logits.shape[1]))
-            counts = texts.accept(choice.tokens.cpu(), drafts)
+        cache = _read_prompts(model, prompts)
+        while rows:
+            most = _longest_draft(len(rows), model.device)
+            drafts = [row.draft(most) for row in rows]
+            # Each row reads its last token, the only one that is certain and not in the cache, and
+            # its draft. The padding behind a shorter draft is read as well, and never looked at.
+            ids = _padded([[row.last, *draft] for row, draft in zip(rows, drafts, strict=True)])
+            uniform = torch.stack([row.uniforms(ids.shape[1]) for row in rows])
+            choice = _choose(_forward(model, ids, cache), sampling, uniform)
+            counts = _accept(rows, choice.tokens.tolist(), drafts)
             # The pass has left the whole draft in the cache, but lengths alone say what counts
             # there: moving them on by what was accepted forgets the rest. The last token accepted
             # is not in it yet; the next pass reads that first.
-            cache.lengths = cache.lengths + counts.to(model.device)
-            yield from _emissions(choice, [row_ids[i] for i in texts.index.tolist()], counts)
+            cache.lengths = cache.lengths + torch.tensor(counts, device=model.device)
+            yield from _emissions(rows, choice, counts)
+            _drop_finished(rows, cache)
 
 
-class Texts:
-    """Rows in the making: B rows of tokens, prompt and all, each of its own length.
+class TextRow:
+    """A text in the making, prompt and all, and what might come next.
 
-    All tensors are on the CPU; what happens to the tokens there is small beside a forward pass.
+    Tokens are kept as the characters of these numbers: a search in a string is fast.
     """
 
     def __init__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        guesses: Sequence[Sequence[int]],
+        self, name: int, prompt: Sequence[int], draws: Tensor, limit: int, guess: Guess | None
     ):
-        self.limit = max_new_tokens
-        self.index = torch.arange(len(prompts))  # which prompt each row belongs to
-        self.lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long)
-        self.written = torch.zeros_like(self.lengths)
-        self.done = self.written >= max_new_tokens
-        longest = max(map(len, prompts), default=0)
-        self.ids = _padded(prompts, longest + max_new_tokens)
-        self.guesses = _padded(guesses, max(map(len, guesses), default=0) + 1)
-        self.on_guess = torch.tensor([bool(guess) for guess in guesses], dtype=torch.bool)
+        self.name, self.draws, self.limit, self.guess = name, draws, limit, guess
+        self.text, self.start = _letters(prompt), len(prompt)
+        self.guessed: list[int] = []  # what the last guess says beyond the text; it may be wrong
 
     @property
-    def last(self) -> Tensor:
-        """(B, 1) the last token of each row."""
-        return self.ids.gather(1, self.lengths[:, None] - 1)
+    def last(self) -> int:
+        """The last token."""
+        return ord(self.text[-1])
 
-    def drafts(self) -> Tensor:
-        """(B, T) what might come next; -1 where nothing is drafted."""
-        guessing = (self.on_guess & ~self.done).any()
-        left = int((self.limit - self.written[~self.done]).max()) - 1
-        most = min(GUESSED if guessing else LOOKED_UP, left)
-        looked_up = F.pad(
-            look_up(self.ids, self.lengths, min(most, LOOKED_UP)), (0, most), value=-1
-        )
-        if not guessing:
-            return looked_up[:, :most]
-        places = self.written[:, None] + torch.arange(most)
-        guessed = self._guess_at(places, torch.arange(len(places))[:, None])
-        return torch.where(self.on_guess[:, None], guessed, looked_up[:, :most])
+    @property
+    def written(self) -> int:
+        """Number of tokens behind the prompt."""
+        return len(self.text) - self.start
 
-    def _guess_at(self, places: Tensor, rows: Tensor) -> Tensor:
-        """The guessed tokens; -1, which ends every guess, behind it."""
-        return self.guesses[rows, places.clamp(max=self.guesses.shape[1] - 1)]
+    @property
+    def done(self) -> bool:
+        """Nothing more is to be written."""
+        return self.written == self.limit or (self.written > 0 and self.last == EOS)
 
-    def of_places(self, draws: Tensor, width: int) -> Tensor:
-        """(B, width) the random numbers of each row's next tokens, of (prompts, tokens)."""
-        places = self.written[:, None] + torch.arange(width)
-        return draws[self.index[:, None], places.clamp(max=draws.shape[1] - 1)]
+    def draft(self, most: int) -> list[int]:
+        """What might come next, within the limit: its last token is not drafted but chosen."""
+        most = min(most, self.limit - self.written - 1)
+        if self.guess and not self.guessed:
+            self.guessed = [*self.guess(self.name, _tokens(self.text[self.start :]))]
+        return self.guessed[:most] or _tokens(look_up(self.text, min(most, LOOKED_UP)))
 
-    def accept(self, tokens: Tensor, drafts: Tensor) -> Tensor:
-        """Append the tokens that count: to the first that was not drafted, or ends the row.
+    def uniforms(self, width: int) -> Tensor:
+        """(width,) the random numbers of the next places."""
+        return self.draws[self.written : self.written + width]
+
+    def accept(self, tokens: list[int], draft: list[int]) -> int:
+        """Append the tokens that count: up to the first that was not drafted or ends the text.
 
         Args:
-            tokens: (B, T + 1) the choice after the last token, and after each drafted one.
-            drafts: (B, T).
+            tokens: the choice after the last token, and after each drafted one.
 
         Returns:
-            (B,) how many of each row count; 0 for finished rows.
+            How many count, 1 at least.
         """
-        counts = 1 + (tokens[:, :-1] == drafts).cumprod(dim=1).sum(dim=1)
-        ends = (tokens == EOS).long()
-        counts = torch.minimum(counts, (ends.cumsum(dim=1) == ends).sum(dim=1))  # none before it
-        counts = torch.minimum(counts, self.limit - self.written).masked_fill(self.done, 0)
-        steps = torch.arange(tokens.shape[1])
-        rows, places = (steps < counts[:, None]).nonzero(as_tuple=True)
-        new = tokens[rows, places]
-        self.ids[rows, self.lengths[rows] + places] = new
-        missed = self._guess_at(self.written[rows] + places, rows) != new
-        self.on_guess[rows[missed]] = False
-        self.lengths, self.written = self.lengths + counts, self.written + counts
-        ended = (counts > 0) & (self.last[:, 0] == EOS)
-        self.done = self.done | ended | (self.written == self.limit)
-        return counts
-
-    def drop_finished(self) -> Tensor:
-        """Forget the rows that are done; returns the places of those that stay."""
-        going = (~self.done).nonzero()[:, 0]
-        for name in ("index", "lengths", "written", "done", "ids", "guesses", "on_guess"):
-            setattr(self, name, getattr(self, name)[going])
-        return going
+        right = 0
+        while right < len(draft) and tokens[right] == draft[right] != EOS:
+            right += 1
+        new = tokens[: right + 1]
+        self.text += _letters(new)
+        self.guessed = self.guessed[len(new) :] if self.guessed[: len(new)] == new else []
+        return len(new)
 
 
-def _padded(rows: Sequence[Sequence[int]], width: int) -> Tensor:
-    """(B, width) token ids, -1 behind the end of each row."""
-    ids = torch.full((len(rows), width), -1)
-    for row, tokens in enumerate(rows):
-        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-    return ids
+def _letters(tokens: Sequence[int]) -> str:
+    return "".join(map(chr, tokens))
 
 
-def look_up(ids: Tensor, lengths: Tensor, most: int) -> Tensor:
-    """Followers of a row's last tokens where they stood before: the longest, then the latest match.
+def _tokens(letters: str) -> list[int]:
+    return [*map(ord, letters)]
 
-    ``7 + 3 = 10 , 7 +`` with ``most`` = 3 gives ``3 = 10``.
 
-    Args:
-        ids: (B, W) tokens; lengths: (B,) how many of each row count.
+def look_up(text: str, most: int) -> str:
+    """What followed where the end of a text stood before: the longest, then the latest match.
 
-    Returns:
-        (B, most) tokens, -1 where there is no match, or none of its followers is known.
+    ``7+3=10,7+`` with ``most`` = 3 gives ``3=1``; without a match there is nothing.
     """
-    ids = ids[:, : int(lengths.max())]
-    width, last = ids.shape[1], lengths[:, None] - 1
-    place = torch.arange(width)
-    matching, matched = place < last, torch.zeros_like(ids)  # up to each place, in tokens
-    for back in range(min(LONGEST_MATCH, width)):
-        same = ids == ids.gather(1, (last - back).clamp(min=0))
-        matching = matching & F.pad(same, (back, 0))[:, :width]
-        matched += matching
-    best = (matched * width + place).argmax(dim=1, keepdim=True)
-    following = best + 1 + torch.arange(most)
-    known = (following <= last) & (matched.gather(1, best) > 0)
-    return torch.where(known, ids.gather(1, following.clamp(max=width - 1)), -1)
+    for length in range(min(LONGEST_MATCH, len(text) - 1), 0, -1):
+        place = text.rfind(text[-length:], 0, len(text) - 1)
+        if place >= 0:
+            return text[place + length : place + length + most]
+    return ""
 
 
-def _emissions(choice: Choice, names: Sequence[int], counts: Tensor) -> Iterator[Emission]:
-    """The tokens that count, those of one place at a time."""
-    for place in range(int(counts.max())):
-        live = counts > place
-        rows = live.nonzero()[:, 0].tolist()
-        at = live.to(choice.tokens.device)
-        yield Emission(
-            [names[row] for row in rows],
-            choice.tokens[at, place].tolist(),
-            choice.logprobs[at, place].tolist(),
-            choice.margins[at, place].tolist(),
-            None if choice.support is None else choice.support[at, place].cpu(),
-        )
+def _longest_draft(rows: int, device: torch.device) -> int:
+    """Most tokens of a draft in a batch of so many rows."""
+    return min(max(POSITIONS // rows, 1), LONGEST_DRAFT) if device.type == "cpu" else LONGEST_DRAFT
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """(B, longest) token ids, `PAD` behind the end of each row."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[PAD] * (width - len(row))] for row in rows])
+
+
+def _accept(rows: list[TextRow], tokens: list[list[int]], drafts: list[list[int]]) -> list[int]:
+    """How many of each row's tokens count, after they have been appended to it."""
+    return [row.accept(*checked) for row, *checked in zip(rows, tokens, drafts, strict=True)]
+
+
+def _emissions(rows: list[TextRow], choice: Choice, counts: list[int]) -> Iterator[Emission]:
+    """The tokens that count, row by row."""
+    parts = zip(*(part.tolist() for part in choice[:3]), strict=True)
+    for place, (row, count, part) in enumerate(zip(rows, counts, parts, strict=True)):
+        support = [] if choice.support is None else [*choice.support[place, :count].clone().cpu()]
+        yield Emission(row.name, *(values[:count] for values in part), support)
+
+
+def _drop_finished(rows: list[TextRow], cache: KVCache) -> None:
+    """Forget the rows that are done; the last row moves into the place of each."""
+    for place in reversed(range(len(rows))):
+        if rows[place].done:
+            cache.remove(place)
+            rows[place] = rows[-1]
+            rows.pop()
 
 
 @contextlib.contextmanager
@@ -298,12 +283,19 @@ def evaluating(model: ArithmeticModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _read_prompts(model: ArithmeticModel, prompts: Sequence[Sequence[int]], cache: KVCache) -> None:
-    """Fill the cache with every prompt but its last token, which the first pass reads."""
-    lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
-    if len(prompts) and (longest := int(lengths.max())):
-        ids = _padded([prompt[:-1] for prompt in prompts], longest).clamp(min=PAD)
-        model.hidden_states(ids.to(model.device), cache, lengths)
+def _read_prompts(model: ArithmeticModel, prompts: Sequence[Sequence[int]]) -> KVCache:
+    """A cache that holds each prompt but its last token, which the first pass reads.
+
+    Prompts that are alike, as those of a group of rollouts, are read once and copied.
+    """
+    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    ids = _padded([*places])[:, :-1].to(model.device)
+    lengths = torch.tensor([len(prompt) - 1 for prompt in places], device=model.device)
+    cache = model.new_cache(len(places))
+    if ids.shape[1]:
+        model.hidden_states(ids, cache, lengths)
+    cache.keep(torch.tensor([places[tuple(prompt)] for prompt in prompts], device=model.device))
+    return cache
 
 
 @torch.no_grad()
@@ -314,11 +306,14 @@ def _forward(model: ArithmeticModel, ids: Tensor, cache: KVCache) -> Tensor:
 
 
 def _uniforms(sampling: SamplingParams, rows: Sequence[int], steps: int) -> Tensor:
-    """(rows, steps) numbers in [0, 1): row i's depend on the seed and on i alone."""
+    """(rows, steps and more) numbers in [0, 1): row i's depend on the seed and on i alone.
+
+    Behind the limit stand zeros, for the places of a draft or of padding that nobody looks at.
+    """
     if sampling.greedy:
-        return torch.zeros(1, 1).expand(len(rows), steps)
+        return torch.zeros(1, 1).expand(len(rows), steps + LONGEST_DRAFT)
     draws = [np.random.default_rng((sampling.seed, row)).random(steps) for row in rows]
-    return torch.from_numpy(np.stack(draws))
+    return F.pad(torch.from_numpy(np.stack(draws)), (0, LONGEST_DRAFT))
 
 
 class Choice(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,8 @@ from arithmetic_llm.config import LoRAConfig, ModelConfig
 from arithmetic_llm.corpus.coverage import Coverage, to_dict
 from arithmetic_llm.model.checkpoint import CheckpointData, description
 from arithmetic_llm.model.lora import target_names
-from arithmetic_llm.runtime import (
-    UserError,
-    atomic_write,
-    atomic_write_text,
-    checked,
-    reason,
-    require_file,
-)
+from arithmetic_llm.model.tensors import read_tensors, to_bytes
+from arithmetic_llm.runtime import UserError, atomic_write, atomic_write_text, checked, reason
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
@@ -94,7 +87,7 @@ def save_peft(folder: Path, data: CheckpointData) -> None:
     """
     config, adapter = build(LoRAConfig, data.adapter["config"], {}), data.adapter
     weights = {_PEFT_PREFIX + name: t.contiguous() for name, t in data.weights.items()}
-    written = _safetensors("safetensors.torch").save(weights, metadata=_metadata(data))
+    written = to_bytes(weights, _metadata(data))
     with atomic_write(folder / PEFT_WEIGHTS) as file:
         file.write(written)
     text = json.dumps(_to_peft(config, adapter["base_path"]), indent=2)
@@ -143,7 +136,7 @@ def read_peft(folder: str | Path) -> PeftData:
         UserError: files or metadata missing or damaged, or an adapter of another kind.
     """
     folder = Path(folder)
-    weights, metadata = _read_weights(folder)
+    weights, metadata = read_tensors(folder / PEFT_WEIGHTS, "adapter")
     settings = read_json(folder / PEFT_CONFIG)
     return PeftData(
         config=_from_peft(settings, folder),
@@ -152,28 +145,6 @@ def read_peft(folder: str | Path) -> PeftData:
         base_hash=metadata.get("base_hash", ""),
         **_training(metadata, folder),
     )
-
-
-def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a PEFT folder, and the metadata beside them."""
-    safetensors = _safetensors("safetensors")
-    path = require_file(folder / PEFT_WEIGHTS, "adapter")
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            names = file.keys()  # the file itself is no iterable
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: damaged ({error}); use another copy") from None
-
-
-def _safetensors(module: str):
-    """A module of safetensors, imported when it is needed: it is an optional requirement."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(
-            "PEFT folders need safetensors; pip install -r requirements-extras.txt"
-        ) from None
 
 
 def _training(metadata: dict[str, str], folder: Path) -> dict[str, Any]:

@@ -29,6 +29,14 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class Embedding(nn.Embedding):
+    """PyTorch's own, which draws its first weights only where there is memory for them."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # there it would import torch's compiler, two seconds long
+            super().reset_parameters()
+
+
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines for rotary positions (Su et al., 2021).
 
@@ -154,9 +162,18 @@ class KVCache:
         return self.in_use
 
     def keep(self, rows: Tensor) -> None:
-        """Drop every row that is not in ``rows``, a tensor of row indices."""
+        """Hold the rows of these indices in this order; a row may come several times, or never."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.lengths = self.lengths[rows]
+
+    def remove(self, row: int) -> None:
+        """Drop one row; the last one moves into its place, so that little is copied."""
+        last = len(self.lengths) - 1
+        for tensor in (self.keys, self.values):
+            tensor[:, row, :, : self.in_use] = tensor[:, last, :, : self.in_use]
+        self.lengths[row] = self.lengths[last]
+        self.keys, self.values = self.keys[:, :last], self.values[:, :last]
+        self.lengths = self.lengths[:last]
 
 
 @dataclass
@@ -176,7 +193,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(vocab_size, config.d_model)
+        self.embed_tokens = Embedding(vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.d_model)
         self.dropout = nn.Dropout(config.dropout)

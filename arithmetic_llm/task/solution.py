@@ -14,7 +14,21 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from arithmetic_llm.task.expression import ExpressionError, apply, parse
-from arithmetic_llm.task.text import ERROR, Answer, refusal_text, solution_text, step_text
+from arithmetic_llm.task.text import (
+    CLOSE,
+    END,
+    EQUATION,
+    ERROR,
+    NEW_EXPRESSION,
+    OPEN,
+    STEP,
+    Answer,
+    one_line,
+    refusal_text,
+    result_text,
+    solution_text,
+    step_text,
+)
 
 _READY = re.compile(r"(-?[0-9]+) ([+-]) (-?[0-9]+)")
 
@@ -76,13 +90,17 @@ def reductions(expression: str) -> Iterator[Step]:
         expression = step.expression
 
 
-def next_step(expression: str) -> Step | None:
-    """The next operation of a canonical expression, or None if it is a number."""
+def next_step(expression: str, stated: int | None = None) -> Step | None:
+    """The next operation of a canonical expression, or None if it is a number.
+
+    Args:
+        stated: its result, if someone has said that it is another than the right one.
+    """
     match = _READY.search(expression)
     if match is None:
         return None
     left, operator, right = int(match[1]), match[2], int(match[3])
-    result = apply(left, operator, right)
+    result = apply(left, operator, right) if stated is None else stated
     return Step(left, operator, right, result, _put(expression, match.span(), result))
 
 
@@ -92,3 +110,55 @@ def _put(expression: str, span: tuple[int, int], number: int) -> str:
     while expression[start - 1 : start] == "(" and expression[end : end + 1] == ")":
         start, end = start - 1, end + 1
     return f"{expression[:start]}{number}{expression[end:]}"
+
+
+# ------------------------------------------------------------------------- what comes next
+
+
+def continuation(problem: str, written: str) -> str:
+    """What a right solver would write next: to the end of the following step, or of the text.
+
+    It makes the best of what stands there. The last expression that was stated counts, right or
+    wrong, and so does the result of the step that was begun. Where that cannot be made out, or is
+    not what the solver would have written, there is no continuation, which is an empty text.
+
+    Args:
+        problem: an expression in canonical text, or an invalid one.
+        written: the beginning of a solution on one line, all that follows ``<think>``.
+
+    Returns:
+        Text on one line, with ``<eos>`` where the solution ends.
+    """
+    before, mark, step = written.rpartition(f" {STEP} ")
+    if not mark:
+        return _rest(one_line(solve(problem).text).removeprefix(OPEN) + END, written)
+    _, mark, expression = before.rpartition(f" {NEW_EXPRESSION} ")
+    number = before.count(f" {STEP} ") + 1
+    try:
+        return _rest_of_step(expression if mark else problem, number, f"{STEP} {step}")
+    except ValueError:  # more digits than Python reads
+        return ""
+
+
+def _rest_of_step(expression: str, number: int, begun: str) -> str:
+    """What is left of a step and the one behind it; by the result that it states, if need be."""
+    own = EQUATION.match(begun)
+    for stated in (None, int(own[3])) if own else (None,):
+        step = next_step(expression, stated)
+        if step is None:
+            return ""
+        text = f"{one_line(step.text(number))} {_following(step.expression, number + 1)}"
+        if text.startswith(begun):
+            return _rest(text, begun)
+    return ""
+
+
+def _following(expression: str, number: int) -> str:
+    """The next step, or the end of the text if none is left."""
+    step = next_step(expression)
+    return one_line(step.text(number)) if step else f"{CLOSE} {result_text(expression)}{END}"
+
+
+def _rest(text: str, beginning: str) -> str:
+    """A text without its beginning; empty if it begins otherwise."""
+    return text[len(beginning) :] if text.startswith(beginning) else ""

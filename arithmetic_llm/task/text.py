@@ -16,7 +16,7 @@ from arithmetic_llm.task.expression import MAX_DIGITS
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>", "<think>", "</think>")
 *_FRAME, CLOSE = SPECIAL_TOKENS
-OPEN = _FRAME[-1]
+*_, END, OPEN = _FRAME
 PROBLEM = "Evaluate:"
 STEP = "Step"
 NEW_EXPRESSION = "Expression now:"
@@ -29,7 +29,8 @@ Answer = int | Literal["ERROR"]
 NEXT_STEP = re.compile(rf"(?={STEP} [0-9]+:)")
 EQUATION = re.compile(rf"{STEP} ([0-9]+): (-?[0-9]+ [+-] -?[0-9]+) = (-?[0-9]+)")
 FOREIGN = re.compile("|".join([PROBLEM, *_FRAME]))  # what no completion holds
-_ANSWER = re.compile(rf" (-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})|{ERROR})")
+_RESULT = re.compile(FINAL_RESULT.replace(" ", r"\s+"))
+_ANSWER = re.compile(rf"\s+(-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})|{ERROR})\s*")
 
 
 def problem_text(expression: str) -> str:
@@ -87,7 +88,7 @@ def read_answer(text: str) -> Answer | None:
     The mark occurs once in the whole text, and nothing but white space follows the number; which
     white space makes no difference.
     """
-    _, *stated = one_spaced(text).split(FINAL_RESULT)
+    _, *stated = _RESULT.split(text)
     answer = _ANSWER.fullmatch(stated[0]) if len(stated) == 1 else None
     if answer is None:
         return None

@@ -169,7 +169,10 @@ def check_step(
     """
     step_line, expression_line = one_spaced(step_line), one_spaced(expression_line)
     expected = next_step(previous) if previous is not None else None
-    written = _canonical_or_none(expression_line.removeprefix(NEW_EXPRESSION))
+    if expected and expression_line == f"{NEW_EXPRESSION} {expected.expression}":
+        written = expected.expression  # known to be canonical: parsing would take most of the time
+    else:
+        written = _canonical_or_none(expression_line.removeprefix(NEW_EXPRESSION))
     error = _equation_error(expected, step_line, number)
     if error is None and not _is_expression_line(expression_line):
         error = "unparseable"

@@ -367,6 +367,7 @@ class Meter:
             **self.window[-1].rates,
             **({"grad_norm": norms[-1]} if norms else {}),
             "tokens_per_second": round(sum(s.tokens for s in self.window) / max(seconds, 1e-9)),
+            "seconds": seconds / len(self.window),
             **means(self.metrics),
         }
         self._open_window()

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from arithmetic_llm.cli import read_json, to_json
 from arithmetic_llm.config import RunConfig
-from arithmetic_llm.folders import FACTS, FINISHED, SETTINGS, new_run_folder, step_checkpoints
+from arithmetic_llm.folders import (
+    FACTS,
+    FINISHED,
+    METRICS,
+    SETTINGS,
+    new_run_folder,
+    read_lines,
+    step_checkpoints,
+)
 from arithmetic_llm.model.checkpoint import (
     Checkpoint,
     CheckpointData,
@@ -34,7 +42,7 @@ from arithmetic_llm.runtime import (
 from arithmetic_llm.training.adapters import keep_base
 from arithmetic_llm.training.optim import MuonAdamW, build_optimizer
 
-METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
+ROLLOUTS = "rollouts.jsonl"
 TRAINING = {  # the form of what a resumable checkpoint holds beside its weights
     "optimizer": dict,
     "best": float,
@@ -271,10 +279,7 @@ class MetricsLog:
 
     def read(self) -> list[dict[str, Any]]:
         """All lines so far; one that a kill left unfinished is passed over."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        return [values for values in map(_values, lines) if values]
+        return read_lines(self.path) if self.path.exists() else []
 
     def truncate(self, step: int) -> None:
         """Forget what came after ``step``; a resumed run will write it again, at 0 all of it."""
@@ -282,13 +287,3 @@ class MetricsLog:
             return
         kept = [line for line in self.read() if line["step"] <= step and step > 0]
         atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def _values(line: str) -> dict[str, Any] | None:
-    """The values of a line of metrics; None if it is not one, or not a whole one."""
-    try:
-        values = json.loads(line)
-        checked(int, checked(dict, values, "line")["step"], "step")
-    except (KeyError, RecursionError, ValueError):
-        return None
-    return values
