@@ -336,10 +336,16 @@ class Materials:
         return (Path(self.config.output_dir) / name).resolve()
 
     def problems(self, depth: int, count: int, split: str = "test") -> list[str]:
-        """Distinct expressions of a split, all of one depth."""
-        spec = SampleSpec(min_depth=depth, max_depth=depth, invalid_rate=0.0, typed_rate=0.0)
+        """Distinct expressions of a split, all of one depth, with numbers that the model knows."""
+        styles = {"invalid_rate": 0.0, "typed_rate": 0.0}
+        spec = SampleSpec(min_depth=depth, max_depth=depth, num_range=self.num_range, **styles)
         samples = distinct_samples(spec, count, 1, split)
         return [sample.record.expression for sample in samples]
+
+    @property
+    def num_range(self) -> tuple[int, int]:
+        """Numbers of the problems: our own small model learns a part of the recipe's, in time."""
+        return (1, 20) if self.config.model_path else (1, 5)
 
     @property
     def corpus(self) -> Path:
@@ -386,11 +392,15 @@ class Materials:
         return build(ModelConfig, values | (tiny if self.config.miniature else {}), {})
 
     def _training(self) -> list[str]:
-        steps = self.config.size(900, 3)
+        """The recipe's foundational stage, a tenth of it, on small numbers."""
+        steps = self.config.size(600, 3)
+        few = ("--num-samples", self.config.size(20_000, 200), "--num-range", *self.num_range)
+        words = (*self.corpus_command[:3], *few, "--output-txt")
         return [
             *("run_foundational_training.py", "--config", str(RECIPE / "foundational.json")),
             *map(str, shape_flags(self.shape)),
-            *("--corpus-path", str(self.corpus), "--tokenizer-path", str(self.tokenizer)),
+            *("--corpus-path", str(self.part("small_numbers.txt", *words))),
+            *("--tokenizer-path", str(self.tokenizer)),
             *("--max-steps", str(steps), "--eval-every", str(steps), "--eval-samples", "100"),
         ]
 

@@ -17,6 +17,8 @@ def measure(config):
     """The one row: seconds from start to end."""
     materials, problems = Materials(config), config.size(1000, 20)
     words = ["run_evaluation.py", "--num-samples", problems, "--max-depth", 4]
+    words += ["--num-range", *materials.num_range]
+    words += [] if config.model_path else ["--min-depth", 2]  # few small numbers, few of depth 1
     words += ["--max-gen-length", 24] if config.miniature else []
     with tempfile.TemporaryDirectory() as folder:
         words += ["--output-dir", folder, "--model-path", materials.model]

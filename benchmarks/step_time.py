@@ -1,9 +1,9 @@
-"""Where the time of a training step goes: the quickstart's foundational stage under the profiler.
+"""Where the time of a training step goes: the quickstart's foundational stage, on one thread.
 
     python benchmarks/step_time.py
 
-Each operation counts by what it takes itself, without those it calls; what no operation takes is
-Python, and whatever the process waits for. The profiler adds to that last part: believe the order.
+By torch's profiler. Each operation counts by what it takes itself, without those it calls; what no
+operation takes is Python. The profiler adds to that last part: believe the order.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from arithmetic_llm.cli import build, read_json, run_main
 from arithmetic_llm.config import FoundationalConfig
 from arithmetic_llm.training.supervised import train_foundational
 
-OPTIMIZER, BETWEEN = "optimizer", "Python and waiting between operations"
+OPTIMIZER, BETWEEN = "optimizer", "Python between operations"
 KINDS = {  # the first whose words an operation's name has
     "matrix products": ("mm", "linear", "matmul", "einsum"),
     "attention weights": ("softmax", "attention"),
@@ -45,8 +45,9 @@ def measure(config):
 def profiled(materials, steps, folder):
     """Microseconds of the training loop by kind of operation."""
     paths = {"tokenizer_path": str(materials.tokenizer), "corpus_path": str(materials.corpus)}
-    few = {"max_steps": steps, "eval_every": steps, "eval_samples": 8, "output_dir": str(folder)}
+    few = {"max_steps": steps, "eval_every": steps, "eval_samples": 8, "threads": 1}
     settings = read_json(RECIPE / "foundational.json") | paths | few
+    settings["output_dir"] = str(folder)
     with profile(activities=[ProfilerActivity.CPU]) as found:
         made = train_foundational(build(FoundationalConfig, settings, {}), materials.shape)
     spent = Counter()
