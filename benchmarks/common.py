@@ -392,10 +392,11 @@ class Materials:
         return build(ModelConfig, values | (tiny if self.config.miniature else {}), {})
 
     def _training(self) -> list[str]:
-        """The recipe's foundational stage, a tenth of it, on small numbers."""
-        steps = self.config.size(600, 3)
+        """The recipe's foundational stage, a tenth of it: small numbers, long expressions."""
+        steps = self.config.size(700, 3)
         few = ("--num-samples", self.config.size(20_000, 200), "--num-range", *self.num_range)
-        words = (*self.corpus_command[:3], *few, "--output-txt")
+        hard = ("--min-depth", 2, "--drill-rate", 0.1)
+        words = (*self.corpus_command[:3], *few, *hard, "--output-txt")
         return [
             *("run_foundational_training.py", "--config", str(RECIPE / "foundational.json")),
             *map(str, shape_flags(self.shape)),
