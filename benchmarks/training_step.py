@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,12 +22,9 @@ from arithmetic_llm.config import FoundationalConfig, FoundationalCorpusConfig, 
 from arithmetic_llm.corpus.draw import draw_samples  # noqa: E402
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer  # noqa: E402
 from arithmetic_llm.model.transformer import ArithmeticModel, initialise  # noqa: E402
-from arithmetic_llm.runtime import (  # noqa: E402
-    autocast,
-    prepare_training,
-    resolve_precision,
-)
+from arithmetic_llm.runtime import prepare_training, resolve_precision  # noqa: E402
 from arithmetic_llm.training.batches import LossWeights, TokenisedSamples  # noqa: E402
+from arithmetic_llm.training.loop import add_gradients  # noqa: E402
 from arithmetic_llm.training.optim import build_optimizer  # noqa: E402
 from arithmetic_llm.training.supervised import SupervisedTask  # noqa: E402
 
@@ -52,26 +50,24 @@ def main(threads=2, steps=120):
     prepare_training(threads, seed=0)
     model, optimizer, task = prepare()
     precision = resolve_precision("auto", torch.device("cpu"))
+    run = SimpleNamespace(model=model, precision=precision)
     seconds, tokens = Counter(), 0
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
             seconds, tokens = Counter(), 0
         marks = [time.perf_counter()]
-        ((batch,),) = task.updates(step)
-        marks.append(time.perf_counter())
-        with autocast(model.device, precision):
-            loss = task.loss(model, batch) / batch.loss_denominator
+        (micro_batches,) = task.updates(step)
         marks.append(time.perf_counter())
         optimizer.zero_grad()
-        loss.backward()
+        add_gradients(run, task, micro_batches)
         marks.append(time.perf_counter())
         optimizer.step()
         marks.append(time.perf_counter())
         for name, start, end in zip(
-            ("batch", "forward", "backward", "optimizer"), marks, marks[1:], strict=False
+            ("batch", "gradients", "optimizer"), marks, marks[1:], strict=False
         ):
             seconds[name] += end - start
-        tokens += batch.tokens
+        tokens += sum(batch.tokens for batch in micro_batches)
     total = seconds.total()
     shares = ", ".join(f"{name} {value / total:.0%}" for name, value in seconds.items())
     print(f"{threads} threads, {precision}: {tokens / total:,.0f} padded tokens/s ({shares})")
