@@ -235,10 +235,16 @@ def resolve_precision(name: str, device):
 
 
 def autocast(device, precision) -> contextlib.AbstractContextManager:
-    """Matrix products in a precision; those of fp32 are left alone."""
+    """Matrix products in a precision; those of fp32 are left alone.
+
+    Without torch's cache of cast weights: it is one for all threads, and whichever leaves its
+    block first would empty it for the others. A forward pass uses each weight once anyway.
+    """
     import torch
 
-    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+    return torch.autocast(
+        device.type, precision, enabled=precision != torch.float32, cache_enabled=False
+    )
 
 
 def keep_freed_memory() -> None:

@@ -223,14 +223,33 @@ MUTANTS = [
     ),
     Mutant(
         "loop: divided by each micro-batch's own weight",
-        "loss = task.loss(run.model, batch.to(run.model.device)) / total",
-        "loss = task.loss(run.model, batch.to(run.model.device)) / batch.loss_denominator",
+        "loss = task.loss(run.model, batch.to(device)) / total",
+        "loss = task.loss(run.model, batch.to(device)) / batch.loss_denominator",
         f"{STAGE} -k in_parts",
     ),
     Mutant(
+        "loop: gradients add up as they come",
+        "workers(task.at_once).map if",
+        "(lambda f, b: (done.result() for done in __import__('concurrent.futures').futures"
+        ".as_completed([workers(task.at_once).submit(f, x) for x in b]))) if",
+        "test_data.py -k in_order",
+    ),
+    Mutant(
+        "supervised: dropout on several threads at once",
+        'return 1 if drops or self.model.device.type != "cpu" else',
+        'return 1 if self.model.device.type != "cpu" else',
+        "test_data.py -k one_after_another",
+    ),
+    Mutant(
+        "data: parts side by side with the memory of one",
+        "_MOST_BYTES_ON_GPU) / at_once",
+        "_MOST_BYTES_ON_GPU)",
+        "test_memory.py -k side_by_side",
+    ),
+    Mutant(
         "loop: autocast does nothing",
-        "enabled=precision != torch.float32)",
-        "enabled=False)",
+        "enabled=precision != torch.float32,",
+        "enabled=False,",
         f"{STAGE} -k bf16",
     ),
     Mutant(

@@ -1,5 +1,8 @@
 """From records to batches: loss weights by hand, tight batches, gradients whatever the cut."""
 
+import contextlib
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,14 +10,15 @@ import pytest
 import torch
 from helpers import make_tokenizer, random_model, records
 
-from arithmetic_llm.config import FoundationalConfig
+from arithmetic_llm.config import FoundationalConfig, LoRAConfig
 from arithmetic_llm.corpus.record import Record
+from arithmetic_llm.model.lora import add_lora
 from arithmetic_llm.model.tokenizer import PAD, SMALLEST_VOCAB
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.solution import solve
 from arithmetic_llm.task.text import problem_text
 from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, plan_epoch
-from arithmetic_llm.training.loop import update
+from arithmetic_llm.training.loop import update, workers
 from arithmetic_llm.training.supervised import SupervisedTask
 
 TOKENIZER = make_tokenizer()
@@ -208,12 +212,28 @@ def task(**settings):
     return SupervisedTask(tokenised(), tokenised(RECORDS[:50]), config, model)
 
 
-def gradient(pieces):
+def gradient(pieces, threads=1):
     """The gradient of one update on step 3's batch, computed in so many pieces."""
     model = random_model(TOKENIZER.vocab_size)
     job = task(batch_size=24, gradient_accumulation_steps=pieces)
-    (micro_batches,) = job.updates(3)
-    assert len(micro_batches) == pieces
+    with on_threads(threads):
+        (micro_batches,) = job.updates(3)
+        assert len(micro_batches) == max(pieces, threads)
+        return of_update(model, job, micro_batches)
+
+
+@contextlib.contextmanager
+def on_threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def of_update(model, job, micro_batches):
+    """Loss and gradient as an update leaves them."""
     config = SimpleNamespace(gradient_clip=0.0)
     optimizer = SimpleNamespace(zero_grad=model.zero_grad, step=lambda scale: None)
     run = SimpleNamespace(
@@ -229,6 +249,56 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(pieces):
     loss_in_pieces, in_pieces = gradient(pieces)
     assert loss_in_pieces == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(in_pieces, whole, atol=1e-5 * whole.abs().max().item(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("pieces", [1, 5])
+def test_the_gradient_does_not_depend_on_threads(pieces):
+    loss, whole = gradient(1)
+    loss_of_three, of_three = gradient(pieces, threads=3)
+    assert loss_of_three == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(of_three, whole, atol=1e-5 * whole.abs().max().item(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("slow", [0, 1, 2])
+def test_gradients_add_up_in_order_whichever_thread_is_late(monkeypatch, slow):
+    """So a step on several threads is the same, bit for bit, whenever it is taken."""
+    expected = gradient(3, threads=3)
+    original, threads = SupervisedTask.loss, set()
+
+    def late(job, model, batch):
+        threads.add(threading.get_ident())
+        time.sleep(0.2 * torch.equal(batch.targets, batches[slow].targets))
+        return original(job, model, batch)
+
+    with on_threads(3):
+        (batches,) = task(batch_size=24).updates(3)
+    monkeypatch.setattr(SupervisedTask, "loss", late)
+    loss, summed = gradient(3, threads=3)
+    assert len(threads) > 1
+    assert loss == expected[0]
+    assert torch.equal(summed, expected[1])
+
+
+def test_a_worker_computes_on_one_core_whatever_is_set_elsewhere():
+    pool, both = workers.__wrapped__(2), threading.Barrier(2)
+    with on_threads(2):
+        list(pool.map(lambda _: both.wait(), range(2)))
+    with on_threads(3):
+        assert [*pool.map(lambda _: torch.get_num_threads(), range(2))] == [1, 1]
+        assert torch.get_num_threads() == 3
+
+
+def test_with_dropout_micro_batches_draw_their_random_numbers_one_after_another():
+    with on_threads(3):
+        assert task().at_once == 3
+        for dropout in (0.0, 0.1):
+            model = random_model(TOKENIZER.vocab_size)
+            config = LoRAConfig(lora_rank=2, lora_alpha=4, lora_dropout=dropout)
+            job = task()
+            job.model = add_lora(model, config)
+            assert job.at_once == (1 if dropout else 3)
+        job.model = random_model(TOKENIZER.vocab_size, dropout=0.1)
+        assert job.at_once == 1
 
 
 def test_the_loss_is_the_mean_over_weighted_tokens():

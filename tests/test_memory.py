@@ -50,9 +50,9 @@ def width(longest):
     return 8 * ((int(longest) - 1 + 7) // 8)
 
 
-def fits(lengths, shape, device, most_rows):
+def fits(lengths, shape, device, most_rows, at_once=1):
     tokens = len(lengths) * width(lengths.max())
-    most_bytes = 512 * MIB if device.type == "cpu" else 4 * GIB
+    most_bytes = (512 * MIB if device.type == "cpu" else 4 * GIB) / at_once
     needed = working_memory(len(lengths), width(lengths.max()), shape)
     return len(lengths) <= most_rows and tokens <= 16_384 and needed <= most_bytes
 
@@ -74,6 +74,15 @@ def test_a_batch_is_cut_into_few_parts_that_fit_in_order_of_length(
         for part, after in pairwise(parts)
     )
     assert needless < least
+
+
+@given(LENGTHS, SHAPES, st.integers(1, 9))
+def test_parts_computed_side_by_side_share_the_memory(lengths, shape, at_once):
+    indices = np.arange(len(lengths))
+    parts = micro_batches(lengths, indices, shape, CPU, at_once=at_once)
+    assert sorted(np.concatenate(parts)) == list(indices)
+    assert len(parts) >= min(at_once, len(indices))
+    assert all(len(part) == 1 or fits(lengths[part], shape, CPU, 300, at_once) for part in parts)
 
 
 def test_nothing_is_cut_into_nothing():

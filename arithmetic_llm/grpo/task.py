@@ -51,6 +51,7 @@ class GRPOTask:
     """
 
     validates_start = True  # what a run adds shows only beside what it began with
+    at_once = 1  # its loss notes figures in the order of the micro-batches
 
     def __init__(
         self,

@@ -175,6 +175,7 @@ def micro_batches(
     device: torch.device,
     least: int = 1,
     most_rows: int | None = None,
+    at_once: int = 1,
 ) -> list[np.ndarray]:
     """Cut a batch into parts that fit into memory; every index once, in order of length.
 
@@ -187,8 +188,9 @@ def micro_batches(
         shape, device: of the model that reads it.
         least: parts to make at least, as far as there are rows.
         most_rows: rows of a part at most.
+        at_once: parts that are computed side by side: at least as many, which share the memory.
     """
-    most_bytes = _MOST_BYTES_ON_CPU if device.type == "cpu" else _MOST_BYTES_ON_GPU
+    most_bytes = (_MOST_BYTES_ON_CPU if device.type == "cpu" else _MOST_BYTES_ON_GPU) / at_once
 
     def fits(rows: int, longest: int) -> bool:
         return (
@@ -198,7 +200,7 @@ def micro_batches(
         )
 
     ordered = indices[np.argsort(lengths[indices], kind="stable")]
-    pieces = np.array_split(ordered, max(1, min(least, len(ordered))))
+    pieces = np.array_split(ordered, max(1, min(max(least, at_once), len(ordered))))
     return [part for piece in pieces for part in _cut(piece, lengths, fits)]
 
 

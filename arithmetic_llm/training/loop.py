@@ -15,7 +15,9 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import cache
 from statistics import fmean
 from typing import Any, NamedTuple, Protocol
 
@@ -48,6 +50,7 @@ class Task(Protocol):
     total_steps: int
     steps_per_epoch: int
     validates_start: bool  # is the model evaluated before the first step, too
+    at_once: int  # micro-batches computed side by side, on a CPU thread each; 1: on all threads
 
     def updates(self, step: int) -> Iterable[list[MicroBatch]]:
         """The optimizer updates of a step (mostly one), each as its micro-batches."""
@@ -157,20 +160,11 @@ def train_step(run: Run, task: Task) -> StepResult:
 def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) -> UpdateResult:
     """One optimizer update.
 
-    The gradients of all micro-batches add up and are divided once by the count of them all, so
-    that how a batch is cut cannot change the update.
-
     Raises:
         UserError: loss or gradient is not finite; the weights are as they were.
     """
-    total = sum(batch.loss_denominator for batch in micro_batches)
     run.optimizer.zero_grad(set_to_none=True)
-    loss_sum = 0.0
-    for batch in micro_batches:
-        with autocast(run.model.device, run.precision):
-            loss = task.loss(run.model, batch.to(run.model.device)) / total
-        loss.backward()
-        loss_sum += loss.item()
+    loss_sum = add_gradients(run, task, micro_batches)
     norm = clip_gradients(run.model, run.config.gradient_clip)
     for name, value in (("loss", loss_sum), ("gradient norm", norm)):
         if not math.isfinite(value):
@@ -178,6 +172,43 @@ def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) 
             raise UserError(f"the {name} is {value} at step {run.step}; lower {flags}")
     run.optimizer.step(scale)
     return UpdateResult(loss_sum, norm)
+
+
+def add_gradients(run: Run, task: Task, micro_batches: list[MicroBatch]) -> float:
+    """Leave the gradients of all micro-batches in the weights; returns the loss of them all.
+
+    They add up and are divided once by the count of them all, so that how a batch is cut cannot
+    change the update. They add up in order, whichever is ready first: so the sum is the same, bit
+    for bit, whenever there are as many threads.
+    """
+    device, total = run.model.device, sum(batch.loss_denominator for batch in micro_batches)
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+
+    def loss_and_gradients(batch: MicroBatch) -> tuple[float, tuple[Tensor | None, ...]]:
+        with autocast(device, run.precision):  # holds for the thread that enters it
+            loss = task.loss(run.model, batch.to(device)) / total
+        return loss.item(), torch.autograd.grad(loss, trained, allow_unused=True)
+
+    each = workers(task.at_once).map if min(task.at_once, len(micro_batches)) > 1 else map
+    loss_sum = 0.0
+    for loss, gradients in each(loss_and_gradients, micro_batches):
+        loss_sum += loss
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            if gradient is not None:
+                before = parameter.grad
+                parameter.grad = gradient if before is None else before.add_(gradient)
+    return loss_sum
+
+
+@cache
+def workers(count: int) -> ThreadPoolExecutor:
+    """Threads that compute on one core each; kept, for each has kernels and memory of its own."""
+
+    def keep_to_one_core() -> None:
+        torch.get_num_threads()  # or the first operation here would take up the main thread's count
+        torch.set_num_threads(1)
+
+    return ThreadPoolExecutor(count, initializer=keep_to_one_core)
 
 
 def clip_gradients(model: ArithmeticModel, limit: float) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from arithmetic_llm.config import (
     FoundationalConfig,
@@ -75,9 +75,19 @@ class SupervisedTask:
         tokens = [int(train.lengths[batch].sum()) for batch in self.plan]
         self._tokens_before = np.cumsum([0, *tokens])
 
+    @property
+    def at_once(self) -> int:
+        """One micro-batch a CPU thread.
+
+        With dropout one after another: side by side they would draw their random numbers from one
+        generator in whatever order the threads come.
+        """
+        drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
+        return 1 if drops or self.model.device.type != "cpu" else torch.get_num_threads()
+
     def updates(self, step: int) -> list[list[Batch]]:
         least = self.config.gradient_accumulation_steps
-        return [self._batches(self.train, self.plan[step], least)]
+        return [self._batches(self.train, self.plan[step], least, self.at_once)]
 
     def work(self, step: int) -> int:
         """Tokens of the samples before ``step``."""
@@ -108,10 +118,10 @@ class SupervisedTask:
         return {"eval_loss": loss / tokens, "eval_exact": exact / drawn}
 
     def _batches(
-        self, samples: TokenisedSamples, indices: np.ndarray, least: int = 1
+        self, samples: TokenisedSamples, indices: np.ndarray, least: int = 1, at_once: int = 1
     ) -> list[Batch]:
         shape, device = self.model.config, self.model.device
-        parts = micro_batches(samples.lengths, indices, shape, device, least)
+        parts = micro_batches(samples.lengths, indices, shape, device, least, at_once=at_once)
         return [samples.batch(part) for part in parts]
 
     def selection_loss(self, metrics: dict[str, float]) -> float:
