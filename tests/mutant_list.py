@@ -696,9 +696,9 @@ MUTANTS = [
         "test_plots.py -k seed",
     ),
     Mutant(
-        "rewards: step validity pays beyond what is needed",
-        "return min(verdict.valid_steps, verdict.needed_steps) / verdict.needed_steps",
+        "rewards: step validity counts every right step, whatever stands before it",
         "return verdict.valid_steps / verdict.needed_steps",
+        "return sum(step.ok for step in verdict.steps) / verdict.needed_steps",
         "test_rewards.py",
     ),
     Mutant(

@@ -13,6 +13,7 @@ from arithmetic_llm.model import load
 from arithmetic_llm.model.checkpoint import read_checkpoint, save_checkpoint
 from arithmetic_llm.model.load import load_adapter, load_model
 from arithmetic_llm.model.lora import (
+    LoRALinear,
     adapter_weights,
     add_lora,
     disable_adapter,
@@ -458,6 +459,20 @@ def test_dropout_touches_the_adapters_input_alone():
             assert torch.equal(model(IDS), fresh_model()(IDS))
         model.eval()
         assert torch.equal(model(IDS), model(IDS))
+
+
+def test_dropout_is_on_the_input_not_on_the_output():
+    """Through one rank all outputs of a row feel the same dropped inputs."""
+    torch.manual_seed(0)
+    base = torch.nn.Linear(4, 6, bias=False)
+    layer = LoRALinear(base, LoRAConfig(lora_rank=1, lora_dropout=0.5)).train()
+    with torch.no_grad():
+        for part in (layer.lora_A, layer.lora_B):
+            part.weight.fill_(1.0)
+        x = torch.ones(100, 4)
+        correction = (layer(x) - base(x)) / layer.scale
+    torch.testing.assert_close(correction, correction[:, :1].expand(-1, 6))
+    assert {*correction[:, 0].round().tolist()} == {0.0, 2.0, 4.0, 6.0, 8.0}
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -53,13 +53,13 @@ def correct(attempt: Attempt) -> float:
 def step_validity(attempt: Attempt) -> float:
     """Share of the needed steps that are right before the first wrong one.
 
-    Only the verified prefix counts, and never more than is needed: a reward per step written is
-    won by writing steps.
+    Only the verified prefix counts, and no step is right where none is needed any more: a reward
+    per step written is won by writing steps.
     """
     verdict = attempt.verdict
     if not verdict.needed_steps:
         return float(verdict.trace_correct)
-    return min(verdict.valid_steps, verdict.needed_steps) / verdict.needed_steps
+    return verdict.valid_steps / verdict.needed_steps
 
 
 @reward("format")
