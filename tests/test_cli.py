@@ -589,6 +589,9 @@ VOID = {
         "--kl-penalty-coef 0": "kl_estimator",
         "--num-iterations 1": "epsilon_low epsilon_high",
     },
+    "export_model": {
+        "--from-hf x --output-path x": "model_path base_checkpoint output_dir metrics",
+    },
     "run_evaluation": {
         "--test-file x": "num_samples min_depth max_depth num_range style flat_terms "
         "invalid_rate seed",
@@ -693,6 +696,8 @@ def needed_flags(fields, settings):
     if settings.get("flat_rate") == 1:  # rates add up to 1
         for style in ("typed", "padded", "drill", "invalid"):
             words += [f"--{style}-rate", "0"]
+    if settings.get("from_hf"):  # the way back needs a place to go to
+        words += ["--output-path", "x"]
     return words
 
 
