@@ -142,7 +142,5 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
-        # x <- a x + (b gram + c gram^2) x, each sum inside its product: no pass of its own
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
     return (x.mT if wide else x).to(matrices.dtype)
