@@ -99,10 +99,8 @@ MUTANTS = [
     ),
     Mutant(
         "GRPO: validation on problems of the train split",
-        'samples = distinct_samples(spec, config.eval_samples, config.seed, "validation")\n'
-        "    return [sample.record.expression",
-        'samples = distinct_samples(spec, config.eval_samples, config.seed, "train")\n'
-        "    return [sample.record.expression",
+        'config.eval_samples, config.seed, "validation")\n    return [sample.record for',
+        'config.eval_samples, config.seed, "train")\n    return [sample.record for',
         f"{GRPO} -k held_out",
     ),
     Mutant(

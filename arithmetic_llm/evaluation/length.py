@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from arithmetic_llm.config import MAX_DEPTH
-from arithmetic_llm.model.tokenizer import EOS, ArithmeticTokenizer
+from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.problem import Problem
 from arithmetic_llm.task.solution import solve
@@ -16,16 +16,11 @@ MOST_NUMBERS = 2**MAX_DEPTH  # in a problem; a solution grows with the square of
 CONTEXTS_TO_WRITE = 4  # how far beyond the trained context decoding goes by default
 
 
-def right_answers(problems: Sequence[Problem], tokenizer: ArithmeticTokenizer) -> list[list[int]]:
-    """The tokens of a right answer to each problem: what follows the prompt, ``<eos>`` included."""
-    texts = [one_line(solve(problem.expression).text) for problem in problems]
-    # The first token is <think>, which belongs to the prompt.
-    return [[*ids[1:], EOS] for ids in tokenizer.encode_batch(texts)]
-
-
 def answer_lengths(problems: Sequence[Problem], tokenizer: ArithmeticTokenizer) -> list[int]:
     """Tokens of a right answer to each problem, ``<eos>`` included."""
-    return [len(answer) for answer in right_answers(problems, tokenizer)]
+    texts = [one_line(solve(problem.expression).text) for problem in problems]
+    # The <think> that begins the text belongs to the prompt; the <eos> comes in its place.
+    return [len(ids) for ids in tokenizer.encode_batch(texts)]
 
 
 def room_to_answer(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from arithmetic_llm.config import GRPOConfig
 from arithmetic_llm.corpus.coverage import Coverage
-from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.evaluation.length import room_to_answer, warn_if_too_short
 from arithmetic_llm.folders import resolve_paths
 from arithmetic_llm.grpo.prompts import PassRates, PromptSource, nested
@@ -20,7 +19,7 @@ from arithmetic_llm.runtime import prepare_training
 from arithmetic_llm.task.problem import problem_from
 from arithmetic_llm.training.loop import fit
 from arithmetic_llm.training.run import MetricsLog, Run, open_run
-from arithmetic_llm.training.start import Sources, begin
+from arithmetic_llm.training.start import Sources, begin, held_out_records
 
 PROMPTS_TO_MEASURE = 500  # how many right solutions tell how much room a completion needs
 
@@ -78,8 +77,7 @@ def _drawn(config: GRPOConfig, source: PromptSource) -> Coverage:
 def _validation_prompts(config: GRPOConfig, covered: Coverage | None) -> list[str]:
     """Held-out problems like the prompts."""
     spec = covered.held_out_spec() if covered else nested(config)
-    samples = distinct_samples(spec, config.eval_samples, config.seed, "validation")
-    return [sample.record.expression for sample in samples]
+    return [record.expression for record in held_out_records(spec, config)]
 
 
 def _with_room(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from arithmetic_llm.config import LoRAConfig, ModelConfig, RunConfig
+from arithmetic_llm.config import LoRAConfig, ModelConfig, RunConfig, SampleSpec
 from arithmetic_llm.corpus.coverage import Coverage, coverage_of
+from arithmetic_llm.corpus.draw import distinct_samples
+from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.model.checkpoint import Checkpoint, weights_hash
 from arithmetic_llm.model.load import check_tokenizer, load_model
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
@@ -92,3 +94,9 @@ def warn_of_other_splits(covered: Coverage, corpus_path: str) -> None:
                 f"warning: {count} samples of {corpus_path} belong to the {split} split, so "
                 "held-out figures will flatter this model; make the corpus with --split train"
             )
+
+
+def held_out_records(spec: SampleSpec, config: RunConfig) -> list[Record]:
+    """Problems of the validation split to judge a run by, the same for the same seed."""
+    samples = distinct_samples(spec, config.eval_samples, config.seed, "validation")
+    return [sample.record for sample in samples]

@@ -19,10 +19,7 @@ from arithmetic_llm.config import (
     ModelConfig,
     TrainingConfig,
 )
-from arithmetic_llm.corpus.coverage import Coverage
-from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.corpus.files import read_corpus
-from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.folders import resolve_paths
 from arithmetic_llm.model.lora import parameter_summary
 from arithmetic_llm.model.transformer import ArithmeticModel
@@ -40,7 +37,7 @@ from arithmetic_llm.training.batches import (
 )
 from arithmetic_llm.training.loop import fit
 from arithmetic_llm.training.run import Run, open_run
-from arithmetic_llm.training.start import Beginning, Sources, begin
+from arithmetic_llm.training.start import Beginning, Sources, begin, held_out_records
 
 MORE_ROOM = "raise --max-seq-length, or make a corpus of shallower problems"
 
@@ -203,18 +200,11 @@ def _task(
     context = model.config.max_seq_length
     train = TokenisedSamples(read_corpus(corpus_path), tokenizer, context, loss)
     _report_dropped(train, f"samples of {corpus_path}", context, "left out")
-    records = _held_out_records(beginning.covered, config)
+    records = held_out_records(beginning.covered.held_out_spec(), config)
     held_out = TokenisedSamples(records, tokenizer, context, LossWeights(0.0, 1.0))
     counted = "left out of eval_loss and wrong in eval_exact"
     _report_dropped(held_out, "held-out samples", context, counted)
     return SupervisedTask(train, held_out, config, model)
-
-
-def _held_out_records(covered: Coverage, config: TrainingConfig) -> list[Record]:
-    """Problems of the validation split, drawn like the corpus's own."""
-    spec = covered.held_out_spec()
-    samples = distinct_samples(spec, config.eval_samples, config.seed, "validation")
-    return [sample.record for sample in samples]
 
 
 def _report_dropped(samples: TokenisedSamples, name: str, context: int, so: str) -> None:
