@@ -192,6 +192,7 @@ READ_BY = {
     "evaluation/evaluate": (("run_evaluation", "run_grpo_training"), {}),
     "evaluation/length": (("run_evaluation", "run_grpo_training"), {}),
     "evaluation/report": (("run_evaluation",), {}),
+    "evaluation/trace": (("show_trace",), {}),
     "grpo/checks": (("run_grpo_training",), {}),
     "grpo/monitor": (("run_grpo_training",), {}),
     "grpo/rewards": (("run_grpo_training",), {}),

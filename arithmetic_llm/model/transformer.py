@@ -78,6 +78,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention with normalised queries and keys."""
 
+    attend = staticmethod(attend)  # what an observer replaces on one layer
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         d_model, self.head_dim = config.d_model, config.head_dim
@@ -94,7 +96,7 @@ class Attention(nn.Module):
         v = self._heads(self.v_proj(x))
         if context.cache is not None:
             k, v = context.cache.extend(layer, k, v, context.positions)
-        out = attend(q, k, v, context.mask)
+        out = self.attend(q, k, v, context.mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
