@@ -115,6 +115,8 @@ def draw_panel(axes: Any, panel: Panel, groups: int) -> None:
     axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
     if panel.log:
         axes.set_yscale("log")
+    if panel.y_label.startswith("%") and len({y for line in panel.lines for y in line.y}) == 1:
+        axes.set_ylim(-3, 103)  # matplotlib would zoom in on a flat line, beyond 0 or 100
     axes.xaxis.get_major_locator().set_params(nbins=5, integer=panel.x_label == STEPS)
     if len(parts) > 1:
         looks = [(None if groups > 1 else i, i) for i in range(len(parts))]
