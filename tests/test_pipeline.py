@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from browser import look_at
-from helpers import ROOT, one_thread, run
+from helpers import ROOT, one_thread, recipe, run
 
 # The manual's quick start, steps 1 to 4.1, word for word.
 MANUAL = r"""
@@ -94,8 +94,6 @@ set -euo pipefail
 python() { local first=$1; shift; [ -f "$ROOT/$first" ] && first="$ROOT/$first"; \
 "$PYTHON" "$first" "$@"; }
 """
-
-TINY_SHAPE = {"d_model": 32, "nhead": 2, "num_layers": 2, "dim_feedforward": 48}
 
 
 def scaled_down(commands):
@@ -204,21 +202,6 @@ def test_the_solver_answers_what_is_typed(pasted):
     assert ended.code == 0, ended.err
     assert ended.out.count("SOLUTION:") == 1
     assert re.search(r"^ *\^", ended.out, re.MULTILINE)  # under what is wrong
-
-
-def recipe(folder):
-    """The configs of the shipped recipe, with small numbers."""
-    small = {"num_samples": 100, "max_depth": 2, "num_range": [1, 9]}
-    training = {"max_steps": 5, "eval_samples": 20, "threads": 1}
-    attempts = {"min_depth": 1, "max_depth": 2, "num_range": [1, 9], "batch_size": 2}
-    for path in (ROOT / "configs" / "cpu").glob("*.json"):
-        content = json.loads(path.read_text())
-        content |= small if path.stem.endswith("corpus") else {}
-        content |= {} if path.stem.endswith("corpus") or path.stem == "model" else training
-        content |= attempts if path.stem == "grpo" else {}
-        content |= TINY_SHAPE if path.stem == "model" else {}
-        (folder / path.name).write_text(json.dumps(content))
-    return folder
 
 
 def test_the_quickstart_ends_with_a_table_of_results_and_a_report(tmp_path):

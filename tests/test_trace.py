@@ -94,7 +94,7 @@ def test_the_figures_are_those_of_transformers(shown, solver):
     others = of_each.scatter(-1, torch.tensor(written)[:, None], 0)
     np.testing.assert_allclose(attributes(page, "p"), own, atol=2e-5)
     np.testing.assert_allclose(attributes(page, "q"), others.max(-1).values, atol=2e-5)
-    named = re.findall(r"<u>(.*?) [^ ]+</u>", page)
+    named = re.findall(r"<u><span>(.*?)</span>", page)
     token = solver.tokenizer.token
     assert len(set(named)) > 5
     assert [unescape(text) for text in named] == [

@@ -9,7 +9,8 @@ from html import escape
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.45 system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif; color: #111;
+html { font-size: 16px; }
+body { font: 1rem/1.45 system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif; color: #111;
   background: #fff; margin: 1.5rem auto; padding: 0 1.2rem; max-width: 78rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
@@ -20,11 +21,12 @@ pre { background: #f5f5f5; border: 1px solid #ddd; padding: .7rem; white-space: 
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th { text-align: left; border-bottom: 2px solid #111; vertical-align: bottom; }
 th, td { padding: .15rem .8rem .15rem 0; } td { border-bottom: 1px solid #ddd; }
-.figure { text-align: right; } .wide { overflow-x: auto; }
+.figure { text-align: right; white-space: nowrap; } .wide { overflow-x: auto; }
 .mark { font-weight: 600; white-space: nowrap; } .wrong .mark { color: #a33c00; }
 .right .mark { color: #00664c; }
 summary { cursor: pointer; margin: .8rem 0 .3rem; }
-@media print { body { margin: 0; max-width: none; font-size: 11px; } pre { background: none; }
+@media print { html { font-size: 10px; } body { margin: 0; max-width: none; }
+  pre { background: none; } .wide { overflow: visible; } td { overflow-wrap: anywhere; }
   h2, h3 { break-after: avoid; } figure, tr { break-inside: avoid; } }
 """
 

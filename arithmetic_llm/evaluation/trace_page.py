@@ -108,7 +108,8 @@ def _written(trace: Trace, index: int) -> str:
         f'{break_}<span class="token{unsure}" tabindex="0" data-at="{len(trace.prompt) + index}" '
         f'data-p="{token.probability:.6g}" data-q="{token.runner_up_probability:.6g}">'
         f"<b>{_visible(token.text)}</b><i>{_percent(token.probability)}</i>"
-        f"<u>{_visible(token.runner_up)} {_percent(token.runner_up_probability)}</u></span>"
+        f"<u><span>{_visible(token.runner_up)}</span> {_percent(token.runner_up_probability)}</u>"
+        "</span>"
     )
 
 
@@ -198,8 +199,8 @@ aside { position: sticky; top: 0; align-self: start; max-height: 100vh; overflow
   font-family: ui-monospace, "DejaVu Sans Mono", "Liberation Mono", monospace; background: #fff; }
 .token b { display: block; font-size: 15px; } .token i, .token u { display: block; font-size: 9px;
   font-style: normal; text-decoration: none; color: #333; }
-.token u { color: #666; max-width: 3.2rem; margin: auto; overflow: hidden; white-space: nowrap;
-  text-overflow: ellipsis; }
+.token u { color: #666; white-space: nowrap; } .token u span { display: inline-block;
+  max-width: 2.1rem; overflow: hidden; text-overflow: ellipsis; vertical-align: bottom; }
 .token.given { border-style: dotted; cursor: default; }
 .token.unsure { border: 3px solid #111; } .token.chosen { outline: 3px solid #d55e00; }
 .token.dark, .token.dark i, .token.dark u { color: #fff; }
@@ -246,11 +247,12 @@ function paint() {
 
 function show(token) {
   shown = token;
-  const [own, , other] = token.children, last = tokens[token.dataset.at - 1];
+  const own = token.children[0], other = token.querySelector("u span");
+  const last = tokens[token.dataset.at - 1];
   document.getElementById("chosen").textContent = `Token ${token.dataset.at}: ${own.textContent}`;
   document.getElementById("said").textContent =
     `Probability ${(100 * token.dataset.p).toPrecision(4)} %; ` +
-    `runner-up ${other.textContent.replace(/ [^ ]*$/, "")} with ` +
+    `runner-up ${other.textContent} with ` +
     `${(100 * token.dataset.q).toPrecision(2)} %. Written after ${name(last)}.`;
   cells.forEach((cell, h) => cell.replaceChildren(...looks(token, h).slice(0, 3).map(
     ([place, byte]) => Object.assign(document.createElement("span"),
