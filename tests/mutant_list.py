@@ -681,30 +681,6 @@ MUTANTS = [
         "return min(longest // 2, CONTEXTS_TO_WRITE * context)",
         "test_evaluate.py -k limit",
     ),
-    Mutant(
-        "pictures: minutes count lines and not steps",
-        '(line["step"] - clock.steps[-1]) * seconds_of(line)',
-        "seconds_of(line)",
-        "test_plots.py -k minutes",
-    ),
-    Mutant(
-        "pictures: runs of other settings are one band",
-        "alike = bool(run.settings) and _recipe(run) == _recipe(group[0])",
-        "alike = bool(run.settings)",
-        "test_plots.py -k seed",
-    ),
-    Mutant(
-        "rewards: step validity counts every right step, whatever stands before it",
-        "return verdict.valid_steps / verdict.needed_steps",
-        "return sum(step.ok for step in verdict.steps) / verdict.needed_steps",
-        "test_rewards.py",
-    ),
-    Mutant(
-        "rewards: the parts are not weighted",
-        "return sum(weights[name] * value for name, value in parts.items()), parts",
-        "return sum(parts.values()), parts",
-        "test_rewards.py",
-    ),
     # ------------------------------------------------------------------------- pages and pictures
     Mutant(
         "trace: probabilities of the first places",
@@ -777,5 +753,29 @@ MUTANTS = [
         "high <= SLACK * low",
         "high >= low",
         "test_plots.py -k length_limit",
+    ),
+    Mutant(
+        "pictures: minutes count lines and not steps",
+        '(line["step"] - clock.steps[-1]) * seconds_of(line)',
+        "seconds_of(line)",
+        "test_plots.py -k minutes",
+    ),
+    Mutant(
+        "pictures: runs of other settings are one band",
+        "alike = bool(run.settings) and _recipe(run) == _recipe(group[0])",
+        "alike = bool(run.settings)",
+        "test_plots.py -k seed",
+    ),
+    Mutant(
+        "rewards: step validity counts every right step, whatever stands before it",
+        "return verdict.valid_steps / verdict.needed_steps",
+        "return sum(step.ok for step in verdict.steps) / verdict.needed_steps",
+        "test_rewards.py",
+    ),
+    Mutant(
+        "rewards: the parts are not weighted",
+        "return sum(weights[name] * value for name, value in parts.items()), parts",
+        "return sum(parts.values()), parts",
+        "test_rewards.py",
     ),
 ]
