@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from browser import look_at
-from helpers import ROOT, evaluation, write_run
+from helpers import ROOT, evaluation, load_script, write_run
 
 from arithmetic_llm.evaluation.html_report import (
     WORST,
@@ -80,7 +80,13 @@ def report(folder, samples, **settings):
     return output
 
 
-def test_an_error_is_a_worked_trace_with_the_first_wrong_step_marked(tmp_path):
+@pytest.fixture
+def unillustrated(monkeypatch):
+    """Pictures take most of the time, and most tests are not about them."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
+def test_an_error_is_a_worked_trace_with_the_first_wrong_step_marked(tmp_path, unillustrated):
     seen = look_at(report(tmp_path, [sample(EXPRESSION, " ".join(SLIP))]))
     assert seen.complaints == []
     (trace,) = seen.all("div", "worked")
@@ -102,7 +108,7 @@ def test_a_report_without_errors(tmp_path):
     assert page.count("<img ") == 2
 
 
-def test_thousands_of_hopeless_texts_make_a_page_that_can_be_read(tmp_path):
+def test_thousands_of_hopeless_texts_make_a_page_that_can_be_read(tmp_path, unillustrated):
     texts = ["<think>" * 900, "Step 1: " * 400, "", f"{RIGHT[0]} " + "Step 2: 1 " * 400]
     samples = [sample(EXPRESSION, text, cut_off=True) for text in texts]
     page = report(tmp_path, samples * 1000).read_text()
@@ -122,7 +128,7 @@ def test_the_worst_of_errors_come_first(tmp_path):
     assert found == [samples[3], samples[2], samples[0]]
 
 
-def test_texts_are_no_part_of_the_page(tmp_path):
+def test_texts_are_no_part_of_the_page(tmp_path, unillustrated):
     """What a user or a model wrote is shown and never run."""
     evil = "1 + <script>alert(1)</script>"
     page = report(tmp_path, [sample(evil, f"{evil} & <b>", cut_off=True)], test_file=evil)
@@ -132,7 +138,7 @@ def test_texts_are_no_part_of_the_page(tmp_path):
     assert not seen.all("b")
 
 
-def test_the_report_has_what_is_needed_to_repeat_it(tmp_path):
+def test_the_report_has_what_is_needed_to_repeat_it(tmp_path, unillustrated):
     told = {"weights_hash": "abc123", "sha256": "def456"}
     page = report(tmp_path, [sample(EXPRESSION, " ".join(RIGHT))], **told).read_text()
     for text in (
@@ -148,13 +154,25 @@ def test_the_report_has_what_is_needed_to_repeat_it(tmp_path):
 
 def test_without_matplotlib_the_report_has_no_pictures_and_says_why(tmp_path, monkeypatch):
     assert missing_pictures() == ""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     page = report(tmp_path, [sample(EXPRESSION, " ".join(SLIP))]).read_text()
     assert missing_pictures() == "pictures need matplotlib; pip install -r requirements-extras.txt"
     assert "<img " not in page
     assert page.count(missing_pictures()) == 2
     assert 'class="worked"' in page
+
+
+def test_a_quickstart_without_matplotlib_says_so_in_one_line(
+    tmp_path, unillustrated, monkeypatch, capsys
+):
+    done = stages(tmp_path, [sample(EXPRESSION, " ".join(RIGHT))])
+    monkeypatch.chdir(tmp_path)
+    values = [(each.name, each.command, each.seconds, each.metrics_file) for each in done]
+    load_script("quickstart.py").finish(values, "recipe")
+    said = capsys.readouterr()
+    assert said.err == f"note: the report has no pictures: {missing_pictures()}\n"
+    assert "in a browser: evaluation_results/report.html\n" in said.out
+    assert "<img " not in (tmp_path / "evaluation_results" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("module", ["html_report", "marks"])
