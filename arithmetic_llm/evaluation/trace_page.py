@@ -7,7 +7,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from html import escape
-from itertools import accumulate, groupby
+from itertools import accumulate
 
 import numpy as np
 
@@ -67,9 +67,10 @@ def _solution(trace: Trace) -> str:
     prompt = "".join(_given(place, text) for place, text in enumerate(trace.prompt))
     lines = [f'<div class="line">{prompt}</div>']
     found = passages(trace.outcome.text, trace.outcome.verdict)
-    places = passage_of_tokens(trace, found)
-    for index, tokens in groupby(range(len(trace.tokens)), places.__getitem__):
-        lines.append(_passage(trace, found[index], [*tokens]))
+    tokens: list[list[int]] = [[] for _ in found]
+    for token, place in enumerate(passage_of_tokens(trace, found)):
+        tokens[place].append(token)
+    lines += [_passage(trace, *each) for each in zip(found, tokens, strict=True)]
     return "\n".join(lines)
 
 
