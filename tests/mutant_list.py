@@ -778,4 +778,23 @@ MUTANTS = [
         "return sum(parts.values()), parts",
         "test_rewards.py",
     ),
+    # ------------------------------------------------------------------ gradients written by hand
+    Mutant(
+        "attention: a position sees the one behind it",
+        "triu_(start + 1)",
+        "triu_(start + 2)",
+        "test_fused.py -k causal",
+    ),
+    Mutant(
+        "attention: the keys' gradient without its scale",
+        "q[:, block], alpha=scale)",
+        "q[:, block])",
+        "test_fused.py -k causal",
+    ),
+    Mutant(
+        "norm: a gradient that grows along the row",
+        "unit, along, value=-1)",
+        "unit, along, value=1)",
+        "test_fused.py -k norm",
+    ),
 ]

@@ -143,10 +143,10 @@ def _largest(weights: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def observed(model: ArithmeticModel, see: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Inside the block ``see(layer, weights)`` is given (B, H, T, S) attention weights.
+    """Attention weights (B, H, T, S) go to ``see(layer, weights)`` inside the block.
 
-    They are the model's own: `attend` mixes values by its weights, and mixing the rows of the unit
-    matrix gives the weights themselves.
+    Only what is read with a cache is seen. The weights are the model's own: `attend` mixes values
+    by them, and mixing the rows of the unit matrix gives the weights themselves.
     """
 
     def watched(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
