@@ -9,8 +9,8 @@ from html import unescape
 import numpy as np
 import pytest
 import torch
-from browser import NAMES, find_browser, look_at
-from helpers import ROOT, call, make_tokenizer, of_transformers
+from browser import find_browser, look_at
+from helpers import call, make_tokenizer, of_transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import right_answer
@@ -240,7 +240,7 @@ def test_a_browser_shows_the_page_and_where_each_head_looked(shown):
     assert len(cells) == weights.shape[1] == 4
     for head, cell in enumerate(cells):
         wanted = [
-            f"{letters[place]} {100 * weight / 255:.0f} %"
+            f"{letters[place]} {100 * weight / 255:.0f}\xa0%"
             for place, weight in zip(
                 places[row, head, :3], weights[row, head, :3].tolist(), strict=True
             )
@@ -272,14 +272,6 @@ def test_without_a_browser_a_developer_may_go_on_but_ci_may_not(monkeypatch):
     monkeypatch.delenv("CI")
     with pytest.raises(pytest.skip.Exception, match="needs a browser"):
         find_browser()
-
-
-def test_ci_looks_for_the_same_browsers_and_installs_one():
-    script = (ROOT / ".ci" / "run").read_text()
-    (listed,) = re.findall(r'^browsers="([^"]*)"', script, re.MULTILINE)
-    assert tuple(listed.split()) == NAMES
-    assert "apt-get install" in script
-    assert 'export CI="${CI:-true}"' in script
 
 
 # ------------------------------------------------------------------------------- what is refused

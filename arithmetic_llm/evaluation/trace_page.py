@@ -20,6 +20,7 @@ from arithmetic_llm.task.text import NEW_EXPRESSION
 
 UNSURE = 0.9  # a token less likely than this stands out
 STEPS_OF_A_WEIGHT = 255  # a weight takes one byte
+MANY = 4  # from more heads on a cell has less room
 
 
 def trace_page(trace: Trace, model: str, notes: Sequence[str] = ()) -> str:
@@ -140,19 +141,24 @@ def _cells(token: TracedToken) -> Iterator[str]:
 # -------------------------------------------------------------------------------- the attention
 
 
+def _head_table(layers: int, heads: int) -> str:
+    """A cell for each head, a row for each layer; the script fills them."""
+    names = "".join(f"<th>head {head + 1}</th>" for head in range(heads))
+    rows = [f"<tr><th></th>{names}</tr>"]
+    for layer in range(layers):
+        numbers = range(layer * heads, (layer + 1) * heads)
+        cells = "".join(f'<td tabindex="0" data-head="{number}"></td>' for number in numbers)
+        rows.append(f"<tr><th>layer {layer + 1}</th>{cells}</tr>")
+    kind = ' class="many"' if heads > MANY else ""
+    return f'<div class="wide"><table id="heads"{kind}>{"".join(rows)}</table></div>'
+
+
 def _panel(trace: Trace) -> str:
-    gaze, rows = trace.gaze, range(trace.gaze.weights.shape[1])
-    heads = range(trace.gaze.weights.shape[2])
-    head = "".join(f"<th>head {h + 1}</th>" for h in heads)
-    cells = "".join(
-        f"<tr><th>layer {layer + 1}</th>"
-        + "".join(f'<td tabindex="0" data-head="{layer * len(heads) + h}"></td>' for h in heads)
-        + "</tr>"
-        for layer in rows
-    )
+    gaze = trace.gaze
+    _, layers, heads, _ = gaze.weights.shape
     return f"""<h2 id="chosen">Point at a token</h2>
 <p id="said"></p>
-<table id="heads"><tr><th></th>{head}</tr>{cells}</table>
+{_head_table(layers, heads)}
 <p class="quiet" id="legend">Each cell: where this head looked when the token was written, that is
 from the place before it, the largest weights first. Point at a cell to see that head alone in the
 text; else the text shows the mean of all heads. Darker is more. Click a token to hold it, again to
@@ -188,8 +194,6 @@ def _base64(array: np.ndarray) -> str:
 _STYLE = """
 #columns { display: grid; grid-template-columns: minmax(0, 1fr) minmax(20rem, 38%); gap: 1.5rem; }
 aside { position: sticky; top: 0; align-self: start; max-height: 100vh; overflow: auto; }
-@media (max-width: 60rem) { #columns { grid-template-columns: minmax(0, 1fr); }
-  aside { bottom: 0; top: auto; background: #fff; border-top: 2px solid #111; max-height: 45vh; } }
 .line { padding: .25rem .5rem; margin: .3rem 0; border-left: 4px solid #ccc; }
 .line.right { border-left: 4px solid #00664c; } .line.wrong { border-left: 4px dashed #a33c00; }
 .line.first { border-left: 10px solid #a33c00; outline: 1px solid #a33c00; }
@@ -207,8 +211,15 @@ aside { position: sticky; top: 0; align-self: start; max-height: 100vh; overflow
 .token.dark, .token.dark i, .token.dark u { color: #fff; }
 #heads { font-size: 11px; } #heads td { border: 1px solid #ccc; padding: 2px 4px; cursor: pointer;
   vertical-align: top; white-space: nowrap; } #heads th { border: 0; padding: 2px 4px; }
-#heads td.chosen { outline: 3px solid #d55e00; } #heads td span { display: block; }
+#heads td.chosen { outline: 3px solid #d55e00; outline-offset: -3px; }
+#heads th { white-space: nowrap; } #heads td div { display: flex; gap: .3em; }
+#heads td span { max-width: 3.4rem; overflow: hidden; text-overflow: ellipsis; }
 .token { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+#columns:has(.many) { grid-template-columns: minmax(0, 1fr) 47%; }
+#heads.many { font-size: 10px; } #heads.many td span { max-width: 1.8rem; }
+#heads.many td { padding: 2px; }
+@media (max-width: 60rem) { #columns, #columns:has(.many) { grid-template-columns: minmax(0, 1fr); }
+  aside { bottom: 0; top: auto; background: #fff; border-top: 2px solid #111; max-height: 45vh; } }
 @media print { #columns { display: block; } aside { position: static; max-height: none; } }
 """
 
@@ -221,7 +232,7 @@ const tokens = [...document.querySelectorAll(".token")];
 const cells = [...document.querySelectorAll("#heads td")];
 const written = tokens.filter(token => token.dataset.p);
 const name = token => token.querySelector("b").textContent;
-const percent = byte => (100 * byte / 255).toFixed(0) + " %";
+const percent = byte => (100 * byte / 255).toFixed(0) + "\u00a0%";
 let shown = null, held = null, head = null;
 
 // What one head kept of the row of a token: [place, byte], the largest first.
@@ -246,6 +257,15 @@ function paint() {
   cells.forEach((cell, h) => cell.classList.toggle("chosen", h === head));
 }
 
+// A line of a cell: a token that a head looked at, clipped if it is long, and how much.
+function look([place, byte]) {
+  const line = document.createElement("div"), who = document.createElement("span");
+  who.textContent = name(tokens[place]);
+  line.title = `token ${place}`;
+  line.append(who, ` ${percent(byte)}`);
+  return line;
+}
+
 function show(token) {
   shown = token;
   const own = token.children[0], other = token.querySelector("u span");
@@ -255,9 +275,7 @@ function show(token) {
     `Probability ${(100 * token.dataset.p).toPrecision(4)} %; ` +
     `runner-up ${other.textContent} with ` +
     `${(100 * token.dataset.q).toPrecision(2)} %. Written after ${name(last)}.`;
-  cells.forEach((cell, h) => cell.replaceChildren(...looks(token, h).slice(0, 3).map(
-    ([place, byte]) => Object.assign(document.createElement("span"),
-      { textContent: `${name(tokens[place])} ${percent(byte)}`, title: `place ${place}` }))));
+  cells.forEach((cell, h) => cell.replaceChildren(...looks(token, h).slice(0, 3).map(look)));
   paint();
 }
 
