@@ -406,8 +406,8 @@ MUTANTS = [
     ),
     Mutant(
         "model: rotation the other way",
-        "torch.cat((-second, first), dim=-1)",
-        "torch.cat((second, -first), dim=-1)",
+        "torch.cat((-sin, sin), dim=-1)",
+        "torch.cat((sin, -sin), dim=-1)",
         "test_model.py -k transformers",
     ),
     # -------------------------------------------------------------------------------------- decoder
