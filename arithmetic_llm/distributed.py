@@ -184,6 +184,10 @@ def _join() -> None:
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            # A restarted job has its old store, with the addresses of the dead. On several hosts
+            # the counts of restarts differ; docs/SCALING.md has the variable that renews the store.
+            store = dist.PrefixStore(f"attempt {_restarts()}", store)
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
@@ -214,8 +218,13 @@ def job_name() -> str:
     return f"{socket.gethostname()}/{os.getppid()}" if name == "none" else name
 
 
-def restarts() -> int:
-    """How often the launcher has restarted the processes of this job."""
+def is_restarted() -> bool:
+    """Whether the launcher has restarted the processes of this job, here or on another host."""
+    return any(added_up([_restarts()]))
+
+
+def _restarts() -> int:
+    """How often the launcher of this host has done so."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
@@ -231,10 +240,9 @@ def launch(processes: int, script: str, argv: Sequence[str] | None) -> int:
         argv: the script's arguments; None = those of this process.
 
     Returns:
-        The exit code: that of the process that failed first.
+        The exit code: that of the process that failed first, 130 on Ctrl-C. They have said why.
 
     Raises:
-        KeyboardInterrupt: on Ctrl-C, when all processes have ended.
         UserError: a process was killed.
     """
     import logging
@@ -262,7 +270,7 @@ def launch(processes: int, script: str, argv: Sequence[str] | None) -> int:
     try:
         elastic_launch(config, sys.executable)(script, *arguments)
     except SignalException:
-        raise KeyboardInterrupt from None
+        return 130
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from arithmetic_llm.cli import build, contradicted, flag_of, parse_many, read_flags, read_json
-from arithmetic_llm.distributed import from_main, job_name, restarts
+from arithmetic_llm.distributed import from_main, is_restarted, job_name
 from arithmetic_llm.runtime import UserError, checked
 
 STAMP = "YYYYMMDD_HHMMSS"
@@ -119,7 +119,7 @@ def parse_run(
     configs = parse_many(sections, argv, description, is_lenient=_is_of_run)
     if configs[0].resume:
         raise UserError("resume: belongs on the command line, --resume RUN, not into a file")
-    if restarts() and (folder := from_main(lambda: begun_by_this_job(configs[0].output_dir))):
+    if is_restarted() and (folder := from_main(lambda: begun_by_this_job(configs[0].output_dir))):
         return _of_run(folder, sections, {})
     return configs
 

@@ -132,10 +132,15 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
             if run.step % config.save_every == 0 and not last:
                 run.save_step()
             if any(added_up([stop.is_set()])):  # all processes stop at the same step
-                run.save_step()
-                print(f"saved; go on with --resume {run.folder}", file=sys.stderr)
+                from_main(lambda: save_to_go_on(run))  # all wait, or its line would not be the last
                 raise KeyboardInterrupt
     return from_main(lambda: finish(run, task, log, meter, more_files))
+
+
+def save_to_go_on(run: Run) -> None:
+    """Save at once, and say how to go on."""
+    run.save_step()
+    print(f"saved; go on with --resume {run.folder}", file=sys.stderr)
 
 
 class UpdateResult(NamedTuple):
