@@ -135,7 +135,7 @@ def _collectively(call: Callable[..., Any], *arguments: Any) -> None:
     except RuntimeError as error:
         raise UserError(
             f"another of the {_place.world_size} processes has ended or does not answer "
-            f"({reason(error)}); the last checkpoint is whole: start again with --resume"
+            f"({reason(error)}); a training run goes on from its last checkpoint with --resume"
         ) from error
 
 

@@ -179,6 +179,7 @@ GENERATING = [script for script in REFERENCE["SCRIPTS"] if script.startswith("ge
 READ_BY = {
     "cli": (TRAINING, {}),
     "runtime": (LOADING, {}),
+    "distributed": ((*TRAINING, "run_evaluation"), {"--resume": "run_foundational_training"}),
     "folders": (TRAINING, {}),
     "corpus/draw": (LOADING[:-1], {"--num-range": "generate_corpus"}),
     "corpus/files": (GENERATING, {}),
