@@ -103,7 +103,7 @@ def require_same(value: Any, what: str) -> None:
         UserError: they have not.
     """
     if any(theirs != value for theirs in _gather(value)):
-        raise UserError(f"the processes do not have the same {what}; give all the same files")
+        raise UserError(f"the processes do not have the same {what}; give all of them the same")
 
 
 def add_up_in_place(tensor: Any) -> None:

@@ -188,6 +188,7 @@ READ_BY = {
     "model/lora": (TRAINING[2:], {}),
     "model/tokenizer": (("train_tokenizer",), {}),
     "training/loop": (TRAINING, {}),
+    "training/run": (TRAINING, {}),
     "training/start": (TRAINING, {"--split": "generate_corpus"}),
     "training/supervised": (TRAINING[:3], {}),
     "evaluation/evaluate": (("run_evaluation", "run_grpo_training"), {}),

@@ -214,7 +214,7 @@ def open_run(config: RunConfig, checkpoint: Checkpoint, **hashes: str) -> Run:
         UserError: the run to resume is finished, or learned from something else.
     """
     if world_size() > 1:
-        require_same({**hashes, "weights": weights_hash(checkpoint.model)}, "corpus and start")
+        _require_same_start(checkpoint.model, hashes)
     if config.resume:
         _check_unfinished(Path(config.resume), config, checkpoint, hashes)
         run = continue_run(Path(config.resume), config, checkpoint)
@@ -224,6 +224,16 @@ def open_run(config: RunConfig, checkpoint: Checkpoint, **hashes: str) -> Run:
     if checkpoint.adapter:
         keep_base(run.folder, checkpoint)
     return run
+
+
+def _require_same_start(model: ArithmeticModel, hashes: dict[str, str]) -> None:
+    """See to it that all processes learn the same, and will cut each batch in the same way.
+
+    Raises:
+        UserError: they do not begin alike.
+    """
+    require_same({**hashes, "weights": weights_hash(model)}, "corpus and start")
+    require_same((torch.get_num_threads(), model.device.type), "--threads and kind of --device")
 
 
 def _check_unfinished(
