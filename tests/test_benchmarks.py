@@ -156,6 +156,15 @@ def test_the_speed_of_the_last_tenth_over_the_second(load, tmp_path):
     assert load("whole_quickstart").speed_kept(path) == 0.75
 
 
+def test_two_processes_that_are_twice_as_fast_have_an_efficiency_of_one(load):
+    processes = load("processes")
+    rates = {processes.ONE: [90.0, 100.0, 110.0], "two": [150.0, 200.0, 210.0]}
+    row = processes.row(rates, "two", 2, 1)
+    assert row.value == 2.0
+    assert "efficiency 100%" in row.peer
+    assert "efficiency 50%" in processes.row(rates, "two", 2, 2).peer
+
+
 def test_the_speed_of_a_run_is_a_share_of_what_its_products_could_do(
     load, tiny_checkpoint, tmp_path, monkeypatch
 ):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,25 +120,32 @@ def torchrun(processes, *words, **environment):
 
 @pytest.fixture(scope="module")
 def ended(world, tmp_path_factory):
-    """How all runs ended, and their folders by name, for 1, 2 and 3 processes."""
+    """A function of a number of processes: how all runs ended, and their folders by name."""
     top = tmp_path_factory.mktemp("runs")
     jobs = {**trainings(world), "dropout": with_dropout(world), "evaluation": evaluation(world)}
-    found = {}
-    for processes in (1, 2, 3):
+
+    @cache
+    def run(processes):
         outputs = {name: top / str(processes) / name for name in jobs}
         lines = [(s, [*map(str, a), "--output-dir", str(outputs[n])]) for n, (s, a) in jobs.items()]
-        if processes == 1:
-            ways = [call(script, *argv) for script, argv in lines]
-            way = Ended(
-                *(max(w.code for w in ways), "".join(w.out for w in ways)),
-                "".join(w.err for w in ways),
-            )
-        else:
-            (top / "jobs.json").write_text(json.dumps(lines))
-            way = torchrun(processes, ROOT / "tests" / "in_turn.py", top / "jobs.json")
+        way = in_this_process(lines) if processes == 1 else in_turn(processes, lines, top)
         assert way.code == 0, way.err
-        found[processes] = way, outputs
-    return found
+        return way, outputs
+
+    return run
+
+
+def in_this_process(lines):
+    """One script after the other, as one."""
+    ways = [call(script, *argv) for script, argv in lines]
+    out, err = ("".join(getattr(way, stream) for way in ways) for stream in ("out", "err"))
+    return Ended(max(way.code for way in ways), out, err)
+
+
+def in_turn(processes, lines, folder):
+    """One script after the other in each of several processes."""
+    (folder / "jobs.json").write_text(json.dumps(lines))
+    return torchrun(processes, ROOT / "tests" / "in_turn.py", folder / "jobs.json")
 
 
 def the_run_in(folder):
@@ -166,7 +174,7 @@ several = pytest.mark.parametrize("processes", [2, 3])
 @several
 @pytest.mark.parametrize("name", NAMES)
 def test_several_processes_reach_the_weights_of_one(ended, name, processes):
-    one, other = (the_run_in(ended[n][1][name]) for n in (1, processes))
+    one, other = (the_run_in(ended(n)[1][name]) for n in (1, processes))
     for file in ("final_model.pt", "best_model.pt"):
         assert largest_gap(one, other, file) < 1e-5
 
@@ -174,7 +182,7 @@ def test_several_processes_reach_the_weights_of_one(ended, name, processes):
 @several
 @pytest.mark.parametrize("name", NAMES)
 def test_figures_are_those_of_all_processes(ended, name, processes):
-    ours, theirs = (lines_of(the_run_in(ended[n][1][name])) for n in (1, processes))
+    ours, theirs = (lines_of(the_run_in(ended(n)[1][name])) for n in (1, processes))
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
         assert one.keys() == other.keys()
@@ -185,14 +193,14 @@ def test_figures_are_those_of_all_processes(ended, name, processes):
 
 def test_groups_were_dead_in_the_runs_that_were_compared(ended):
     """Of the two groups none, one or both: some processes had nothing, and then all of them."""
-    lines = lines_of(the_run_in(ended[1][1]["grpo, two groups"]))
+    lines = lines_of(the_run_in(ended(1)[1]["grpo, two groups"]))
     assert {line["frac_reward_zero_std"] for line in lines if "loss" in line} == {0.0, 0.5, 1.0}
 
 
 @several
 def test_an_evaluation_is_the_same_to_the_letter(ended, processes):
     def stored(number, kind):
-        (path,) = ended[number][1]["evaluation"].glob(f"{kind}_*.json")
+        (path,) = ended(number)[1]["evaluation"].glob(f"{kind}_*.json")
         return json.loads(path.read_text())
 
     samples = zip(*(stored(number, "sample_outputs") for number in (1, processes)), strict=True)
@@ -207,7 +215,7 @@ def test_an_evaluation_is_the_same_to_the_letter(ended, processes):
 @several
 def test_files_are_those_of_one_process(ended, processes):
     for name in (*NAMES, "dropout"):
-        one, other = (the_run_in(ended[n][1][name]) for n in (1, processes))
+        one, other = (the_run_in(ended(n)[1][name]) for n in (1, processes))
         assert {p.name for p in other.iterdir()} == {p.name for p in one.iterdir()}
         assert json.loads((other / "run.json").read_text())["processes"] == processes
 
@@ -219,7 +227,7 @@ def test_every_line_appears_once(ended, processes):
         return Counter(line for line in text.splitlines() if "expected time" not in line)
 
     for stream in ("out", "err"):
-        assert lines(ended[processes][0], stream) == lines(ended[1][0], stream)
+        assert lines(ended(processes)[0], stream) == lines(ended(1)[0], stream)
 
 
 def test_each_process_and_step_drops_other_values(monkeypatch):
@@ -298,7 +306,7 @@ def test_a_process_that_is_killed_or_told_to_stop_ends_all_and_the_job_goes_on(
     assert first in (5, 10)
     assert 12 <= second < STEPS
     assert the_run_in(output) == run
-    assert largest_gap(run, the_run_in(ended[2][1]["dropout"])) == 0
+    assert largest_gap(run, the_run_in(ended(2)[1]["dropout"])) == 0
 
 
 def test_ctrl_c_saves_once_and_another_number_of_processes_goes_on(world, tmp_path):
@@ -359,4 +367,5 @@ def test_a_process_that_hangs_ends_the_job_after_the_time_out(tmp_path):
 
 
 def test_one_process_needs_no_group(ended):
+    ended(1)
     assert not torch.distributed.is_initialized()

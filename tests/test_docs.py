@@ -17,10 +17,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def commands():
-    """(script, its arguments) of each `python script.py ...` in the README's shell blocks."""
+    """(script, its arguments) of each `python script.py ...` in the README's shell blocks.
+
+    Those that torchrun starts included.
+    """
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     text = "\n".join(blocks).replace("\\\n", " ")
-    for script, rest in re.findall(r"^\S*python (\w+)\.py(.*)$", text, re.MULTILINE):
+    by = r"(?:\S*python|torchrun [^\n]*?) "
+    for script, rest in re.findall(rf"^{by}(\w+)\.py(.*)$", text, re.MULTILINE):
         yield script, shlex.split(rest.split(">")[0])
 
 
