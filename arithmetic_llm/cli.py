@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from arithmetic_llm.distributed import together
+from arithmetic_llm.distributed import is_launched, together
 from arithmetic_llm.runtime import UserError, require_file
 
 Config = TypeVar("Config")
@@ -527,6 +527,9 @@ def run_main(
         print(f"error: {OUT_OF_MEMORY}{on_device}", file=sys.stderr)
         code = 2
     _let_go_of_output()
+    if parallel and is_launched():
+        sys.stderr.flush()
+        os._exit(code)  # once in some fifty runs, torch's threads aborted the interpreter's own end
     sys.exit(code)
 
 
