@@ -754,5 +754,23 @@ MUTANTS = [
         'exact=config.precision == "fp32"',
         "exact=False",
         "test_optim.py -k keeps_to_fp32",
+    # ------------------------------------------------------------------ gradients written by hand
+    Mutant(
+        "attention: a position sees the one behind it",
+        "triu_(start + 1)",
+        "triu_(start + 2)",
+        "test_fused.py -k causal",
+    ),
+    Mutant(
+        "attention: the keys' gradient without its scale",
+        "q[:, block], alpha=scale)",
+        "q[:, block])",
+        "test_fused.py -k causal",
+    ),
+    Mutant(
+        "norm: a gradient that grows along the row",
+        "unit, along, value=-1)",
+        "unit, along, value=1)",
+        "test_fused.py -k norm",
     ),
 ]
