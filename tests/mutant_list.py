@@ -754,6 +754,7 @@ MUTANTS = [
         'exact=config.precision == "fp32"',
         "exact=False",
         "test_optim.py -k keeps_to_fp32",
+    ),
     # ------------------------------------------------------------------ gradients written by hand
     Mutant(
         "attention: a position sees the one behind it",
