@@ -711,19 +711,19 @@ MUTANTS = [
         "Processes: gradients of one alone",
         "    add_up_in_place(flat)\n",
         "",
-        f"{TOGETHER} -k weights_of_one",
+        f"{TOGETHER} -k do_what_one_does",
     ),
     Mutant(
         "Processes: each computes the whole batch",
         "mine = share(micro_batches)",
         "mine = micro_batches",
-        f"{TOGETHER} -k weights_of_one",
+        f"{TOGETHER} -k do_what_one_does",
     ),
     Mutant(
         "Processes: figures of a GRPO step from one alone",
         "zip(COUNTED, added_up(counted), strict=True)",
         "zip(COUNTED, counted, strict=True)",
-        f"{TOGETHER} -k figures_are_those_of_all",
+        f"{TOGETHER} -k do_what_one_does",
     ),
     Mutant(
         "Processes: one that is told to stop stops alone",

@@ -122,14 +122,13 @@ def torchrun(processes, *words, **environment):
 def ended(world, tmp_path_factory):
     """A function of a number of processes: how all runs ended, and their folders by name."""
     top = tmp_path_factory.mktemp("runs")
-    jobs = {**trainings(world), "dropout": with_dropout(world), "evaluation": evaluation(world)}
+    jobs = {**trainings(world), "evaluation": evaluation(world)}
 
     @cache
     def run(processes):
         outputs = {name: top / str(processes) / name for name in jobs}
         lines = [(s, [*map(str, a), "--output-dir", str(outputs[n])]) for n, (s, a) in jobs.items()]
         way = in_this_process(lines) if processes == 1 else in_turn(processes, lines, top)
-        assert way.code == 0, way.err
         return way, outputs
 
     return run
@@ -138,14 +137,17 @@ def ended(world, tmp_path_factory):
 def in_this_process(lines):
     """One script after the other, as one."""
     ways = [call(script, *argv) for script, argv in lines]
+    assert {way.code for way in ways} == {0}, ways[-1].err
     out, err = ("".join(getattr(way, stream) for way in ways) for stream in ("out", "err"))
-    return Ended(max(way.code for way in ways), out, err)
+    return Ended(0, out, err)
 
 
 def in_turn(processes, lines, folder):
     """One script after the other in each of several processes."""
     (folder / "jobs.json").write_text(json.dumps(lines))
-    return torchrun(processes, ROOT / "tests" / "in_turn.py", folder / "jobs.json")
+    way = torchrun(processes, ROOT / "tests" / "in_turn.py", folder / "jobs.json")
+    assert way.code == 0, way.err
+    return way
 
 
 def the_run_in(folder):
@@ -164,70 +166,69 @@ def largest_gap(run, other, name="final_model.pt"):
     return max(float((ours[key] - theirs[key]).norm() / ours[key].norm()) for key in ours)
 
 
-NAMES = [*trainings(Path())]
-several = pytest.mark.parametrize("processes", [2, 3])
-
-
 # ------------------------------------------------------------------------- as one process does
 
 
-@several
-@pytest.mark.parametrize("name", NAMES)
-def test_several_processes_reach_the_weights_of_one(ended, name, processes):
-    one, other = (the_run_in(ended(n)[1][name]) for n in (1, processes))
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_do_what_one_does(ended, processes):
+    """In one test, so that tests that run side by side do not launch all of it several times."""
+    (one, one_outputs), (other, other_outputs) = ended(1), ended(processes)
+    for name in trainings(Path()):
+        runs = the_run_in(one_outputs[name]), the_run_in(other_outputs[name])
+        check_weights(*runs)
+        check_figures(*runs)
+        check_files(*runs, processes)
+    check_evaluations(one_outputs["evaluation"], other_outputs["evaluation"])
+    for stream in ("out", "err"):
+        assert lines_said(other, stream) == lines_said(one, stream)
+    check_dead_groups(the_run_in(one_outputs["grpo, two groups"]))
+    assert not torch.distributed.is_initialized()  # one process needs no group
+
+
+def check_weights(one, other):
     for file in ("final_model.pt", "best_model.pt"):
-        assert largest_gap(one, other, file) < 1e-5
+        assert largest_gap(one, other, file) < 1e-5, (other, file)
 
 
-@several
-@pytest.mark.parametrize("name", NAMES)
-def test_figures_are_those_of_all_processes(ended, name, processes):
-    ours, theirs = (lines_of(the_run_in(ended(n)[1][name])) for n in (1, processes))
+def check_figures(one, other):
+    ours, theirs = lines_of(one), lines_of(other)
     assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.keys() == other.keys()
-        timed = {key for key in one if key.startswith(("seconds", "tokens_per"))}
-        for key in one.keys() - timed:
-            assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), key
+    for line, same in zip(ours, theirs, strict=True):
+        assert line.keys() == same.keys()
+        timed = {key for key in line if key.startswith(("seconds", "tokens_per"))}
+        for key in line.keys() - timed:
+            assert same[key] == pytest.approx(line[key], rel=1e-3, abs=1e-5), (other, key)
 
 
-def test_groups_were_dead_in_the_runs_that_were_compared(ended):
-    """Of the two groups none, one or both: some processes had nothing, and then all of them."""
-    lines = lines_of(the_run_in(ended(1)[1]["grpo, two groups"]))
-    assert {line["frac_reward_zero_std"] for line in lines if "loss" in line} == {0.0, 0.5, 1.0}
+def check_files(one, other, processes):
+    assert {path.name for path in other.iterdir()} == {path.name for path in one.iterdir()}
+    assert json.loads((other / "run.json").read_text())["processes"] == processes
 
 
-@several
-def test_an_evaluation_is_the_same_to_the_letter(ended, processes):
-    def stored(number, kind):
-        (path,) = ended(number)[1]["evaluation"].glob(f"{kind}_*.json")
-        return json.loads(path.read_text())
-
-    samples = zip(*(stored(number, "sample_outputs") for number in (1, processes)), strict=True)
-    for one, other in samples:
-        # Of a gap between logits, the batch's shape may decide the last digits.
-        assert other.pop("margin") == pytest.approx(one.pop("margin"), abs=1e-4)
-        assert other == one
-    ours, theirs = (stored(number, "evaluation_metrics") for number in (1, processes))
+def check_evaluations(one, other):
+    """Alike to the letter; the last digits of a gap between logits may hang on the batch's shape."""
+    for sample, same in zip(*(stored(f, "sample_outputs") for f in (one, other)), strict=True):
+        assert same.pop("margin") == pytest.approx(sample.pop("margin"), abs=1e-4)
+        assert same == sample
+    ours, theirs = (stored(folder, "evaluation_metrics") for folder in (one, other))
     assert {k for k in ours if ours[k] != theirs[k]} <= {"seconds", "tokens_per_second"}
 
 
-@several
-def test_files_are_those_of_one_process(ended, processes):
-    for name in (*NAMES, "dropout"):
-        one, other = (the_run_in(ended(n)[1][name]) for n in (1, processes))
-        assert {p.name for p in other.iterdir()} == {p.name for p in one.iterdir()}
-        assert json.loads((other / "run.json").read_text())["processes"] == processes
+def stored(folder, kind):
+    (path,) = folder.glob(f"{kind}_*.json")
+    return json.loads(path.read_text())
 
 
-@several
-def test_every_line_appears_once(ended, processes):
-    def lines(way, stream):
-        text = re.sub(r"\d{8}_\d{6}|/runs\d*/\d|[\d.]+(e-\d+|s\b)?", "#", getattr(way, stream))
-        return Counter(line for line in text.splitlines() if "expected time" not in line)
+def lines_said(way, stream):
+    """Every line with its count, paths, times and figures left out."""
+    text = re.sub(r"\d{8}_\d{6}|/runs\d*/\d|[\d.]+(e-\d+|s\b)?", "#", getattr(way, stream))
+    return Counter(line for line in text.splitlines() if "expected time" not in line)
 
-    for stream in ("out", "err"):
-        assert lines(ended(processes)[0], stream) == lines(ended(1)[0], stream)
+
+def check_dead_groups(run):
+    """Of two groups none, one or both: some processes had nothing to do, and then all of them."""
+    shares = {line["frac_reward_zero_std"] for line in lines_of(run) if "loss" in line}
+    assert shares == {0.0, 0.5, 1.0}
 
 
 def test_each_process_and_step_drops_other_values(monkeypatch):
@@ -284,9 +285,7 @@ def process_of(launcher, rank):
     raise LookupError(rank)
 
 
-def test_a_process_that_is_killed_or_told_to_stop_ends_all_and_the_job_goes_on(
-    world, ended, tmp_path
-):
+def test_a_process_that_is_killed_or_told_to_stop_ends_all_and_the_job_goes_on(world, tmp_path):
     """At the end the weights are, bit for bit, those of two processes that nothing disturbed."""
     script, argv = with_dropout(world)
     log, output = tmp_path / "log.txt", tmp_path / "models"
@@ -306,7 +305,9 @@ def test_a_process_that_is_killed_or_told_to_stop_ends_all_and_the_job_goes_on(
     assert first in (5, 10)
     assert 12 <= second < STEPS
     assert the_run_in(output) == run
-    assert largest_gap(run, the_run_in(ended(2)[1]["dropout"])) == 0
+    undisturbed = tmp_path / "undisturbed"
+    in_turn(2, [(script, [*map(str, argv), "--output-dir", str(undisturbed)])], tmp_path)
+    assert largest_gap(run, the_run_in(undisturbed)) == 0
 
 
 def test_ctrl_c_saves_once_and_another_number_of_processes_goes_on(world, tmp_path):
@@ -364,8 +365,3 @@ def test_a_process_that_hangs_ends_the_job_after_the_time_out(tmp_path):
     assert done.code != 0
     (line,) = done.error_lines
     assert line.startswith("error: another of the 2 processes has ended or does not answer")
-
-
-def test_one_process_needs_no_group(ended):
-    ended(1)
-    assert not torch.distributed.is_initialized()

@@ -18,7 +18,7 @@ from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.corpus.files import read_corpus
 from arithmetic_llm.corpus.record import Sample
-from arithmetic_llm.distributed import gather_shares, share
+from arithmetic_llm.distributed import gather_shares, share, world_size
 from arithmetic_llm.evaluation.draft import right_continuations
 from arithmetic_llm.evaluation.judge import Outcome, judge
 from arithmetic_llm.evaluation.length import (
@@ -154,7 +154,8 @@ def evaluate(
     prompts = [tokenizer.prompt_ids(problem.expression) for problem in problems]
     outcomes: dict[int, Outcome] = {}
     mine = share(range(len(problems)))
-    with Progress(len(mine), "evaluating", "problems") as progress:
+    who = "" if world_size() == 1 else f", 1 of {world_size()} processes"
+    with Progress(len(mine), f"evaluating{who}", "problems") as progress:
         show = _scoreboard(progress)
 
         def on_done(row: int, completion: Completion) -> None:
