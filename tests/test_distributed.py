@@ -206,7 +206,7 @@ def check_files(one, other, processes):
 
 
 def check_evaluations(one, other):
-    """Alike to the letter; the last digits of a gap between logits may hang on the batch's shape."""
+    """Alike to the letter, but for the last digits of gaps between logits, which are rounding."""
     for sample, same in zip(*(stored(f, "sample_outputs") for f in (one, other)), strict=True):
         assert same.pop("margin") == pytest.approx(sample.pop("margin"), abs=1e-4)
         assert same == sample
