@@ -212,7 +212,8 @@ def check_evaluations(one, other):
         assert same.pop("margin") == pytest.approx(sample.pop("margin"), abs=1e-4)
         assert same == sample
     ours, theirs = (stored(folder, "evaluation_metrics") for folder in (one, other))
-    assert {k for k in ours if ours[k] != theirs[k]} <= {"seconds", "tokens_per_second"}
+    rounding = {"seconds", "tokens_per_second", "near_ties"}  # gaps below 1e-4, rounding included
+    assert {key for key in ours if ours[key] != theirs[key]} <= rounding
 
 
 def stored(folder, kind):
