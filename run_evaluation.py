@@ -6,16 +6,21 @@
 
 from arithmetic_llm.cli import parse, run_main
 from arithmetic_llm.config import EvaluationConfig
+from arithmetic_llm.distributed import is_launched, is_main, launch
 
 
 def main(argv=None):
     config = parse(EvaluationConfig, argv, __doc__)
+    if config.processes > 1 and not is_launched():
+        return launch(config.processes, __file__, argv)
     from arithmetic_llm.evaluation.evaluate import evaluate_checkpoint, prepare_folder, save
     from arithmetic_llm.evaluation.report import summary_text
     from arithmetic_llm.folders import resolve_stamp
 
     folder = prepare_folder(resolve_stamp(config.output_dir))
     result = evaluate_checkpoint(config)
+    if not is_main():
+        return
     summary = summary_text(result.metrics)
     paths = save(result, summary, folder)
     print(summary)
@@ -24,4 +29,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, parallel=True)

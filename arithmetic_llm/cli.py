@@ -8,6 +8,7 @@ the command line. Every refusal is one line and exit code 2.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from arithmetic_llm.distributed import is_launched, together
 from arithmetic_llm.runtime import UserError, require_file
 
 Config = TypeVar("Config")
@@ -504,10 +506,17 @@ def _to_set(name: str, wanted: Any) -> str:
 # ------------------------------------------------------------------------------ running a script
 
 
-def run_main(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoReturn:
-    """Run a script's ``main`` and turn what a user can cause into one line and an exit code."""
+def run_main(
+    main: Callable[[Sequence[str] | None], int | None], parallel: bool = False
+) -> typing.NoReturn:
+    """Run a script's ``main`` and turn what a user can cause into one line and an exit code.
+
+    Args:
+        parallel: it may be one of several processes that a launcher has started.
+    """
     try:
-        code = main(None) or 0
+        with together() if parallel else contextlib.nullcontext():
+            code = main(None) or 0
         sys.stdout.flush()  # a full disk shows here, and not at exit where it would be a mess
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -524,6 +533,9 @@ def run_main(main: Callable[[Sequence[str] | None], int | None]) -> typing.NoRet
         print(f"error: {OUT_OF_MEMORY}{on_device}", file=sys.stderr)
         code = 2
     _let_go_of_output()
+    if parallel and is_launched():
+        sys.stderr.flush()
+        os._exit(code)  # once in some fifty runs, torch's threads aborted the interpreter's own end
     sys.exit(code)
 
 

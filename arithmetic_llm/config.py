@@ -218,6 +218,12 @@ class SequenceLengthsConfig:
 
 # -------------------------------------------------------------------------- models and runs
 
+PROCESSES = opt(
+    1,
+    "processes that share the work on this machine, and its cores; torchrun has its own flags",
+    at_least=1,
+)
+
 
 def _shape(default: Any, help: str, **metadata: Any) -> Any:
     """A field of a model that starts from random weights; another brings its own shape."""
@@ -307,6 +313,7 @@ class RunConfig:
     seed: int = opt(
         42, "seed of weights, batch order, dropout and sampling", at_least=0, at_most=2**63 - 1
     )
+    processes: int = PROCESSES
     resume: str = opt("", "continue the run in this folder from its last checkpoint")
 
     @property
@@ -645,6 +652,7 @@ class EvaluationConfig(ModelPathConfig):
     batch_size: int = opt(64, "problems at a time: speed and memory, not results", at_least=1)
     output_dir: str = opt("evaluation_results", "folder for the three result files")
     device: str = opt("auto", "cpu, cuda, cuda:N or mps; auto = the CPU, where results repeat")
+    processes: int = PROCESSES
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ import dataclasses
 import datetime
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from arithmetic_llm.cli import build, contradicted, flag_of, parse_many, read_flags, read_json
+from arithmetic_llm.distributed import from_main, is_restarted, job_name
 from arithmetic_llm.runtime import UserError, checked
 
 STAMP = "YYYYMMDD_HHMMSS"
@@ -40,10 +42,14 @@ def resolve_stamp(path: str) -> str:
     ``models/foundational_YYYYMMDD_HHMMSS/best_model.pt`` becomes the newest finished foundational
     run's; which one is printed. Any other path comes back as it is.
     """
-    parts = Path(path).parts
-    place = next((i for i, part in enumerate(parts) if STAMP in part), None)
-    if place is None:
+    if STAMP not in path:
         return path
+    return from_main(lambda: _newest(path))
+
+
+def _newest(path: str) -> str:
+    parts = Path(path).parts
+    place = next(i for i, part in enumerate(parts) if STAMP in part)
     parent = Path(*parts[:place])
     pattern = re.compile(re.escape(parts[place]).replace(STAMP, r"\d{8}_\d{6}"))
     finished = sorted(f.name for f in _entries(parent) if pattern.fullmatch(f.name) and _done(f))
@@ -113,7 +119,32 @@ def parse_run(
     configs = parse_many(sections, argv, description, is_lenient=_is_of_run)
     if configs[0].resume:
         raise UserError("resume: belongs on the command line, --resume RUN, not into a file")
+    if is_restarted() and (folder := from_main(lambda: begun_by_this_job(configs[0].output_dir))):
+        return _of_run(folder, sections, {})
     return configs
+
+
+def begun_by_this_job(output_dir: str) -> str:
+    """The newest run that this command has begun in this job of a launcher; empty if none.
+
+    The launcher has restarted the processes, and they are to go on from where the last ones were.
+    """
+    own = {"job": job_name(), "command": sys.argv}
+    folders = sorted(
+        (facts.stat().st_mtime, str(facts.parent))
+        for facts in Path(output_dir).glob(f"*/{FACTS}")
+        if facts.with_name(SETTINGS["config"]).exists() and _said(facts, [*own]) == own
+    )
+    return folders[-1][1] if folders else ""
+
+
+def _said(file: Path, names: Sequence[str]) -> dict[str, Any]:
+    """What a JSON file says under some names; nothing if it is damaged."""
+    try:
+        said = read_json(file)
+    except UserError:
+        return {}
+    return {name: said.get(name) for name in names}
 
 
 def _is_of_run(file: str) -> bool:
@@ -124,6 +155,7 @@ def _of_run(folder: str, sections: dict[str, type], given: dict[str, Any]) -> tu
     if files := sections.keys() & given.keys():
         flag = flag_of(min(files))
         raise UserError(f"{flag}: {folder} has its own settings; leave it out with --resume")
+    processes = given.pop("processes", None)  # it may go on with another number
     configs = []
     for name, cls in sections.items():
         configs.append(build(cls, read_json(Path(folder) / SETTINGS[name]), {}))
@@ -131,4 +163,5 @@ def _of_run(folder: str, sections: dict[str, type], given: dict[str, Any]) -> tu
             raise UserError(
                 f"{flag} {theirs}: {folder} runs with {ours}; leave it out, or start a new run"
             )
-    return dataclasses.replace(configs[0], resume=folder), *configs[1:]
+    more = {} if processes is None else {"processes": processes}
+    return dataclasses.replace(configs[0], resume=folder, **more), *configs[1:]

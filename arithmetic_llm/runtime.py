@@ -290,6 +290,13 @@ def prepare_training(threads: int, seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def derived_seed(*numbers: int) -> int:
+    """A seed of its own for every combination of the numbers."""
+    import numpy
+
+    return int(numpy.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def versions() -> dict[str, str]:
     """Versions of everything that can change a number; part of ``run.json``."""
     import numpy

@@ -297,15 +297,24 @@ def copy_rate(mib: int = 128) -> float:
     return 2 * source.numel() * 4 / statistics.median(seconds)
 
 
-def product_rate(shapes: Sequence[tuple[int, int]], rows: int, repetitions: int = 10) -> float:
+def product_rate(
+    shapes: Sequence[tuple[int, int]], rows: int, repetitions: int = 10, device: str = "cpu"
+) -> float:
     """Operations a second of bf16 products (rows, in) @ (in, out), over all the shapes (out, in).
 
     The limit of a training step, whose products are these and, backward, as large ones.
     """
     import torch
 
-    pairs = [(torch.randn(rows, n).bfloat16(), torch.randn(m, n).bfloat16()) for m, n in shapes]
-    products = [lambda x=x, w=w: x @ w.T for x, w in pairs]
+    def product(x: torch.Tensor, w: torch.Tensor) -> None:
+        x @ w.T
+        if device != "cpu":
+            torch.accelerator.synchronize()
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).bfloat16()
+
+    products = [partial(product, random(rows, n), random(m, n)) for m, n in shapes]
     seconds = [
         statistics.median(timed(product)[0] for _ in range(repetitions)) for product in products
     ]

@@ -3,6 +3,7 @@
 from mutants import Mutant
 
 GRPO, STAGE = "test_wiring_grpo.py", "test_wiring_supervised.py"
+TOGETHER = "test_distributed.py"
 
 MUTANTS = [
     # ------------------------------------------------------------------------------ GRPO's stage
@@ -777,6 +778,55 @@ MUTANTS = [
         "return sum(weights[name] * value for name, value in parts.items()), parts",
         "return sum(parts.values()), parts",
         "test_rewards.py",
+    ),
+    # ----------------------------------------------------------------------- several processes
+    Mutant(
+        "Processes: gradients of one alone",
+        "    add_up_in_place(flat)\n",
+        "",
+        f"{TOGETHER} -k do_what_one_does",
+    ),
+    Mutant(
+        "Processes: each computes the whole batch",
+        "mine = share(micro_batches)",
+        "mine = micro_batches",
+        f"{TOGETHER} -k do_what_one_does",
+    ),
+    Mutant(
+        "Processes: figures of a GRPO step from one alone",
+        "zip(COUNTED, added_up(counted), strict=True)",
+        "zip(COUNTED, counted, strict=True)",
+        f"{TOGETHER} -k do_what_one_does",
+    ),
+    Mutant(
+        "Processes: one that is told to stop stops alone",
+        "if any(added_up([stop.is_set()])):",
+        "if stop.is_set():",
+        f"{TOGETHER} -k told_to_stop",
+    ),
+    Mutant(
+        "Processes: all drop the same values",
+        "derived_seed(run.config.seed, run.step, rank())",
+        "derived_seed(run.config.seed, run.step, 0)",
+        f"{TOGETHER} -k drops_other_values",
+    ),
+    Mutant(
+        "Processes: a mistake is told by each",
+        'return _place.store.add("failures", 1) == 1',
+        "return True",
+        f"{TOGETHER} -k mistake",
+    ),
+    Mutant(
+        "Processes: results of shares one after the other",
+        "chain.from_iterable(zip_longest(*parts, fillvalue=missing))",
+        "chain(*parts)",
+        f"{TOGETHER} -k come_back_in_order",
+    ),
+    Mutant(
+        "Muon: bf16 although fp32 is asked for",
+        'exact=config.precision == "fp32"',
+        "exact=False",
+        "test_optim.py -k keeps_to_fp32",
     ),
     # ------------------------------------------------------------------ gradients written by hand
     Mutant(

@@ -4,10 +4,13 @@ import json
 import math
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
 from helpers import ROOT, load_script, records
+
+from arithmetic_llm.model.load import load_model
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="they read the memory of processes")
 SUBJECTS = ("training", "decoding", "evaluation", "grpo", "corpus", "step_time")
@@ -151,6 +154,32 @@ def test_the_speed_of_the_last_tenth_over_the_second(load, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert load("whole_quickstart").speed_kept(path) == 0.75
+
+
+def test_two_processes_that_are_twice_as_fast_have_an_efficiency_of_one(load):
+    processes = load("processes")
+    rates = {processes.ONE: [90.0, 100.0, 110.0], "two": [150.0, 200.0, 210.0]}
+    row = processes.row(rates, "two", 2, 1)
+    assert row.value == 2.0
+    assert "efficiency 100%" in row.peer
+    assert "efficiency 50%" in processes.row(rates, "two", 2, 2).peer
+
+
+def test_the_speed_of_a_run_is_a_share_of_what_its_products_could_do(
+    load, tiny_checkpoint, tmp_path, monkeypatch
+):
+    """Six operations a token for each weight of a matrix, on a device of 1,000 operations."""
+    shutil.copy(tiny_checkpoint, tmp_path / "best_model.pt")
+    said = {"stage": "foundational", "tokens_per_second": 50.0, "seconds": 3.0}
+    (tmp_path / "training_summary.json").write_text(json.dumps(said))
+    (tmp_path / "run.json").write_text('{"device": "cpu"}')
+    whole = load("whole_quickstart")
+    monkeypatch.setattr(whole, "product_rate", lambda shapes, rows, device: 1000.0)
+    model = load_model(tiny_checkpoint).model
+    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2)
+    embedding = model.model.embed_tokens.weight.numel()
+    expected = 6 * (weights - embedding) * 50.0 / 1000.0
+    assert whole.speed_row(tmp_path).value == pytest.approx(expected)
 
 
 def test_padding_and_the_first_steps_do_not_count_as_speed(load, tmp_path):

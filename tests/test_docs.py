@@ -18,10 +18,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def commands():
-    """(script, its arguments) of each `python script.py ...` in the README's shell blocks."""
+    """(script, its arguments) of each `python script.py ...` in the README's shell blocks.
+
+    Those that torchrun starts included.
+    """
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     text = "\n".join(blocks).replace("\\\n", " ")
-    for script, rest in re.findall(r"^\S*python (\w+)\.py(.*)$", text, re.MULTILINE):
+    by = r"(?:\S*python|torchrun [^\n]*?) "
+    for script, rest in re.findall(rf"^{by}(\w+)\.py(.*)$", text, re.MULTILINE):
         yield script, shlex.split(rest.split(">")[0])
 
 
@@ -188,6 +192,7 @@ GENERATING = [script for script in REFERENCE["SCRIPTS"] if script.startswith("ge
 READ_BY = {
     "cli": (TRAINING, {}),
     "runtime": (LOADING, {}),
+    "distributed": ((*TRAINING, "run_evaluation"), {"--resume": "run_foundational_training"}),
     "folders": (TRAINING, {}),
     "corpus/draw": (LOADING[:-1], {"--num-range": "generate_corpus"}),
     "corpus/files": (GENERATING, {}),
@@ -196,6 +201,7 @@ READ_BY = {
     "model/lora": (TRAINING[2:], {}),
     "model/tokenizer": (("train_tokenizer",), {}),
     "training/loop": (TRAINING, {}),
+    "training/run": (TRAINING, {}),
     "training/start": (TRAINING, {"--split": "generate_corpus"}),
     "training/supervised": (TRAINING[:3], {}),
     "evaluation/evaluate": (("run_evaluation", "run_grpo_training"), {}),

@@ -92,6 +92,21 @@ def test_orthogonalise_keeps_directions_and_levels_singular_values(
     assert (inner - torch.diag_embed(values)).abs().max() < (0.05 if bf16 else 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("precision", "rounded"), [("fp32", False), ("bf16", True), ("auto", True)]
+)
+def test_muon_keeps_to_fp32_where_that_is_asked_for(monkeypatch, precision, rounded):
+    """The same step on a machine that multiplies bf16 and on one that does not, or another."""
+    moved = []
+    for bf16 in (True, False):
+        monkeypatch.setattr(optim, "multiplies_bf16", lambda device, bf16=bf16: bf16)
+        model = random_model(30)
+        set_gradients([*model.parameters()], seed=0)
+        build_optimizer(model, configured(optimizer="muon", precision=precision)).step()
+        moved.append(model.model.layers[0].self_attn.q_proj.weight)
+    assert torch.equal(*moved) != rounded
+
+
 def test_orthogonalise_does_not_care_about_scale(monkeypatch):
     monkeypatch.setattr(optim, "multiplies_bf16", lambda device: False)
     *_, given = with_singular_values(8, 12, torch.linspace(0.2, 1, 8))

@@ -18,6 +18,7 @@ from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.corpus.files import read_corpus
 from arithmetic_llm.corpus.record import Sample
+from arithmetic_llm.distributed import gather_shares, share, world_size
 from arithmetic_llm.evaluation.draft import right_continuations
 from arithmetic_llm.evaluation.judge import Outcome, judge
 from arithmetic_llm.evaluation.length import (
@@ -134,6 +135,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Put every problem to the model and judge what it writes, with a progress bar.
 
+    Of several processes each takes its share, which the bar counts, and returns the result of all.
+
     A right solver makes the decoder's guesses: they save passes where the model writes just them,
     and change nothing that it writes.
 
@@ -150,7 +153,9 @@ def evaluate(
     limit = max_new_tokens or room_to_answer(problems, tokenizer, context)
     prompts = [tokenizer.prompt_ids(problem.expression) for problem in problems]
     outcomes: dict[int, Outcome] = {}
-    with Progress(len(problems), "evaluating", "problems") as progress:
+    mine = share(range(len(problems)))
+    who = "" if world_size() == 1 else f", 1 of {world_size()} processes"
+    with Progress(len(mine), f"evaluating{who}", "problems") as progress:
         show = _scoreboard(progress)
 
         def on_done(row: int, completion: Completion) -> None:
@@ -160,9 +165,9 @@ def evaluate(
 
         started = time.monotonic()
         guess = right_continuations(problems, tokenizer)
-        generate(model, prompts, limit, sampling, batch_size, on_done, guess)
+        generate(model, prompts, limit, sampling, batch_size, on_done, guess, mine)
+        in_order = tuple(gather_shares([outcomes[row] for row in mine]))
         seconds = time.monotonic() - started
-    in_order = tuple(outcomes[row] for row in range(len(problems)))
     settings = {**(settings or {}), **_decoding(model, sampling, limit, batch_size)}
     return EvaluationResult(in_order, trained_on, settings, seconds)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from arithmetic_llm.config import GRPOConfig
+from arithmetic_llm.distributed import added_up
 from arithmetic_llm.evaluation.metrics import accuracy, rows
 from arithmetic_llm.grpo.loss import LossTerms
 from arithmetic_llm.grpo.rollout import Rollout, is_dead
@@ -18,6 +19,7 @@ from arithmetic_llm.task.problem import Row
 from arithmetic_llm.training.run import ROLLOUTS, MetricsLog
 
 DEAD_STEPS_TO_WARN = 10
+COUNTED = ("kl", "entropy", "clipped", "tokens")  # sums over tokens, of the loss
 
 
 class Monitor:
@@ -53,11 +55,13 @@ class Monitor:
 
     def note_loss(self, terms: LossTerms) -> None:
         """Add up the parts of a micro-batch's loss."""
-        for name in ("kl", "entropy", "clipped", "tokens"):
+        for name in COUNTED:
             self.sums[name] += getattr(terms, name)
 
     def end_step(self) -> None:
-        """Note the time since the rollouts as that of training."""
+        """Note the time since the rollouts as that of training; gather what all have counted."""
+        counted = [self.sums[name] for name in COUNTED]
+        self.sums.update(zip(COUNTED, added_up(counted), strict=True))
         self.noted["seconds_training"] = self._lap()
 
     def metrics(self) -> dict[str, float]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from arithmetic_llm.config import GRPOConfig
+from arithmetic_llm.distributed import gather_shares, share
 from arithmetic_llm.evaluation.draft import right_continuations
 from arithmetic_llm.evaluation.judge import Outcome, judge
 from arithmetic_llm.grpo.rewards import Attempt, score
@@ -54,7 +56,8 @@ def roll_out(
     """Write ``copies`` completions of each expression and reward them.
 
     As in an evaluation, a right solver makes the decoder's guesses: they save passes and change no
-    text.
+    text. Of several processes each writes whole groups, and has them all in the end; what a row's
+    random numbers are does not depend on who writes it.
 
     Args:
         sampling: how tokens are chosen.
@@ -65,15 +68,19 @@ def roll_out(
     """
     asked = [problem_from(expression) for expression in expressions for _ in range(copies)]
     prompts = [tokenizer.prompt_ids(problem.expression) for problem in asked]
+    groups = [range(i * copies, (i + 1) * copies) for i in range(len(expressions))]
+    mine = [*chain(*share(groups))]
     guess = right_continuations(asked, tokenizer)
     limit, context = config.max_gen_length, model.config.max_seq_length
     size = config.rollout_batch_size
-    written = generate(model, prompts, limit, sampling, size, guess=guess)
+    written = generate(model, prompts, limit, sampling, size, guess=guess, rows=mine)
     rollouts = []
-    for problem, prompt, completion in zip(asked, prompts, written, strict=True):
-        outcome = judge(problem, completion, len(prompt), tokenizer, context)
-        rollouts.append(rewarded(outcome, prompt, completion, config, weights))
-    return [rollouts[start : start + copies] for start in range(0, len(rollouts), copies)]
+    for row, completion in zip(mine, written, strict=True):
+        outcome = judge(asked[row], completion, len(prompts[row]), tokenizer, context)
+        rollouts.append(rewarded(outcome, prompts[row], completion, config, weights))
+    return gather_shares(
+        [rollouts[start : start + copies] for start in range(0, len(rollouts), copies)]
+    )
 
 
 def rewarded(

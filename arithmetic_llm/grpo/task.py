@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from arithmetic_llm.config import GRPOConfig
+from arithmetic_llm.distributed import is_mine, world_size
 from arithmetic_llm.grpo.checks import check_start
 from arithmetic_llm.grpo.loss import (
     Episode,
@@ -37,6 +38,7 @@ from arithmetic_llm.grpo.solutions import Solutions, as_replay, tokenised_soluti
 from arithmetic_llm.model.decode import GREEDY, SamplingParams, evaluating
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
+from arithmetic_llm.runtime import derived_seed
 from arithmetic_llm.training.batches import micro_batches
 from arithmetic_llm.training.supervised import counted_logits, summed_cross_entropy
 
@@ -96,7 +98,10 @@ class GRPOTask:
         batches = self._batches(self._episodes(groups))
         self.monitor.note_signal(bool(batches))
         if self.config.num_iterations > 1:
-            batches = [self._with_old_logprobs(batch) for batch in batches]
+            batches = [
+                self._with_old_logprobs(batch) if is_mine(place) else batch
+                for place, batch in enumerate(batches)
+            ]
         update = batches + self._replay(step, batches)
         for _ in range(self.config.num_iterations if update else 0):
             yield update
@@ -176,6 +181,7 @@ class GRPOTask:
             np.arange(len(lengths)),
             self.model.config,
             self.model.device,
+            least=world_size(),
             most_rows=self.config.micro_batch_size,
         )
 
@@ -269,8 +275,3 @@ def as_episode(rollout: Rollout, advantage: float) -> Episode:
     """The part of a rollout that its loss needs."""
     written = rollout.completion
     return Episode(rollout.prompt, written.tokens, written.logprobs, advantage, written.support)
-
-
-def derived_seed(*numbers: int) -> int:
-    """A seed of its own for every combination of the numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

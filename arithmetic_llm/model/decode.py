@@ -84,6 +84,7 @@ def generate(
     batch_size: int = 64,
     on_done: Callable[[int, Completion], None] = lambda row, completion: None,
     guess: Guess | None = None,
+    rows: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Complete every prompt; results stand in the order of the prompts.
 
@@ -96,21 +97,22 @@ def generate(
         max_new_tokens: most tokens written after a prompt, ``<eos>`` included.
         on_done: called with the row of each prompt and its completion as soon as that is finished.
         guess: what each row might write next, see `decode`.
+        rows: of the prompts to complete, in the order of the results; None = all.
     """
-    completions = [Completion() for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    completions = {row: Completion() for row in (range(len(prompts)) if rows is None else rows)}
+    order = sorted(completions, key=lambda row: -len(prompts[row]))
     for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = [prompts[row] for row in rows]
-        for emission in decode(model, batch, max_new_tokens, sampling, rows, guess):
+        batch = order[start : start + batch_size]
+        texts = [prompts[row] for row in batch]
+        for emission in decode(model, texts, max_new_tokens, sampling, batch, guess):
             completion = completions[emission.row]
             completion.add(emission)
             if completion.finish_reason == "eos":
                 on_done(emission.row, completion)
-        for row in rows:
+        for row in batch:
             if completions[row].finish_reason == "length":
                 on_done(row, completions[row])
-    return completions
+    return [*completions.values()]
 
 
 def decode(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from arithmetic_llm.config import AdapterFilesConfig, LoRAConfig
+from arithmetic_llm.distributed import is_main
 from arithmetic_llm.model.checkpoint import (
     Checkpoint,
     read_checkpoint,
@@ -40,7 +41,7 @@ def keep_base(folder: Path, checkpoint: Checkpoint) -> None:
     start = Path(checkpoint.adapter["base_path"])
     if start.is_file() and read_checkpoint(start).adapter is None:
         return
-    if not path.exists():
+    if is_main() and not path.exists():
         base = without_adapter(checkpoint.model)
         save_checkpoint(path, replace(checkpoint, model=base, adapter=None))
     checkpoint.adapter["base_path"] = str(path)

@@ -24,9 +24,23 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from arithmetic_llm.distributed import (
+    add_up_in_place,
+    added_up,
+    from_main,
+    rank,
+    share,
+    world_size,
+)
 from arithmetic_llm.folders import FINISHED
 from arithmetic_llm.model.transformer import ArithmeticModel
-from arithmetic_llm.runtime import Progress, UserError, autocast, readable_seconds
+from arithmetic_llm.runtime import (
+    Progress,
+    UserError,
+    autocast,
+    derived_seed,
+    readable_seconds,
+)
 from arithmetic_llm.training.adapters import save_adapter_files
 from arithmetic_llm.training.optim import learning_rate_factor, learning_rates
 from arithmetic_llm.training.run import MetricsLog, Run
@@ -93,7 +107,7 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
         The training summary.
 
     Raises:
-        KeyboardInterrupt: on Ctrl-C, after the step at hand is done and saved.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, after the step at hand is done and saved.
         UserError: the loss is not finite.
     """
     config, log = run.config, MetricsLog(run.folder)
@@ -101,7 +115,7 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
     witness = FirstUpdate(run.model)
     bar = Progress(task.total_steps, run.checkpoint.stage, "step", run.step)
     run.model.train()
-    with bar, on_ctrl_c() as stop:
+    with bar, on_request_to_stop() as stop:
         if task.validates_start and run.step == 0:
             validate(run, task, log, bar)
         meter = Meter(run, task)
@@ -117,11 +131,16 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
                 validate(run, task, log, bar)
             if run.step % config.save_every == 0 and not last:
                 run.save_step()
-            if stop.is_set():
-                run.save_step()
-                print(f"saved; go on with --resume {run.folder}", file=sys.stderr)
+            if any(added_up([stop.is_set()])):  # all processes stop at the same step
+                from_main(lambda: save_to_go_on(run))  # all wait, or its line would not be the last
                 raise KeyboardInterrupt
-    return finish(run, task, log, meter, more_files)
+    return from_main(lambda: finish(run, task, log, meter, more_files))
+
+
+def save_to_go_on(run: Run) -> None:
+    """Save at once, and say how to go on."""
+    run.save_step()
+    print(f"saved; go on with --resume {run.folder}", file=sys.stderr)
 
 
 class UpdateResult(NamedTuple):
@@ -143,6 +162,8 @@ class StepResult(NamedTuple):
 def train_step(run: Run, task: Task) -> StepResult:
     """One step: as many updates as the task has for it, at one learning rate."""
     scale = learning_rate_factor(run.config, run.step, task.total_steps)
+    if world_size() > 1:
+        seed_dropout(run)
     updates, tokens = [], 0
     for micro_batches in task.updates(run.step):
         updates.append(update(run, task, micro_batches, scale))
@@ -155,6 +176,11 @@ def train_step(run: Run, task: Task) -> StepResult:
         learning_rates(run.optimizer, scale),
         updates[-1].gradient_norm if updates else None,
     )
+
+
+def seed_dropout(run: Run) -> None:
+    """Give each process random numbers of its own, a function of the step: none is to be stored."""
+    torch.manual_seed(derived_seed(run.config.seed, run.step, rank()))
 
 
 def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) -> UpdateResult:
@@ -179,7 +205,7 @@ def add_gradients(run: Run, task: Task, micro_batches: list[MicroBatch]) -> floa
 
     They add up and are divided once by the count of them all, so that how a batch is cut cannot
     change the update. They add up in order, whichever is ready first: so the sum is the same, bit
-    for bit, whenever there are as many threads.
+    for bit, whenever there are as many threads. Of several processes, each computes its share.
     """
     device, total = run.model.device, sum(batch.loss_denominator for batch in micro_batches)
     trained = [p for p in run.model.parameters() if p.requires_grad]
@@ -189,14 +215,35 @@ def add_gradients(run: Run, task: Task, micro_batches: list[MicroBatch]) -> floa
             loss = task.loss(run.model, batch.to(device)) / total
         return loss.item(), torch.autograd.grad(loss, trained, allow_unused=True)
 
-    each = workers(task.at_once).map if min(task.at_once, len(micro_batches)) > 1 else map
+    mine = share(micro_batches)
+    each = workers(task.at_once).map if min(task.at_once, len(mine)) > 1 else map
     loss_sum = 0.0
-    for loss, gradients in each(loss_and_gradients, micro_batches):
+    for loss, gradients in each(loss_and_gradients, mine):
         loss_sum += loss
         for parameter, gradient in zip(trained, gradients, strict=True):
             if gradient is not None:
                 before = parameter.grad
                 parameter.grad = gradient if before is None else before.add_(gradient)
+    return loss_sum if world_size() == 1 else over_all_processes(trained, loss_sum)
+
+
+def over_all_processes(trained: list[Tensor], loss_sum: float) -> float:
+    """Add up what the processes have found: gradients in place, and the loss that comes back.
+
+    One sum over all gradients laid end to end, and not `DistributedDataParallel`: that averages,
+    lives in the backward hooks of ``.grad``, and has each process pass backwards equally often.
+    Here a process may have no micro-batch at all, and a thread has gradients of its own. So that a
+    weight without a gradient stays without, each process says which it has.
+    """
+    has = [parameter.grad is not None for parameter in trained]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    said = torch.tensor([*has, loss_sum], dtype=torch.float32, device=trained[0].device)
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), said])
+    add_up_in_place(flat)
+    *sums, said = flat.split([*(gradient.numel() for gradient in gradients), len(said)])
+    *counts, loss_sum = said.tolist()
+    for parameter, total, count in zip(trained, sums, counts, strict=True):
+        parameter.grad = total.view_as(parameter) if count else None
     return loss_sum
 
 
@@ -415,8 +462,8 @@ def means(metrics: Iterable[dict[str, float]]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def on_ctrl_c() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that a step is never cut in half; a second Ctrl-C interrupts."""
+def on_request_to_stop() -> Iterator[threading.Event]:
+    """Ctrl-C or SIGTERM sets the event, so that no step is cut in half; a second one interrupts."""
     event = threading.Event()
 
     def handle(signum: int, frame: object) -> None:
@@ -427,8 +474,9 @@ def on_ctrl_c() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    before = signal.signal(signal.SIGINT, handle)
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -46,7 +46,7 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> MuonAdamW:
         by_muon = use_muon and parameter.ndim == 2 and ".layers." in name
         decay = config.weight_decay if parameter.ndim >= 2 else 0.0
         groups[by_muon, decay].append(parameter)
-    return MuonAdamW(
+    groups_of_settings = [
         {
             "params": parameters,
             "muon": by_muon,
@@ -55,7 +55,8 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> MuonAdamW:
             "betas": (0.9, config.adam_beta2),
         }
         for (by_muon, decay), parameters in groups.items()
-    )
+    ]
+    return MuonAdamW(groups_of_settings, exact=config.precision == "fp32")
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -64,9 +65,13 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon takes the momentum of a weight matrix and replaces it by the nearest matrix with all
     singular values 1, so that rare directions learn as fast as common ones. ``scale`` in
     :meth:`step` is the schedule's factor on every group's peak rate ``lr``.
+
+    Args:
+        exact: keep to fp32, as `orthogonalise` does.
     """
 
-    def __init__(self, groups: Iterable[dict]):
+    def __init__(self, groups: Iterable[dict], exact: bool = False):
+        self.exact = exact
         defaults = {"lr": 1e-3, "weight_decay": 0.0, "muon": False}
         super().__init__(groups, {**defaults, "betas": (0.9, 0.95), "momentum": 0.95})
 
@@ -109,7 +114,7 @@ class MuonAdamW(torch.optim.Optimizer):
             by_shape[parameter.shape].append(index)
         for (rows, columns), indices in by_shape.items():
             # One product for all matrices of a shape: each alone is too small to fill a core.
-            directions = orthogonalise(torch.stack([updates[i] for i in indices]))
+            directions = orthogonalise(torch.stack([updates[i] for i in indices]), self.exact)
             # Tall matrices move further, so that a step changes outputs alike for every shape.
             step = -rate * max(1.0, rows / columns) ** 0.5
             torch._foreach_add_([parameters[i] for i in indices], list(directions), alpha=step)
@@ -126,17 +131,19 @@ class MuonAdamW(torch.optim.Optimizer):
         return state["step"]
 
 
-def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
+def orthogonalise(matrices: Tensor, exact: bool = False, iterations: int = 5) -> Tensor:
     """Nearly ``U V^T`` of each matrix's singular value decomposition, by Newton-Schulz iteration.
 
     The quintic's coefficients (Jordan et al., 2024) push every singular value into about
     [0.7, 1.2], which is close enough for an update and needs only matrix products.
 
     Args:
-        matrices: (N, rows, columns). Computed in bf16 on machines that multiply it natively.
+        matrices: (N, rows, columns). Computed in bf16 on machines that multiply it natively, unless
+        exact: then in fp32, for bf16 would make differences of 1e-7 some of 1e-3.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.to(torch.bfloat16 if multiplies_bf16(matrices.device) else torch.float32)
+    in_bf16 = multiplies_bf16(matrices.device) and not exact
+    x = matrices.to(torch.bfloat16 if in_bf16 else torch.float32)
     wide = x.shape[-2] > x.shape[-1]
     x = x.mT if wide else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

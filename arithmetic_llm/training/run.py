@@ -14,6 +14,13 @@ from torch import Tensor
 
 from arithmetic_llm.cli import read_json, to_json
 from arithmetic_llm.config import RunConfig
+from arithmetic_llm.distributed import (
+    from_main,
+    is_main,
+    job_name,
+    require_same,
+    world_size,
+)
 from arithmetic_llm.folders import (
     FACTS,
     FINISHED,
@@ -28,6 +35,7 @@ from arithmetic_llm.model.checkpoint import (
     CheckpointData,
     read_checkpoint,
     save_checkpoint,
+    weights_hash,
 )
 from arithmetic_llm.model.load import load_weights
 from arithmetic_llm.model.transformer import ArithmeticModel
@@ -50,6 +58,7 @@ TRAINING = {  # the form of what a resumable checkpoint holds beside its weights
     "rng": Tensor,
     "cuda_rng": list[Tensor],
     "threads": int,
+    "processes": int,
     "precision": str,
 }
 
@@ -77,7 +86,9 @@ class Run:
     # -- files
 
     def save(self, name: str, resumable: bool = False) -> None:
-        """Write a checkpoint of this moment into the run folder."""
+        """Write a checkpoint of this moment into the run folder; of several processes one does."""
+        if not is_main():
+            return
         training = self._training_state() if resumable else {}
         content = replace(self.checkpoint, step=self.step, training=training)
         save_checkpoint(self.folder / name, content)
@@ -85,7 +96,7 @@ class Run:
     def save_step(self) -> None:
         """Write ``checkpoint_step_N.pt`` and drop those that are no longer kept."""
         self.save(f"checkpoint_step_{self.step}.pt", resumable=True)
-        keep = self.config.keep_checkpoints
+        keep = self.config.keep_checkpoints if is_main() else 0
         for old in step_checkpoints(self.folder)[:-keep] if keep else []:
             old.unlink(missing_ok=True)
 
@@ -95,13 +106,16 @@ class Run:
     # -- resuming
 
     def _training_state(self) -> dict[str, Any]:
+        # Several processes seed each step anew, and none needs memory on the others' GPUs.
+        on_gpus = torch.cuda.is_available() and world_size() == 1
         return {
             "optimizer": self.optimizer.state_dict(),
             "best": self.best,
             "task": self.task_state,
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "cuda_rng": torch.cuda.get_rng_state_all() if on_gpus else [],
             "threads": torch.get_num_threads(),
+            "processes": world_size(),
             "precision": str(self.precision),
         }
 
@@ -119,9 +133,15 @@ class Run:
         self.task_state = state["task"]
         self.step, self.best = saved.step, state["best"]
         torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available():  # a run may go on where there are fewer devices
+        if torch.cuda.is_available() and world_size() == 1:  # it may go on with fewer devices
             torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
-        if state["threads"] != torch.get_num_threads():
+        if state["processes"] != world_size():
+            print(
+                f"warning: this run was computed by {in_words(state['processes'])} before, now by "
+                f"{in_words(world_size())}; its weights will not be bit-identical",
+                file=sys.stderr,
+            )
+        elif state["threads"] != torch.get_num_threads():
             torch.set_num_threads(state["threads"])
             print(f"using {state['threads']} CPU threads, as this run did before")
         if state["precision"] != str(self.precision):
@@ -137,12 +157,18 @@ class Run:
             raise ValueError("it holds a model, but not what training goes on with")
         for name, form in TRAINING.items():
             checked(form, state[name], f"training {name}")
-        if state["threads"] < 1:
-            raise ValueError(f"training threads is {state['threads']}")
+        for name in ("threads", "processes"):
+            if state[name] < 1:
+                raise ValueError(f"training {name} is {state[name]}")
         check_optimizer_state(self.optimizer, state["optimizer"])
         check_random_state("cpu", state["rng"])
         for rng in state["cuda_rng"] if torch.cuda.is_available() else []:
             check_random_state("cuda", rng)
+
+
+def in_words(processes: int) -> str:
+    """``1 process``, ``2 processes``."""
+    return f"{processes} process" + ("es" if processes > 1 else "")
 
 
 def check_random_state(device: str, state: Tensor) -> None:
@@ -187,15 +213,27 @@ def open_run(config: RunConfig, checkpoint: Checkpoint, **hashes: str) -> Run:
     Raises:
         UserError: the run to resume is finished, or learned from something else.
     """
+    if world_size() > 1:
+        _require_same_start(checkpoint.model, hashes)
     if config.resume:
         _check_unfinished(Path(config.resume), config, checkpoint, hashes)
         run = continue_run(Path(config.resume), config, checkpoint)
     else:
-        folder = new_run_folder(config.output_dir, checkpoint.stage)
+        folder = from_main(lambda: new_run_folder(config.output_dir, checkpoint.stage))
         run = start_run(folder, config, checkpoint, hashes)
     if checkpoint.adapter:
         keep_base(run.folder, checkpoint)
     return run
+
+
+def _require_same_start(model: ArithmeticModel, hashes: dict[str, str]) -> None:
+    """See to it that all processes learn the same, and will cut each batch in the same way.
+
+    Raises:
+        UserError: they do not begin alike.
+    """
+    require_same({**hashes, "weights": weights_hash(model)}, "corpus and start")
+    require_same((torch.get_num_threads(), model.device.type), "--threads and kind of --device")
 
 
 def _check_unfinished(
@@ -217,6 +255,8 @@ def start_run(
 ) -> Run:
     """A run at step 0, with ``run.json`` and the configs written."""
     run = Run(folder, config, checkpoint, build_optimizer(checkpoint.model, config))
+    if not is_main():
+        return run
     atomic_write_text(folder / SETTINGS["model_config"], to_json(checkpoint.model.config))
     run.write_json(
         FACTS,
@@ -227,6 +267,8 @@ def start_run(
             "device": str(run.model.device),
             "precision": str(run.precision).removeprefix("torch."),
             "threads": torch.get_num_threads(),
+            "processes": world_size(),
+            **({"job": job} if (job := job_name()) else {}),
             "parameters": run.model.parameter_count(),
             "tokenizer_hash": checkpoint.tokenizer.hash,
             "versions": versions(),
@@ -241,7 +283,7 @@ def start_run(
 def continue_run(folder: Path, config: RunConfig, checkpoint: Checkpoint) -> Run:
     """The run in ``folder``, at its newest readable checkpoint; at step 0 if there is none."""
     run = Run(folder, config, checkpoint, build_optimizer(checkpoint.model, config))
-    for half_written in folder.glob(".*.tmp"):  # what a kill interrupted
+    for half_written in folder.glob(".*.tmp") if is_main() else ():  # what a kill interrupted
         half_written.unlink()
     paths = step_checkpoints(folder)
     if any(restored(run, path) for path in reversed(paths)):
@@ -249,6 +291,7 @@ def continue_run(folder: Path, config: RunConfig, checkpoint: Checkpoint) -> Run
     else:
         none = "none of its checkpoints will do" if paths else "it has no checkpoint yet"
         print(f"resuming {folder}: {none}, so it starts over")
+    require_same(run.step, f"checkpoints in {folder}")
     for name in (METRICS, ROLLOUTS):
         MetricsLog(folder, name).truncate(run.step)
     return run
@@ -274,6 +317,8 @@ class MetricsLog:
         self.path = folder / name
 
     def append(self, **values: Any) -> None:
+        if not is_main():
+            return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
@@ -283,7 +328,7 @@ class MetricsLog:
 
     def truncate(self, step: int) -> None:
         """Forget what came after ``step``; a resumed run will write it again, at 0 all of it."""
-        if not self.path.exists():
+        if not (is_main() and self.path.exists()):
             return
         kept = [line for line in self.read() if line["step"] <= step and step > 0]
         atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))

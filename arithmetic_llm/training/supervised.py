@@ -20,6 +20,7 @@ from arithmetic_llm.config import (
     TrainingConfig,
 )
 from arithmetic_llm.corpus.files import read_corpus
+from arithmetic_llm.distributed import gather_shares, share, world_size
 from arithmetic_llm.folders import resolve_paths
 from arithmetic_llm.model.lora import parameter_summary
 from arithmetic_llm.model.transformer import ArithmeticModel
@@ -83,7 +84,7 @@ class SupervisedTask:
         return 1 if drops or self.model.device.type != "cpu" else torch.get_num_threads()
 
     def updates(self, step: int) -> list[list[Batch]]:
-        least = self.config.gradient_accumulation_steps
+        least = max(self.config.gradient_accumulation_steps, self.at_once * world_size())
         return [self._batches(self.train, self.plan[step], least, self.at_once)]
 
     def work(self, step: int) -> int:
@@ -102,15 +103,9 @@ class SupervisedTask:
         deepest ones that do not fit, and leaving them out would flatter the model where it is
         weakest.
         """
-        loss, tokens, exact = 0.0, 0.0, 0
-        for batch in self._batches(self.held_out, np.arange(len(self.held_out))):
-            batch = batch.to(model.device)
-            logits, targets, weights = counted_logits(model, batch)
-            losses = F.cross_entropy(logits, targets, reduction="none") * weights
-            wrong = torch.zeros(batch.weights.shape, device=model.device, dtype=torch.bool)
-            wrong[batch.weights > 0] = logits.argmax(-1) != targets
-            loss, tokens = loss + losses.sum().item(), tokens + weights.sum().item()
-            exact += int((~wrong.any(dim=1)).sum())
+        batches = self._batches(self.held_out, np.arange(len(self.held_out)))
+        counted = gather_shares([held_out_sums(model, batch) for batch in share(batches)])
+        loss, tokens, exact = map(sum, zip(*counted, strict=True))
         drawn = len(self.held_out) + len(self.held_out.dropped)
         return {"eval_loss": loss / tokens, "eval_exact": exact / drawn}
 
@@ -132,6 +127,16 @@ class SupervisedTask:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """The plan follows from the seed: there is nothing to take up."""
+
+
+def held_out_sums(model: ArithmeticModel, batch: Batch) -> tuple[float, float, int]:
+    """Loss in nats, its weights, and the number of samples without any wrong token."""
+    batch = batch.to(model.device)
+    logits, targets, weights = counted_logits(model, batch)
+    losses = F.cross_entropy(logits, targets, reduction="none") * weights
+    wrong = torch.zeros(batch.weights.shape, device=model.device, dtype=torch.bool)
+    wrong[batch.weights > 0] = logits.argmax(-1) != targets
+    return losses.sum().item(), weights.sum().item(), int((~wrong.any(dim=1)).sum())
 
 
 def counted_logits(model: ArithmeticModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
