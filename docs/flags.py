@@ -31,6 +31,7 @@ SCRIPTS = {
     "run_interactive": (config.InteractiveConfig,),
     "plot_runs": (config.PlotRunsConfig,),
     "plot_evaluation": (config.PlotEvaluationConfig,),
+    "run_study": (config.StudyConfig,),
     "quickstart": (config.QuickstartConfig,),
 }
 
