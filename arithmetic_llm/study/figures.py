@@ -15,7 +15,7 @@ from arithmetic_llm.evaluation.plots import (
     matplotlib,
     new_figure,
 )
-from arithmetic_llm.study.spec import Criterion, shown_value
+from arithmetic_llm.study.spec import EXACT, Criterion, shown_value
 from arithmetic_llm.study.table import Reached, Results
 
 WIDTH = 9.0  # inches

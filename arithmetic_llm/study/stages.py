@@ -299,7 +299,7 @@ class Planner:
         kind, settings = self.kind_of(name), dict(chosen.get(name, {}))
         settings.pop(LIKE, "")
         if GIVEN in settings:
-            return self.keep(given_stage(kind, str(settings[GIVEN])))
+            return self.keep(self.given(name, kind, str(settings[GIVEN])))
         if JOIN in settings:
             values = {str(place): value for place, value in enumerate(settings[JOIN])}
         else:
@@ -313,6 +313,16 @@ class Planner:
             return self.keep(new_stage("joined", None, {}, inputs, {}, self.folder))
         own = {f: value for f, value in values.items() if f not in inputs and value is not None}
         return self.checked(name, arm, self.command(kind, own, inputs))
+
+    def given(self, name: str, kind: str, path: str) -> Stage:
+        """What stands at a path as a stage that is done."""
+        try:
+            file = Path(resolve_stamp(path))
+            file = file / "tokenizer.json" if file.is_dir() else file
+            digest = sha256_file(require_file(file, kind))
+        except UserError as error:
+            raise self.refusal(f"stage {name}: {error}") from None
+        return Stage(kind, digest, file.parent, given=str(file))
 
     def command(self, name: str, settings: Settings, inputs: dict[str, Stage]) -> Stage:
         """A stage that runs a script."""
@@ -390,10 +400,3 @@ def given_by(run: Path, name: str) -> dict[str, Settings]:
         raise UserError(f"{run}: its tokenizer {path} is not there; start the study where it is")
     model = run / Path(KINDS[name].product).name
     return {name: {GIVEN: str(model)}, "tokenizer": {GIVEN: str(tokenizer)}}
-
-
-def given_stage(name: str, path: str) -> Stage:
-    """What stands at a path as a stage that is done."""
-    file = Path(resolve_stamp(path))
-    file = file / "tokenizer.json" if file.is_dir() else file
-    return Stage(name, sha256_file(require_file(file, name)), file.parent, given=str(file))
