@@ -1,8 +1,8 @@
 """Statistics of studies, against scipy, published examples and plain counting."""
 
 import itertools
-import math
 import random
+from statistics import fmean, variance
 
 import pytest
 from hypothesis import given
@@ -16,10 +16,11 @@ from arithmetic_llm.study.statistics import (
     holm,
     hull,
     mcnemar,
-    mean_interval,
     normal_quantile,
     paired_interval,
-    seeds_p,
+    pooled_spread,
+    student_interval,
+    student_p,
     t_quantile,
     t_tail,
 )
@@ -39,19 +40,41 @@ def test_the_normal_quantile_is_that_of_scipy():
     assert normal_quantile() == pytest.approx(stats.norm.ppf(0.975), rel=1e-12)
 
 
-@given(st.lists(st.integers(-300, 300), min_size=2, max_size=6).filter(lambda v: len({*v}) > 1))
-def test_seeds_as_units_as_in_scipy(values):
-    values = [value / 1000 for value in values]
-    ours, theirs = mean_interval(values), stats.ttest_1samp(values, 0.0)
-    assert ours == pytest.approx(tuple(theirs.confidence_interval()), rel=1e-6, abs=1e-9)
-    assert seeds_p(values) == pytest.approx(theirs.pvalue, rel=1e-6, abs=1e-9)
+values = st.lists(st.integers(-300, 300), min_size=2, max_size=6)
 
 
-def test_seeds_that_agree_exactly_and_one_seed_alone():
-    assert seeds_p([0.0, 0.0]) == 1.0
-    assert seeds_p([0.1, 0.1]) == 0.0
-    assert seeds_p([0.5]) == 1.0
-    assert mean_interval([0.5]) == (-math.inf, math.inf)
+@given(values.filter(lambda found: len({*found}) > 1))
+def test_one_arm_of_several_seeds_as_in_scipy(found):
+    spread, theirs = pooled_spread([found, [7]]), stats.ttest_1samp(found, 0.0)
+    error = spread.error(len(found), 1)
+    ours = student_interval(fmean(found), error, spread.freedom)
+    assert ours == pytest.approx(tuple(theirs.confidence_interval()), rel=1e-6, abs=1e-6)
+    p = student_p(fmean(found), error, spread.freedom)
+    assert p == pytest.approx(theirs.pvalue, rel=1e-6, abs=1e-9)
+
+
+@given(values, values.filter(lambda found: len({*found}) > 1))
+def test_two_arms_of_several_seeds_as_in_scipy(found, other):
+    spread, theirs = pooled_spread([found, other]), stats.ttest_ind(found, other)
+    center, error = fmean(found) - fmean(other), spread.error(len(found), len(other))
+    ours = student_interval(center, error, spread.freedom)
+    assert ours == pytest.approx(tuple(theirs.confidence_interval()), rel=1e-6, abs=1e-6)
+    p = student_p(center, error, spread.freedom)
+    assert p == pytest.approx(theirs.pvalue, rel=1e-6, abs=1e-9)
+
+
+def test_the_spread_of_many_arms_is_that_of_an_analysis_of_variance():
+    groups = [[1.0, 2.0, 4.0], [5.0, 5.5, 9.0], [2.0, 8.0, 3.0]]
+    spread = pooled_spread(groups)
+    between = 3 * variance(map(fmean, groups))
+    assert between / spread.deviation**2 == pytest.approx(stats.f_oneway(*groups).statistic)
+    assert spread.freedom == 6
+
+
+def test_seeds_that_agree_exactly_and_single_models():
+    assert student_p(0.0, 0.0, 2) == 1.0
+    assert student_p(0.1, 0.0, 2) == 0.0
+    assert pooled_spread([[0.5], [0.7]]) is None
 
 
 @given(counts, counts)

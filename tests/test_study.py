@@ -1,10 +1,12 @@
-"""Studies as processes: shared, resumed, failing, killed; and what they make of the results."""
+"""Studies as processes: shared, resumed, failing, killed; and how their files are read."""
 
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,13 +15,13 @@ from helpers import ROOT, call, command, one_thread, run
 
 from arithmetic_llm.cli import read_json
 from arithmetic_llm.folders import read_lines
-from arithmetic_llm.runtime import UserError
+from arithmetic_llm.runtime import Progress, UserError
+from arithmetic_llm.study import runner
 from arithmetic_llm.study.runner import expected_seconds
-from arithmetic_llm.study.spec import Arm, arms_of, read_study, values_of
+from arithmetic_llm.study.spec import arms_of, read_study, values_of
 from arithmetic_llm.study.stages import plan
 from arithmetic_llm.study.study import stages_of
-from arithmetic_llm.study.table import Solved, difference, differences, results_of
-from studies import MODEL_ALONE, commands, write_recipe, write_study
+from studies import MODEL_ALONE, commands, run_here, write_recipe, write_study
 
 needs_locks = pytest.mark.skipif(os.name == "nt", reason="SIGINT and locks of files")
 
@@ -183,6 +185,63 @@ def long_arm(recipe, rate):
     steps = {"learning_rate": rate, "max_steps": 400, "log_every": 5, "eval_every": 400}
     stages = {"foundational": {**steps, "save_every": 400}, "evaluation": MODEL_ALONE}
     return two_arms(recipe, vary={}, stages=stages)
+
+
+@needs_locks
+def test_a_process_that_will_not_end_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "SECONDS_TO_SAVE", 0.2)
+    deaf = "import signal, time; signal.signal(2, signal.SIG_IGN); print('deaf', flush=True)"
+    argv = [sys.executable, "-c", f"{deaf}; time.sleep(60)"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    with open(tmp_path / "lock", "ab") as lock:
+        at_work = runner.Running(None, process, lock)
+        runner.Runner([], 1, None, {}, 0, running=[at_work]).interrupt()
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+
+
+@needs_locks
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_term_and_a_closed_terminal_interrupt(name):
+    before = signal.getsignal(getattr(signal, name))
+    with pytest.raises(KeyboardInterrupt), runner.interrupted_by_terms():
+        signal.raise_signal(getattr(signal, name))
+    assert signal.getsignal(getattr(signal, name)) is before
+
+
+def test_a_run_that_was_finished_and_not_marked_is_not_run_again(bench, monkeypatch):
+    monkeypatch.delattr(runner, "launch")
+    (mark, *_) = sorted(bench.glob("stages/foundational_*/done.json"))
+    mark.unlink()
+    ended = call_in(bench, "two.json")
+    assert ended.code == 0, ended.err
+    assert "7 stages, 6 of them done" in ended.out
+    assert mark.is_file()
+
+
+def test_the_bar_tells_what_is_at_work_and_the_time_left(bench, monkeypatch):
+    run_here(monkeypatch)
+    monkeypatch.setattr(Progress, "SECONDS_BETWEEN_LINES", 0.0)
+    write_study(bench / "more.json", **two_arms(bench / "tiny", seeds=[1, 2]))
+    ended = call_in(bench, "more.json")
+    assert ended.code == 0, ended.err
+    lines = re.findall(r"^more: (\d+)/(\d+) s of work, now .*?, (\w+) left$", ended.err, re.M)
+    done, total, left = zip(*lines, strict=True)
+    assert int(done[0]) > 0  # what was there before
+    assert sorted(map(int, done)) == [*map(int, done)]
+    assert (int(done[-1]), left[-1]) == (int(total[-1]), "0s")
+
+
+def test_without_matplotlib_there_are_results_without_pictures(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    write_study(bench / "plain.json", **two_arms(bench / "tiny"))
+    ended = call_in(bench, "plain.json")
+    assert ended.code == 0
+    assert "no pictures: pictures need matplotlib; pip install -r requirements-extras.txt" in (
+        ended.err.splitlines()
+    )
+    assert "png" not in (bench / "results" / "plain" / "results.md").read_text()
 
 
 # ---------------------------------------------------------------------------------- the commands
@@ -415,115 +474,3 @@ def test_quick_changes_stages_one_by_one_and_all_else_as_a_whole(tmp_path):
     study = read_study(path, quick=True)
     assert study.stages == {"lora": {"max_steps": 2, "seed": 1}}
     assert (study.seeds, study.rows) == ([3], ["depth 1"])
-
-
-# --------------------------------------------------------------------------- arms told apart or not
-
-
-class Fake:
-    """An arm as `Reached` is, with what its models solve: a string of 0 and 1 for each seed."""
-
-    def __init__(self, name, *solved, problems="test"):
-        self.arm = Arm(name, {})
-        self.runs = [FakeRun(seed, text, problems) for seed, text in enumerate(solved)]
-
-
-class FakeRun:
-    def __init__(self, seed, text, problems):
-        self.seed, self.stage = seed, FakeStage(f"{problems} {seed} {text}")
-        self.solved = Solved(
-            [f"{problems} {i}" for i in range(len(text))], [c == "1" for c in text]
-        )
-
-    def marks(self, row):
-        return self.solved
-
-
-class FakeStage:
-    def __init__(self, text):
-        self.hash = text
-
-
-def verdict(arm, other):
-    (found,) = differences([other, arm], other, None)
-    return found
-
-
-def test_arms_that_differ_with_every_seed_are_told_apart():
-    found = verdict(
-        Fake("new", "1" * 90 + "0" * 10, "1" * 91 + "0" * 9, "1" * 89 + "0" * 11),
-        Fake("old", "1" * 70 + "0" * 30, "1" * 72 + "0" * 28, "1" * 68 + "0" * 32),
-    )
-    assert found.verdict == "better"
-    assert found.mean == pytest.approx(0.2)
-    assert found.low > 0
-    assert (found.better, found.worse, found.units) == (23, 0, 3)
-
-
-def test_seeds_that_disagree_are_not_told_apart_though_the_problems_are():
-    """One seed is 30 points better, one no better, one worse; the problems would be enough."""
-    found = verdict(
-        Fake("new", "1" * 90 + "0" * 10, "1" * 60 + "0" * 40, "1" * 55 + "0" * 45),
-        Fake("old", "1" * 60 + "0" * 40, "1" * 60 + "0" * 40, "1" * 60 + "0" * 40),
-    )
-    assert (found.better, found.worse) == (30, 5)
-    assert found.verdict == "cannot be told apart"
-    assert found.low < 0 < found.high
-
-
-def test_seeds_that_agree_on_a_few_problems_are_not_told_apart():
-    """Every seed solves the same two problems more: the same seeds on other problems might not."""
-    found = verdict(
-        Fake("new", *["1" * 52 + "0" * 48] * 2 + ["1" * 53 + "0" * 47]),
-        Fake("old", *["1" * 50 + "0" * 50] * 2 + ["1" * 51 + "0" * 49]),
-    )
-    assert found.verdict == "cannot be told apart"
-    assert found.low < 0 < found.high
-
-
-def test_one_seed_goes_by_its_problems():
-    found = verdict(Fake("new", "1" * 60 + "0" * 40), Fake("old", "1" * 50 + "0" * 50))
-    assert (found.better, found.worse, found.units) == (10, 0, 1)
-    assert found.p == pytest.approx(2 / 2**10)
-    assert found.verdict == "better"
-    again = verdict(Fake("new", "01" * 50), Fake("old", "10" * 50))
-    assert (again.better, again.worse) == (50, 50)
-    assert again.verdict == "cannot be told apart"
-
-
-def test_arms_of_other_problems_are_compared_without_pairs():
-    new, old = Fake("new", "1" * 80 + "0" * 20, problems="a"), Fake("old", "10" * 50)
-    found = verdict(new, old)
-    assert (found.better, found.worse) == (None, None)
-    assert found.verdict == "better"
-    assert 0.15 < found.low < 0.3 < found.high < 0.45
-
-
-def test_the_same_runs_are_called_that_and_take_no_part_in_the_correction():
-    old = Fake("old", "1" * 50 + "0" * 50)
-    same, new = Fake("same", "1" * 50 + "0" * 50), Fake("new", "1" * 57 + "0" * 43)
-    found = differences([old, same, new], old, None)
-    assert [each.verdict for each in found] == ["the same runs", "better"]
-    assert found[1].adjusted == found[1].p
-
-
-def test_several_arms_are_held_to_more():
-    """p = 0.016 is enough for one arm, and not for the luckiest of five."""
-    old, new = Fake("old", "1" * 50 + "0" * 50), Fake("new", "1" * 57 + "0" * 43)
-    others = [Fake(f"other {i}", "0" * i + "1" * 50 + "0" * (50 - i)) for i in range(1, 5)]
-    assert verdict(new, old).verdict == "better"
-    assert differences([old, new, *others], old, None)[0].verdict == "cannot be told apart"
-
-
-def test_only_seeds_that_both_have_count():
-    found = difference(Fake("new", "11", "10"), Fake("old", "00"), None)
-    assert found.units == 1
-    assert difference(Fake("new"), Fake("old", "00"), None) is None
-
-
-def test_models_that_several_seeds_share_are_one(bench):
-    keys = two_arms(bench / "tiny", seeds=[1, 2], seeded=["grpo"])
-    path = write_study(bench / "shared.json", **keys)
-    trials = plan(read_study(str(path)), bench / "stages")
-    assert len(by_name(trials, "evaluation")) == 2
-    assert not results_of(read_study(str(path)), trials).arms  # no such stage is there yet

@@ -6,8 +6,10 @@ Shares are fractions. Every p-value is two-sided; intervals are at 95 %.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from statistics import fmean, stdev
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from statistics import variance
+from typing import NamedTuple
 
 CONFIDENCE = 0.95
 
@@ -33,6 +35,7 @@ def t_tail(t: float, freedom: int) -> float:
     return max(0.0, 1 - inside)
 
 
+@cache
 def t_quantile(freedom: int, confidence: float = CONFIDENCE) -> float:
     """How far from 0 Student's t is in all but 5 % of cases."""
     return bisected(lambda t: t_tail(t, freedom) - (1 - confidence), 0.0, 1e6)
@@ -51,25 +54,44 @@ def bisected(falling: Callable[[float], float], low: float, high: float) -> floa
     return (low + high) / 2
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Student's interval for the mean that values of some seeds were drawn around.
+class Spread(NamedTuple):
+    """How much the models of an arm vary from seed to seed."""
 
-    One value says nothing of how they vary: the interval is infinite.
+    deviation: float
+    freedom: int  # degrees of freedom that it is known with
+
+    def error(self, *counts: int) -> float:
+        """Standard error of a mean of so many models, or of the difference of two such means.
+
+        A single model is what it is: no seed would make it another one.
+        """
+        return self.deviation * math.sqrt(sum(1 / count for count in counts if count > 1))
+
+
+def pooled_spread(groups: Iterable[Sequence[float]]) -> Spread | None:
+    """The spread within all groups together, as if each varied alike; None if none has two values.
+
+    The few seeds of a single group hardly show how they vary; those of all of them do.
     """
-    if len(values) < 2:
-        return -math.inf, math.inf
-    half = t_quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return fmean(values) - half, fmean(values) + half
+    several = [group for group in groups if len(group) > 1]
+    freedom = sum(len(group) - 1 for group in several)
+    if not freedom:
+        return None
+    squares = sum((len(group) - 1) * variance(group) for group in several)
+    return Spread(math.sqrt(squares / freedom), freedom)
 
 
-def seeds_p(differences: Sequence[float]) -> float:
-    """Student's test of paired differences, one for each seed, against 0."""
-    if len(differences) < 2:
-        return 1.0
-    spread = stdev(differences) / math.sqrt(len(differences))
-    if spread == 0:
-        return 1.0 if fmean(differences) == 0 else 0.0
-    return t_tail(fmean(differences) / spread, len(differences) - 1)
+def student_interval(center: float, error: float, freedom: int) -> tuple[float, float]:
+    """Student's interval around a mean or a difference of means."""
+    half = t_quantile(freedom) * error
+    return center - half, center + half
+
+
+def student_p(center: float, error: float, freedom: int) -> float:
+    """Student's test of a mean or a difference of means against 0."""
+    if error == 0:
+        return 1.0 if center == 0 else 0.0
+    return t_tail(center / error, freedom)
 
 
 # ----------------------------------------------------------------------------- problems as units

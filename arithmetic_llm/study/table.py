@@ -16,14 +16,16 @@ from arithmetic_llm.study.spec import EXACT, TRACE, Arm, Criterion, Study
 from arithmetic_llm.study.stages import Stage, Trial
 from arithmetic_llm.study.statistics import (
     CONFIDENCE,
+    Spread,
     difference_interval,
     fisher,
     holm,
     hull,
     mcnemar,
-    mean_interval,
     paired_interval,
-    seeds_p,
+    pooled_spread,
+    student_interval,
+    student_p,
 )
 
 Interval = tuple[float, float]  # as fractions
@@ -127,17 +129,28 @@ class Reached:
     def mean(self, row: Criterion) -> float:
         return fmean(self.shares(row))
 
-    def interval(self, row: Criterion) -> Interval:
+    def by_problem(self, row: Criterion) -> list[float]:
+        """Of each problem, the share of the models that solve it."""
+        rights = [model.marks(row).right for model in self.models]
+        return [fmean(solved) for solved in zip(*rights, strict=True)]
+
+    def interval(self, row: Criterion, spread: Spread | None) -> Interval:
         """Around the mean: other problems would leave it in there, and so would other seeds.
 
-        The seeds of a single model say nothing of how models vary.
+        Args:
+            spread: how models vary from seed to seed; a single model does not.
         """
-        count = len(self.models[0].marks(row).right)
-        of_problems = wilson_interval(self.mean(row) * count, count)
-        if len(self.models) == 1:
-            return of_problems
-        low, high = hull(of_problems, mean_interval(self.shares(row)))
-        return max(0.0, low), min(1.0, high)
+        ends = wilson_interval(*averaged(self, row))
+        if spread and len(self.models) > 1:
+            error = spread.error(len(self.models))
+            ends = hull(ends, student_interval(self.mean(row), error, spread.freedom))
+        return max(0.0, ends[0]), min(1.0, ends[1])
+
+
+def averaged(arm: Reached, row: Criterion) -> tuple[float, int]:
+    """How many problems the models of an arm solve on average, and of how many."""
+    count = round(fmean(len(model.marks(row).right) for model in arm.models))
+    return arm.mean(row) * count, count
 
 
 # ------------------------------------------------------------------------------------ two arms
@@ -147,96 +160,83 @@ class Difference(NamedTuple):
     """An arm beside the one it is compared with, in one row."""
 
     arm: Arm
-    mean: float  # of the seeds, as a fraction
+    mean: float  # of the models, as a fraction
     low: float
     high: float
-    units: int  # pairs of models: seeds, where the arms do not share theirs
-    better: int | None  # problems that more seeds solve; None if the problems are not the same
+    models: tuple[int, int]  # of the arm, and of the other
+    better: int | None  # problems that more models solve; None if the problems are not the same
     worse: int | None
     p: float  # by itself
     adjusted: float = 1.0  # among all arms of the row
 
     @property
     def verdict(self) -> str:
-        if not self.units:
+        if not any(self.models):
             return SAME
         if self.adjusted > 1 - CONFIDENCE:
             return ALIKE
         return BETTER if self.mean > 0 else WORSE
 
 
+def spread_of(arms: Sequence[Reached], row: Criterion) -> Spread | None:
+    """How models of an arm vary from seed to seed, by all arms; None if each has a single one."""
+    return pooled_spread(arm.shares(row) for arm in arms)
+
+
 def differences(arms: Sequence[Reached], against: Reached, row: Criterion) -> list[Difference]:
     """Every arm beside one of them; p-values hold for the row as a whole."""
-    found = [difference(arm, against, row) for arm in arms if arm is not against]
-    found = [each for each in found if each]
-    adjusted = holm([each.p for each in found if each.units])
-    of_real = iter(adjusted)
-    return [each._replace(adjusted=next(of_real)) if each.units else each for each in found]
+    spread = spread_of(arms, row)
+    found = [difference(arm, against, row, spread) for arm in arms if arm is not against]
+    adjusted = iter(holm([each.p for each in found if any(each.models)]))
+    return [each._replace(adjusted=next(adjusted)) if any(each.models) else each for each in found]
 
 
-def difference(arm: Reached, other: Reached, row: Criterion) -> Difference | None:
-    """Two arms by the seeds that both have; None if there is none.
+def difference(arm: Reached, other: Reached, row: Criterion, spread: Spread | None) -> Difference:
+    """Two arms.
 
     They are told apart if chance is ruled out twice: that other seeds would turn it round, and
-    that other problems would. With one pair of models only the latter can be looked at.
+    that other problems would. Of two single models only the latter can be said.
     """
-    pairs = pairs_of(arm, other)
-    if not pairs:
-        return None
-    pairs = [(a, b) for a, b in pairs if a.stage.hash != b.stage.hash]
-    if not pairs:
-        return Difference(arm.arm, 0.0, 0.0, 0.0, 0, None, None, 1.0)
-    marks = [(a.marks(row), b.marks(row)) for a, b in pairs]
-    by_seed = [a.share - b.share for a, b in marks]
-    by_problem = problem_differences(marks)
+    if {m.stage.hash for m in arm.models} == {m.stage.hash for m in other.models}:
+        return Difference(arm.arm, 0.0, 0.0, 0.0, (0, 0), None, None, 1.0)
+    mean, models = arm.mean(row) - other.mean(row), (len(arm.models), len(other.models))
+    by_problem = problem_differences(arm, other, row)
     better, worse = (None, None) if by_problem is None else split(by_problem)
-    p = unshared_p(marks) if by_problem is None else mcnemar(better, worse)
-    ends = unshared_interval(marks) if by_problem is None else paired_interval(by_problem)
-    if len(pairs) > 1:
-        p, ends = max(p, seeds_p(by_seed)), hull(ends, mean_interval(by_seed))
-    return Difference(arm.arm, fmean(by_seed), *ends, len(pairs), better, worse, p)
+    p = unshared_p(arm, other, row) if by_problem is None else mcnemar(better, worse)
+    ends = unshared_interval(arm, other, row) if by_problem is None else paired_interval(by_problem)
+    if spread and max(models) > 1:
+        error = spread.error(*models)
+        p = max(p, student_p(mean, error, spread.freedom))
+        ends = hull(ends, student_interval(mean, error, spread.freedom))
+    return Difference(arm.arm, mean, *ends, models, better, worse, p)
 
 
-def pairs_of(arm: Reached, other: Reached) -> list[tuple[Evaluated, Evaluated]]:
-    """Runs of the same seed; a pair of models that several seeds share counts once."""
-    by_seed = {run.seed: run for run in other.runs}
-    found = [(run, by_seed[run.seed]) for run in arm.runs if run.seed in by_seed]
-    return list({(a.stage.hash, b.stage.hash): (a, b) for a, b in found}.values())
+def problem_differences(arm: Reached, other: Reached, row: Criterion) -> list[float] | None:
+    """Of each problem, the share of models of an arm that solve it, less the other's.
 
-
-def problem_differences(marks: Sequence[tuple[Solved, Solved]]) -> list[float] | None:
-    """Of each problem, the share of pairs in which only the first model solves it, less that of
-    the second; None if not all were tested on the same problems.
+    None if not all were tested on the same problems.
     """
-    if any(each.problems != marks[0][0].problems for pair in marks for each in pair):
+    first, *rest = [model.marks(row).problems for model in (*arm.models, *other.models)]
+    if any(problems != first for problems in rest):
         return None
-    by_pair = [[x - y for x, y in zip(a.right, b.right, strict=True)] for a, b in marks]
-    return [fmean(of_pairs) for of_pairs in zip(*by_pair, strict=True)]
+    return [a - b for a, b in zip(arm.by_problem(row), other.by_problem(row), strict=True)]
 
 
 def split(differences: Sequence[float]) -> tuple[int, int]:
     """How many differences are above 0, and how many below."""
-    return sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+    return sum(d > 1e-9 for d in differences), sum(d < -1e-9 for d in differences)
 
 
-def averaged(marks: Sequence[tuple[Solved, Solved]]) -> list[tuple[float, int]]:
-    """Of either side, how many problems its models solve on average, and of how many."""
-    return [
-        (fmean(each.count for each in side), round(fmean(len(each.right) for each in side)))
-        for side in zip(*marks, strict=True)
-    ]
-
-
-def unshared_p(marks: Sequence[tuple[Solved, Solved]]) -> float:
+def unshared_p(arm: Reached, other: Reached, row: Criterion) -> float:
     """Fisher's test of what is solved on average: several models see no more problems than one."""
-    (right, of), (other, of_other) = averaged(marks)
-    return fisher(min(of, round(right)), of, min(of_other, round(other)), of_other)
+    (right, of), (other_right, of_other) = averaged(arm, row), averaged(other, row)
+    return fisher(round(right), of, round(other_right), of_other)
 
 
-def unshared_interval(marks: Sequence[tuple[Solved, Solved]]) -> Interval:
+def unshared_interval(arm: Reached, other: Reached, row: Criterion) -> Interval:
     """Newcombe's interval of what is solved on average."""
-    shares = [(right / of, *wilson_interval(right, of)) for right, of in averaged(marks)]
-    return difference_interval(*shares)
+    sides = [averaged(each, row) for each in (arm, other)]
+    return difference_interval(*((right / of, *wilson_interval(right, of)) for right, of in sides))
 
 
 # --------------------------------------------------------------------------------- the whole study
@@ -255,6 +255,10 @@ class Results:
         """The arm that the others are compared with: the first, unless the study names one."""
         name = self.study.against
         return next((arm for arm in self.arms if name in ("", arm.arm.name)), None)
+
+    def interval(self, arm: Reached, row: Criterion) -> Interval:
+        """Around an arm's mean; see `Reached`."""
+        return arm.interval(row, spread_of(self.arms, row))
 
     def compared(self, row: Criterion) -> list[Difference]:
         """Every other arm beside that one."""

@@ -102,7 +102,7 @@ def table_of_arms(results: Results) -> str:
     rows = results.study.judged_by
     lines = [["arm", "models", *map(str, rows), "minutes"]]
     for arm in results.arms:
-        cells = [percent_cell(arm, row) for row in rows]
+        cells = [percent_cell(results, arm, row) for row in rows]
         lines.append([arm.arm.name, str(len(arm.models)), *cells, minutes_cell(arm)])
     counts = {len(run.marks(rows[0]).right) for arm in results.arms for run in arm.runs}
     problems = " or ".join(f"{count:,}" for count in sorted(counts))
@@ -114,8 +114,8 @@ def table_of_arms(results: Results) -> str:
     return markdown(lines) + "\n\n" + note
 
 
-def percent_cell(arm: Reached, row: Criterion) -> str:
-    low, high = arm.interval(row)
+def percent_cell(results: Results, arm: Reached, row: Criterion) -> str:
+    low, high = results.interval(arm, row)
     return f"{100 * arm.mean(row):.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
@@ -127,7 +127,7 @@ def minutes_cell(arm: Reached) -> str:
 def differences_of(results: Results, row: Criterion) -> str:
     """A row's differences as a table, and in words."""
     found, name = results.compared(row), results.against.arm.name
-    lines = [["arm", "points", "95 % interval", "pairs", "problems better, worse", "p", "verdict"]]
+    lines = [["arm", "points", "95 % interval", "models", "problems better, worse", "p", "verdict"]]
     lines += [cells_of(each) for each in found]
     words = "\n".join(f"- {line}" for line in in_words(found, name))
     return f"## {row}: beside {name}\n\n{markdown(lines)}\n\n{words}"
@@ -135,13 +135,13 @@ def differences_of(results: Results, row: Criterion) -> str:
 
 def cells_of(each: Difference) -> list[str]:
     if each.verdict == SAME:
-        return [each.arm.name, "0.0", "", "0", "", "", SAME]
+        return [each.arm.name, "0.0", "", "", "", "", SAME]
     problems = "" if each.better is None else f"{each.better}, {each.worse}"
     return [
         each.arm.name,
         f"{100 * each.mean:+.1f}",
         f"{100 * each.low:+.1f} to {100 * each.high:+.1f}",
-        str(each.units),
+        "{} and {}".format(*each.models),
         problems,
         p_text(each.adjusted),
         each.verdict,
@@ -163,8 +163,8 @@ def in_words(found: Sequence[Difference], name: str) -> Iterator[str]:
         names = "; ".join(each.arm.name for each in found if each.verdict == verdict)
         if names:
             yield f"{words}: {names}"
-    if found and max(each.units for each in found) == 1:
-        yield "one pair of models each: this says nothing of what other seeds would give"
+    if found and max(max(each.models) for each in found) == 1:
+        yield "one model each: this says nothing of what other seeds would give"
 
 
 def what_failed(results: Results) -> str:
