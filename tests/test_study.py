@@ -212,7 +212,9 @@ def test_a_term_and_a_closed_terminal_interrupt(name):
 
 def test_a_run_that_was_finished_and_not_marked_is_not_run_again(bench, monkeypatch):
     monkeypatch.delattr(runner, "launch")
-    (mark, *_) = sorted(bench.glob("stages/foundational_*/done.json"))
+    configs = bench.glob("stages/foundational_*/*/training_config.json")
+    (run,) = [path.parent for path in configs if read_json(path)["learning_rate"] == 0.001]
+    mark = run.parent / "done.json"
     mark.unlink()
     ended = call_in(bench, "two.json")
     assert ended.code == 0, ended.err
