@@ -196,7 +196,8 @@ def test_a_process_that_will_not_end_is_killed(tmp_path, monkeypatch):
     process.stdout.readline()
     with open(tmp_path / "lock", "ab") as lock:
         at_work = runner.Running(None, process, lock)
-        runner.Runner([], 1, None, {}, 0, running=[at_work]).interrupt()
+        with Progress(1, "x") as bar:
+            runner.Runner([], 1, bar, {}, 0, running=[at_work]).interrupt()
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()
 
@@ -225,6 +226,7 @@ def test_a_run_that_was_finished_and_not_marked_is_not_run_again(bench, monkeypa
 def test_the_bar_tells_what_is_at_work_and_the_time_left(bench, monkeypatch):
     run_here(monkeypatch)
     monkeypatch.setattr(Progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(runner, "SECONDS_BETWEEN_SHOWS", 0.0)
     write_study(bench / "more.json", **two_arms(bench / "tiny", seeds=[1, 2]))
     ended = call_in(bench, "more.json")
     assert ended.code == 0, ended.err
@@ -326,6 +328,8 @@ def test_a_finished_run_is_a_base(bench, tmp_path):
     (with_lora,) = planned(tmp_path, base=str(folder), stages=OF_LORA, seeds=[1])
     (tokenizer,) = by_name([with_lora], "tokenizer")
     assert tokenizer.given.startswith(str(bench))
+    with pytest.raises(UserError, match=r"arm 'a': foundational\.seed cannot vary, since"):
+        planned(tmp_path, base=str(folder), arms={"a": {"foundational.seed": 7}})
     other = {"other": {"like": "foundational"}, "evaluation": {"model_path": "{other}"}}
     with pytest.raises(UserError, match=r"s\.json: base: .* arm 'base' does not start"):
         planned(tmp_path, base=str(folder), stages=other)

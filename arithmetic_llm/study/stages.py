@@ -284,6 +284,10 @@ class Planner:
         for key, value in arm.settings.items():
             name, _, flag = key.partition(".")
             self.kind_of(name)
+            if GIVEN in chosen[name]:
+                raise self.refusal(
+                    f"arm {arm.name!r}: {key} cannot vary, since {name} is given; leave out one"
+                )
             chosen[name] = {**chosen[name], flag: value}
         seeded = self.study.seeded or [n for n in chosen if self.kind_of(n) in TRAINED]
         for name in seeded:
