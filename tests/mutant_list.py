@@ -783,5 +783,23 @@ MUTANTS = [
         "return 1 if failures else 0",
         "return 0",
         "test_study.py -k ends_no_other",
+    # ------------------------------------------------------------------ gradients written by hand
+    Mutant(
+        "attention: a position sees the one behind it",
+        "triu_(start + 1)",
+        "triu_(start + 2)",
+        "test_fused.py -k causal",
+    ),
+    Mutant(
+        "attention: the keys' gradient without its scale",
+        "q[:, block], alpha=scale)",
+        "q[:, block])",
+        "test_fused.py -k causal",
+    ),
+    Mutant(
+        "norm: a gradient that grows along the row",
+        "unit, along, value=-1)",
+        "unit, along, value=1)",
+        "test_fused.py -k norm",
     ),
 ]

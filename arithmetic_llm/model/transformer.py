@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arithmetic_llm.config import ModelConfig
+from arithmetic_llm.model.fused import causal_attention, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -26,7 +27,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Embedding(nn.Embedding):
@@ -38,28 +39,29 @@ class Embedding(nn.Embedding):
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for rotary positions (Su et al., 2021).
+    """Cosines and sines for `rotate` (Su et al., 2021).
 
     Args:
         positions: whole numbers, any shape.
 
     Returns:
-        Two fp32 tensors ``(*positions.shape, head_dim)``, the second half repeating the first.
+        Two fp32 tensors ``(*positions.shape, head_dim)``: the cosines twice over; the sines
+        negated, then as they are.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device) / head_dim
     angles = positions[..., None] * theta**-exponents
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair ``(x[i], x[i + D/2])`` by its position's angle."""
+    """Turn each pair ``(x[i], x[i + D/2])`` by its position's angle (`rotary_angles`)."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+    return (x * cos).addcmul_(torch.cat((second, first), dim=-1), sin)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention, written out, in the dtype of ``q``.
+    """Softmax attention under any mask, written out, in the dtype of ``q``.
 
     Autocast would do the softmax between two casts; the kernel itself adds in fp32 anyway.
 
@@ -71,7 +73,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         (B, H, T, D).
     """
     with torch.autocast(q.device.type, enabled=False):
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask.to(q.dtype)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask
         return scores.softmax(dim=-1) @ v
 
 
@@ -89,16 +91,19 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim)
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
-        q = rotate(self.q_norm(self._heads(self.q_proj(x))), context.cos, context.sin)
-        k = rotate(self.k_norm(self._heads(self.k_proj(x))), context.cos, context.sin)
-        v = self._heads(self.v_proj(x))
-        if context.cache is not None:
+        q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q = rotate(self.q_norm(q), context.cos, context.sin).transpose(1, 2)
+        k = rotate(self.k_norm(k), context.cos, context.sin).transpose(1, 2)
+        v = v.transpose(1, 2)
+        if context.cache is None:
+            out = causal_attention(q, k, v)
+        else:
             k, v = context.cache.extend(layer, k, v, context.positions)
-        out = attend(q, k, v, context.mask)
+            out = attend(q, k, v, context.mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        return x.unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
 
 
 class FeedForward(nn.Module):
@@ -181,10 +186,10 @@ class Context:
     """Positions, masks and cache that all layers of one forward pass share."""
 
     positions: Tensor  # (B, T), or (1, T) without a cache
-    cos: Tensor  # (B or 1, 1, T, D)
+    cos: Tensor  # (B or 1, T, 1, D)
     sin: Tensor
-    mask: Tensor  # additive, broadcasts to (B, H, T, S)
     cache: KVCache | None
+    mask: Tensor | None  # with a cache: additive, (B, 1, T, S)
 
 
 class Transformer(nn.Module):
@@ -199,29 +204,28 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None) -> Tensor:
-        context = self._context(input_ids, cache)
         x = self.dropout(self.embed_tokens(input_ids))
         device = input_ids.device.type
         if torch.is_autocast_enabled(device):
             # Once here, or the residual stream would be cast in each layer.
             x = x.to(torch.get_autocast_dtype(device))
+        context = self._context(x, cache)
         for index, layer in enumerate(self.layers):
             x = layer(x, context, index)
         return self.norm(x)
 
-    def _context(self, input_ids: Tensor, cache: KVCache | None) -> Context:
-        tokens = input_ids.shape[1]
-        positions = torch.arange(tokens, device=input_ids.device)[None]
-        slots = positions[0]
+    def _context(self, x: Tensor, cache: KVCache | None) -> Context:
+        tokens, config = x.shape[1], self.config
+        positions = torch.arange(tokens, device=x.device)[None]
+        mask = None
         if cache is not None:
             positions = positions + cache.lengths[:, None]
-            slots = torch.arange(cache.reserve(tokens), device=input_ids.device)
-        # A query sees the slots up to its own position: causal, and blind to every padded slot.
-        hidden = slots > positions[:, None, :, None]
-        mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
-        config = self.config
-        cos, sin = rotary_angles(positions[:, None], config.head_dim, config.rope_theta)
-        return Context(positions, cos, sin, mask, cache)
+            slots = torch.arange(cache.reserve(tokens), device=x.device)
+            # A query sees the slots up to its own position: causal, and blind to padded slots.
+            hidden = slots > positions[:, None, :, None]
+            mask = x.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        cos, sin = rotary_angles(positions[..., None], config.head_dim, config.rope_theta)
+        return Context(positions, cos.to(x.dtype), sin.to(x.dtype), cache, mask)
 
 
 class ArithmeticModel(nn.Module):
