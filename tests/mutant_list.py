@@ -783,6 +783,7 @@ MUTANTS = [
         "return 1 if failures else 0",
         "return 0",
         "test_study.py -k ends_no_other",
+    ),
     # ------------------------------------------------------------------ gradients written by hand
     Mutant(
         "attention: a position sees the one behind it",
