@@ -6,7 +6,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,28 +85,19 @@ def read_study(file: str, quick: bool = False) -> Study:
     """
     content = {"name": Path(file).stem, **read_json(file)}
     changes = content.pop("quick", {})
-    _check(file, content)
-    _check(file, changes, "quick: ")
+    _check_keys(file, content)
+    if not isinstance(changes, dict):
+        raise UserError(f"{file}: quick: must be an object with keys of a study; {README}")
+    _check_keys(file, changes, "quick: ")
+    if not content.get("question"):
+        raise UserError(f"{file}: question: is missing; say in a sentence what is to be found out")
     study = Study(**(merged(content, changes) if quick else content), file=file)
-    if not re.fullmatch(r"[\w-]+", study.name):
-        raise UserError(
-            f"{file}: name: {study.name!r} is to be a folder; use letters, digits, - and _"
-        )
-    for key in ("seeds", "rows"):
-        if not getattr(study, key) or len({*getattr(study, key)}) < len(getattr(study, key)):
-            raise UserError(f"{file}: {key}: {getattr(study, key)}: name at least one, each once")
-    if min(study.seeds) < 0:
-        raise UserError(f"{file}: seeds: {min(study.seeds)}: must be at least 0")
-    arms, _ = arms_of(study), study.judged_by
-    if study.against and study.against not in [arm.name for arm in arms]:
-        names = ", ".join(repr(arm.name) for arm in arms)
-        raise UserError(f"{file}: against: there is no arm {study.against!r}; there are {names}")
+    _check_values(study)
     return study
 
 
-def _check(file: str, content: Any, place: str = "") -> None:
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: quick: must be an object with keys of a study; {README}")
+def _check_keys(file: str, content: Mapping[str, Any], place: str = "") -> None:
+    """Refuse keys that are none, and values of another form."""
     allowed = [key for key in FORMS if not (place and key == "name")]
     for key, value in content.items():
         if key not in allowed:
@@ -115,10 +106,23 @@ def _check(file: str, content: Any, place: str = "") -> None:
             checked(FORMS[key], value, key)
         except ValueError as error:
             raise UserError(f"{file}: {place}{error}; {README}") from None
-    required = [f.name for f in fields(Study) if f.name == "question"]
-    for key in required if not place else ():
-        if not content.get(key):
-            raise UserError(f"{file}: {key}: is missing; say in a sentence what is to be found out")
+
+
+def _check_values(study: Study) -> None:
+    """Refuse what no study can be made of."""
+    file, names = study.file, [arm.name for arm in arms_of(study)]
+    if not re.fullmatch(r"[\w-]+", study.name):
+        raise UserError(f"{file}: name: {study.name!r} names a folder; use letters, digits, _")
+    for key, values in (("seeds", study.seeds), ("rows", study.rows)):
+        if not values or len({*values}) < len(values):
+            raise UserError(f"{file}: {key}: {values}: name at least one, each once")
+    if min(study.seeds) < 0:
+        raise UserError(f"{file}: seeds: {min(study.seeds)}: must be at least 0")
+    for text in study.rows:
+        _row(text, file)
+    if study.against and study.against not in names:
+        there = ", ".join(map(repr, names))
+        raise UserError(f"{file}: against: there is no arm {study.against!r}; there are {there}")
 
 
 def merged(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
