@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine, set-up included:
-#     make quickstart     the whole pipeline on the CPU recipe, ending in a table of results
+#     make quickstart     the whole pipeline on the CPU recipe, ending in a report
 #     make test           lint and tests
 # and for developers
 #     make mutants        wrong edits of the package, one at a time: do the tests notice?

@@ -1,4 +1,4 @@
-"""Run the numbered stages on the CPU recipe, one after the other, and end with a table of results.
+"""Run the numbered stages on the CPU recipe, one after the other; end with a table and a report.
 
     make quickstart                                      (sets up a virtual environment first)
     python quickstart.py                                 (inside one)
@@ -7,7 +7,6 @@
 Each stage is one command, printed before it runs; paste it to run that stage alone.
 """
 
-import json
 import os
 import shlex
 import subprocess
@@ -24,6 +23,7 @@ FOUNDATIONAL = "models/foundational_YYYYMMDD_HHMMSS/best_model.pt"
 INSTRUCTION = "models/instruction_YYYYMMDD_HHMMSS/best_model.pt"
 LORA = "models/instruction_lora_YYYYMMDD_HHMMSS/lora_adapter.pt"
 GRPO = "models/grpo/grpo_YYYYMMDD_HHMMSS/final_model.pt"
+REPORT = "evaluation_results/report.html"
 
 
 def evaluation(stage, model, name):
@@ -96,13 +96,24 @@ def main(argv=None):
     recipe = parse(QuickstartConfig, argv, __doc__).recipe
     done = []
     for name, command, results in STAGES:
-        seconds = run(name, words(command, recipe))
-        done.append((name, newest_metrics(results) if results else None, seconds))
+        arguments = words(command, recipe)
+        seconds = run(name, arguments)
+        done.append((name, pasted(arguments), seconds, results and newest_metrics(results)))
+    finish(done, recipe)
 
+
+def finish(done, recipe):
+    """Print the table of all stages and write the report; ``done`` is a StageRecord's values."""
+    from arithmetic_llm.evaluation.html_report import StageRecord, missing_pictures, write_report
     from arithmetic_llm.evaluation.report import stage_table
 
-    print("\n" + stage_table(done))
-    print("\nType expressions into the solver:")
+    stages = [StageRecord(*values) for values in done]
+    print("\n" + stage_table([(stage.name, stage.metrics, stage.seconds) for stage in stages]))
+    write_report(stages, pasted(["quickstart.py", "--recipe", recipe]), recipe, REPORT)
+    if why := missing_pictures():
+        print(f"note: the report has no pictures: {why}", file=sys.stderr)
+    print(f"\nAll of it with pictures and the worst errors, in a browser: {REPORT}")
+    print("Type expressions into the solver:")
     print(f"  {quoted([sys.executable])} run_interactive.py --model-path {INSTRUCTION}")
 
 
@@ -116,9 +127,14 @@ def quoted(arguments):
     return subprocess.list2cmdline(arguments) if os.name == "nt" else shlex.join(arguments)
 
 
+def pasted(arguments):
+    """A script with its arguments as a user types it."""
+    return f"python {quoted(arguments)}"
+
+
 def run(name, arguments):
     """One stage as a process of its own; returns its seconds."""
-    print(f"\n== {name}\n$ python {quoted(arguments)}", flush=True)
+    print(f"\n== {name}\n$ {pasted(arguments)}", flush=True)
     script, *flags = arguments
     started = time.monotonic()
     here = Path(__file__).resolve().parent
@@ -131,9 +147,8 @@ def run(name, arguments):
 
 
 def newest_metrics(folder):
-    """The metrics that an evaluation has just written."""
-    newest = max(Path(folder).glob("evaluation_metrics_*.json"))
-    return json.loads(newest.read_text(encoding="utf-8"))
+    """The file of metrics that an evaluation has just written."""
+    return max(Path(folder).glob("evaluation_metrics_*.json"))
 
 
 if __name__ == "__main__":

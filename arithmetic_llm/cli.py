@@ -13,6 +13,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -138,7 +139,12 @@ def read_flags(
 
 
 def _dashes(word: str) -> str:
-    """``--max_seq_length=5`` -> ``--max-seq-length=5``; values are left alone."""
+    """``--max_seq_length=5`` -> ``--max-seq-length=5``; values are left alone.
+
+    But ``-3+4`` gets a space in front: argparse would take it for a flag.
+    """
+    if re.match(r"-[\d(]", word):
+        return f" {word}"
     if not word.startswith("--"):
         return word
     flag, equals, value = word.partition("=")

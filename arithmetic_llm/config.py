@@ -663,6 +663,14 @@ class InteractiveConfig(ModelPathConfig):
 
 
 @dataclass(frozen=True)
+class ShowTraceConfig(InteractiveConfig):
+    """One solution as a page."""
+
+    expression: str = opt("", "what to solve, valid or not", positional="EXPRESSION", required=True)
+    output: str = opt("trace.html", "the page to write")
+
+
+@dataclass(frozen=True)
 class MergeConfig:
     """Merging."""
 

@@ -11,7 +11,6 @@ import datetime
 import importlib
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -35,6 +34,7 @@ from arithmetic_llm.runtime import (  # noqa: E402
     UserError,
     atomic_write_text,
     multiplies_bf16,
+    processor,
     versions,
 )
 
@@ -263,7 +263,7 @@ def machine() -> dict[str, Any]:
     import torch
 
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
         "multiplies_bf16": multiplies_bf16(torch.device("cpu")),
@@ -273,14 +273,6 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "versions": versions() | {name: _version(name) for name in PEERS},
     }
-
-
-def _processor() -> str:
-    """The name of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _version(name: str) -> str:

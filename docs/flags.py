@@ -29,6 +29,7 @@ SCRIPTS = {
     "run_grpo_training": (config.GRPOConfig,),
     "run_evaluation": (config.EvaluationConfig,),
     "run_interactive": (config.InteractiveConfig,),
+    "show_trace": (config.ShowTraceConfig,),
     "plot_runs": (config.PlotRunsConfig,),
     "plot_evaluation": (config.PlotEvaluationConfig,),
     "run_study": (config.StudyConfig,),

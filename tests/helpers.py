@@ -157,6 +157,21 @@ def checkpoint_of(model: ArithmeticModel, tokenizer: ArithmeticTokenizer) -> Che
     return Checkpoint(model, tokenizer, "foundational", seen)
 
 
+def recipe(folder: Path) -> Path:
+    """The configs of the shipped recipe with small numbers, in a folder."""
+    small = {"num_samples": 100, "max_depth": 2, "num_range": [1, 9]}
+    training = {"max_steps": 5, "eval_samples": 20, "threads": 1}
+    attempts = {"min_depth": 1, "max_depth": 2, "num_range": [1, 9], "batch_size": 2}
+    for path in (ROOT / "configs" / "cpu").glob("*.json"):
+        content = json.loads(path.read_text())
+        content |= small if path.stem.endswith("corpus") else {}
+        content |= {} if path.stem.endswith("corpus") or path.stem == "model" else training
+        content |= attempts if path.stem == "grpo" else {}
+        content |= TINY if path.stem == "model" else {}
+        (folder / path.name).write_text(json.dumps(content))
+    return folder
+
+
 # Training, 10 steps at 6 s and 10 at 12 s a step, and a validation at the start and in between.
 RUN_LINES = [
     {"step": 0, "eval_loss": 4.0, "eval_exact": 0.0},

@@ -406,8 +406,8 @@ MUTANTS = [
     ),
     Mutant(
         "model: rotation the other way",
-        "torch.cat((-second, first), dim=-1)",
-        "torch.cat((second, -first), dim=-1)",
+        "torch.cat((-sin, sin), dim=-1)",
+        "torch.cat((sin, -sin), dim=-1)",
         "test_model.py -k transformers",
     ),
     # -------------------------------------------------------------------------------------- decoder
@@ -680,6 +680,79 @@ MUTANTS = [
         "return min(longest + max(32, longest // 4), CONTEXTS_TO_WRITE * context)",
         "return min(longest // 2, CONTEXTS_TO_WRITE * context)",
         "test_evaluate.py -k limit",
+    ),
+    # ------------------------------------------------------------------------- pages and pictures
+    Mutant(
+        "trace: probabilities of the first places",
+        "torch.cat(logits)[-last:]",
+        "torch.cat(logits)[:last]",
+        "test_trace.py -k figures",
+    ),
+    Mutant(
+        "trace: attention of the token itself, not of the place that chose it",
+        "solver.model, ids[:-1]",
+        "solver.model, ids[1:]",
+        "test_trace.py -k figures",
+    ),
+    Mutant(
+        "trace: the runner-up may be the token itself",
+        "logprobs.scatter(-1, index, -torch.inf).max(-1)",
+        "logprobs.max(-1)",
+        "test_trace.py -k figures",
+    ),
+    Mutant(
+        "trace: a layer that was watched stays so",
+        "            del layer.attend",
+        "            pass",
+        "test_trace.py -k watched",
+    ),
+    Mutant(
+        "trace: as many weights as there are",
+        "min(MOST_KEPT, MOST_WEIGHTS // rows)",
+        "MOST_KEPT",
+        "test_trace.py -k megabytes",
+    ),
+    Mutant(
+        "trace page: heads of the next token",
+        "(token.dataset.at - gaze.start)",
+        "(token.dataset.at - gaze.start + 1)",
+        "test_trace.py -k where_each_head",
+    ),
+    Mutant(
+        "trace page: a head that is pointed at is not shown alone",
+        'for (const event of ["mouseover", "focus"])',
+        'for (const event of ["focus"])',
+        "test_trace.py -k alone",
+    ),
+    Mutant(
+        "marks: every wrong step is the first",
+        "place == verdict.first_error, marks",
+        "not step.ok, marks",
+        "test_trace.py -k passages",
+    ),
+    Mutant(
+        "report: the best of the errors",
+        "key=_badness)[:WORST]",
+        "key=_badness)[-WORST:]",
+        "test_html_report.py -k worst",
+    ),
+    Mutant(
+        "report: cells of a table as HTML",
+        "zip(looks, map(escape, cells), strict=True)",
+        "zip(looks, cells, strict=True)",
+        "test_html_report.py -k no_part",
+    ),
+    Mutant(
+        "report: whole texts",
+        "text[:LONGEST]} ...",
+        "text} ...",
+        "test_html_report.py -k hopeless",
+    ),
+    Mutant(
+        "pictures: any two length limits are alike",
+        "high <= SLACK * low",
+        "high >= low",
+        "test_plots.py -k length_limit",
     ),
     Mutant(
         "pictures: minutes count lines and not steps",

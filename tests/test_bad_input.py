@@ -122,6 +122,12 @@ SCRIPTS = [
         ("--max-gen-length", 2),
     ),
     Script("run_interactive.py", {"--model-path": MODEL, "--tokenizer-path": TOKENIZER}),
+    Script(
+        "show_trace.py",
+        {"--model-path": MODEL, "--tokenizer-path": TOKENIZER},
+        ("--output", "old.txt"),
+        ("1 + 2", "--max-gen-length", 3),
+    ),
     Script("plot_runs.py", {"RUN": RUN}, ("--output", "old.svg")),
     Script("plot_evaluation.py", {"METRICS": METRICS}, ("--output", "old.svg")),
     Script("run_study.py", {"STUDY": STUDY}, other=("--dry-run",)),
@@ -257,6 +263,7 @@ READERS = {  # of a checkpoint: the command whose last flag names it
     "adapter.pt": [
         f"run_evaluation.py {BRIEFLY} --base-checkpoint model.pt --model-path",
         "run_interactive.py --base-checkpoint model.pt --model-path",
+        "show_trace.py --output x.html --base-checkpoint model.pt 1+2 --model-path",
         "merge_lora_adapter.py --output-path x.pt --base-checkpoint model.pt --adapter-path",
     ],
 }

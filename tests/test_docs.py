@@ -7,6 +7,7 @@ import runpy
 import shlex
 
 import pytest
+from browser import NAMES
 from helpers import ROOT, call, load_script
 
 from arithmetic_llm.cli import parse_many
@@ -156,6 +157,14 @@ def test_readme_shows_every_numbered_stage():
     }
 
 
+def test_ci_looks_for_the_same_browsers_and_installs_one():
+    script = (ROOT / ".ci" / "run").read_text()
+    (listed,) = re.findall(r'^browsers="([^"]*)"', script, re.MULTILINE)
+    assert tuple(listed.split()) == NAMES
+    assert "apt-get install" in script
+    assert 'export CI="${CI:-true}"' in script
+
+
 # ----------------------------------------------------------------------- flags that messages name
 
 
@@ -184,6 +193,7 @@ READ_BY = {
     "evaluation/evaluate": (("run_evaluation", "run_grpo_training"), {}),
     "evaluation/length": (("run_evaluation", "run_grpo_training"), {}),
     "evaluation/report": (("run_evaluation",), {}),
+    "evaluation/trace": (("show_trace",), {}),
     "grpo/checks": (("run_grpo_training",), {}),
     "grpo/monitor": (("run_grpo_training",), {}),
     "grpo/rewards": (("run_grpo_training",), {}),

@@ -17,15 +17,8 @@ from hypothesis import strategies as st
 from oracle import Oracle, right_answer, with_result
 
 from arithmetic_llm.corpus.coverage import Coverage
-from arithmetic_llm.evaluation.interactive import (
-    PLAIN,
-    SYMBOLS,
-    Typesetter,
-    answer,
-    explain,
-    marks_for,
-    screen,
-)
+from arithmetic_llm.evaluation.interactive import Typesetter, answer, explain, screen
+from arithmetic_llm.evaluation.marks import PLAIN, SYMBOLS, marks_for
 from arithmetic_llm.evaluation.solver import ArithmeticSolver
 from arithmetic_llm.task.expression import ExpressionError, parse
 

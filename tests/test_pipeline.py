@@ -9,7 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, one_thread, run
+from browser import look_at
+from helpers import ROOT, one_thread, recipe, run
 
 # The manual's quick start, steps 1 to 4.1, word for word.
 MANUAL = r"""
@@ -93,8 +94,6 @@ set -euo pipefail
 python() { local first=$1; shift; [ -f "$ROOT/$first" ] && first="$ROOT/$first"; \
 "$PYTHON" "$first" "$@"; }
 """
-
-TINY_SHAPE = {"d_model": 32, "nhead": 2, "num_layers": 2, "dim_feedforward": 48}
 
 
 def scaled_down(commands):
@@ -205,22 +204,7 @@ def test_the_solver_answers_what_is_typed(pasted):
     assert re.search(r"^ *\^", ended.out, re.MULTILINE)  # under what is wrong
 
 
-def recipe(folder):
-    """The configs of the shipped recipe, with small numbers."""
-    small = {"num_samples": 100, "max_depth": 2, "num_range": [1, 9]}
-    training = {"max_steps": 5, "eval_samples": 20, "threads": 1}
-    attempts = {"min_depth": 1, "max_depth": 2, "num_range": [1, 9], "batch_size": 2}
-    for path in (ROOT / "configs" / "cpu").glob("*.json"):
-        content = json.loads(path.read_text())
-        content |= small if path.stem.endswith("corpus") else {}
-        content |= {} if path.stem.endswith("corpus") or path.stem == "model" else training
-        content |= attempts if path.stem == "grpo" else {}
-        content |= TINY_SHAPE if path.stem == "model" else {}
-        (folder / path.name).write_text(json.dumps(content))
-    return folder
-
-
-def test_the_quickstart_ends_with_a_table_of_results(tmp_path):
+def test_the_quickstart_ends_with_a_table_of_results_and_a_report(tmp_path):
     folder = tmp_path / ("a {new} recipe" if os.name == "nt" else "a {new} re\\cipe")
     folder.mkdir()
     ended = run("quickstart.py", "--recipe", recipe(folder), cwd=tmp_path)
@@ -233,4 +217,23 @@ def test_the_quickstart_ends_with_a_table_of_results(tmp_path):
     for stage in ("3.1", "4.1", "5.1", "6.1"):
         assert re.search(rf"^{stage} its evaluation +depth 1 ", table, re.MULTILINE)
     assert "run_interactive.py" in hint
+    assert "in a browser: evaluation_results/report.html\n" in hint
     assert [*tmp_path.glob("evaluation_results/quickstart_instruction/evaluation_summary_*.txt")]
+    read_in_a_browser(tmp_path / "evaluation_results" / "report.html", table, printed)
+
+
+def read_in_a_browser(report, table, printed):
+    """The report shows the table of the terminal, four models, three pictures, the commands."""
+    seen = look_at(report, then="document.title = [...document.images].map(i => i.naturalWidth);")
+    assert seen.complaints == []
+    assert [int(width) > 500 for width in seen.one("title").text.split(",")] == [True] * 3
+    rows = [row.text.split() for row in seen.all("tr")]
+    for line in table.splitlines():
+        assert "".join(line.split()) in ["".join(row) for row in rows], line
+    for name in ("3 foundational model", "4 instruction model", "5 LoRA adapter", "6 GRPO model"):
+        assert [e.text for e in seen.all("h3") if e.text.startswith(f"{name}: ")]
+        assert [e.text for e in seen.all("li") if e.text.startswith(f"{name}: not there yet, ")]
+    commands = "".join(e.text for e in seen.all("pre"))
+    for line in printed:
+        assert f"python {line}" in commands
+    assert len(seen.all("li", "first")) == 12

@@ -108,6 +108,16 @@ def test_runs_that_differ_only_in_the_seed_are_one_band(tmp_path):
     assert line.low == line.y == line.high == [2.0, 1.0]
 
 
+def test_a_length_limit_that_was_measured_is_no_other_setting(tmp_path):
+    """GRPO's default, on prompts that the seed has drawn."""
+    limits = {"a": 250, "b": 253, "c": 247, "d": 300}
+    runs = [
+        panels.read_run(write_run(tmp_path / name, seed=ord(name), max_gen_length=limit))
+        for name, limit in limits.items()
+    ]
+    assert [len(group) for group in panels.grouped(runs)] == [3, 1]
+
+
 @pytest.mark.parametrize("others", [{"seed": 1}, {"seed": 2, "rate": 0.2}, {}])
 def test_no_band_of_the_same_seed_of_other_settings_or_of_none(tmp_path, others):
     settings = {"seed": 1, "rate": 0.1}
@@ -274,6 +284,16 @@ def test_error_bars_are_the_interval_and_hollow_is_untrained():
     dots = [line for line in axes.lines if line.get_marker() in plots.MARKERS]
     assert [dot.get_ydata()[0] for dot in dots] == [90, 50]
     assert [dot.get_markerfacecolor() for dot in dots] == [plots.COLOURS[0], "white"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "ys", "whole"),
+    [("% of x", [0, 0], True), ("% of x", [99, 98], False), ("tokens", [5, 5], False)],
+)
+def test_a_flat_line_of_percents_is_shown_between_0_and_100(unit, ys, whole):
+    panel = panels.Panel("t", STEPS, unit, False, [panels.Line(0, "x", [1, 2], ys, ys, ys)])
+    (axes,) = plots.draw_runs([panel], ["a"], 12).axes
+    assert (axes.get_ylim() == (-3, 103)) is whole
 
 
 def test_groups_differ_in_colour_and_style_and_parts_in_markers():

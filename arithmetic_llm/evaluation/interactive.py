@@ -6,9 +6,9 @@ import contextlib
 import re
 import sys
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 
 from arithmetic_llm.evaluation.judge import Outcome
+from arithmetic_llm.evaluation.marks import ERROR_WORDS, Marks, marks_for
 from arithmetic_llm.evaluation.solver import ArithmeticSolver
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.expression import ExpressionError, parse
@@ -19,34 +19,6 @@ PROMPT = "Enter expression: "
 RULE = "-" * 60
 FAREWELLS = ("exit", "quit", "q")
 CARET_WINDOW = 60  # characters of a long invalid expression that are shown
-
-_ERROR_WORDS = {
-    "arithmetic": "wrong result",
-    "wrong_reduction": "not the next operation",
-    "wrong_copy": "wrongly copied",
-    "unparseable": "unreadable",
-    "cut_off": "cut off",
-}
-
-
-@dataclass(frozen=True)
-class Marks:
-    """Signs for right and wrong."""
-
-    right: str
-    wrong: str
-
-
-SYMBOLS, PLAIN = Marks("✓", "✗"), Marks("[right]", "[wrong]")
-
-
-def marks_for(encoding: str | None) -> Marks:
-    """Symbols, or words where the encoding has no symbols."""
-    try:
-        (SYMBOLS.right + SYMBOLS.wrong).encode(encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return PLAIN
-    return SYMBOLS
 
 
 # ----------------------------------------------------------------------------- the dialogue
@@ -210,5 +182,5 @@ class Typesetter:
         return (
             f"  {self.marks.right}"
             if last.ok
-            else f"  {self.marks.wrong} {_ERROR_WORDS[last.error]}"
+            else f"  {self.marks.wrong} {ERROR_WORDS[last.error]}"
         )

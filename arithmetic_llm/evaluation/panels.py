@@ -22,6 +22,8 @@ from arithmetic_llm.runtime import UserError, checked, reason
 TOKENS, MINUTES, STEPS = "tokens (millions, padding included)", "minutes", "optimizer steps"
 # Settings that decide no figure of a run but where it lies, beside the seed.
 BESIDE_THE_POINT = {"seed", "output_dir", "resume"}
+LIMIT = "max_gen_length"  # GRPO measures it on prompts of the seed, so that it differs a little
+SLACK = 1.1
 
 
 class Quantity(NamedTuple):
@@ -140,11 +142,17 @@ def grouped(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
 def _is_another_seed(run: RunRecord, group: Sequence[RunRecord]) -> bool:
     seeds = [other.settings.get("seed") for other in group]
     alike = bool(run.settings) and _recipe(run) == _recipe(group[0])
-    return alike and run.settings.get("seed") not in seeds
+    return alike and _is_near(run, group[0]) and run.settings.get("seed") not in seeds
 
 
 def _recipe(run: RunRecord) -> dict[str, Any]:
-    return {k: v for k, v in run.settings.items() if k not in BESIDE_THE_POINT}
+    return {k: v for k, v in run.settings.items() if k not in BESIDE_THE_POINT | {LIMIT}}
+
+
+def _is_near(run: RunRecord, other: RunRecord) -> bool:
+    """Whether both have about the same length limit, or none."""
+    low, high = sorted(number(each.settings.get(LIMIT)) or 0.0 for each in (run, other))
+    return high <= SLACK * low
 
 
 def group_names(groups: Sequence[Sequence[RunRecord]]) -> list[str]:

@@ -54,12 +54,17 @@ def matplotlib(module: str) -> Any:
 
 def save_picture(figure: Any, path: str) -> None:
     """Write a figure in the format of the file's name, whole or not at all."""
-    buffer, ending = io.BytesIO(), Path(path).suffix.lower().removeprefix(".")
-    dateless = {"Date": None} if ending == "svg" else {}
-    with matplotlib("").rc_context(SETTINGS):
-        figure.savefig(buffer, format=ending, metadata=dateless)
+    content = picture_bytes(figure, Path(path).suffix.lower().removeprefix("."))
     with atomic_write(path) as file:
-        file.write(buffer.getvalue())
+        file.write(content)
+
+
+def picture_bytes(figure: Any, ending: str, **settings: Any) -> bytes:
+    """A figure as PNG or SVG; ``settings`` of matplotlib go before `SETTINGS`."""
+    buffer, dateless = io.BytesIO(), {"Date": None} if ending == "svg" else {}
+    with matplotlib("").rc_context(SETTINGS | settings):
+        figure.savefig(buffer, format=ending, metadata=dateless)
+    return buffer.getvalue()
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -110,6 +115,8 @@ def draw_panel(axes: Any, panel: Panel, groups: int) -> None:
     axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
     if panel.log:
         axes.set_yscale("log")
+    if panel.y_label.startswith("%") and len({y for line in panel.lines for y in line.y}) == 1:
+        axes.set_ylim(-3, 103)  # matplotlib would zoom in on a flat line, beyond 0 or 100
     axes.xaxis.get_major_locator().set_params(nbins=5, integer=panel.x_label == STEPS)
     if len(parts) > 1:
         looks = [(None if groups > 1 else i, i) for i in range(len(parts))]
@@ -207,7 +214,8 @@ def _draw_errors(axes: Any, errors: ErrorShares) -> None:
     bottoms = [0.0] * len(errors.shares)
     for index, kind in enumerate(errors.kinds):
         heights = [shares[index] for shares in errors.shares]
-        looks = {"color": look(COLOURS, index), "hatch": look(HATCHES, index)}
+        # Light enough for black hatches to show.
+        looks = {"color": (look(COLOURS, index), 0.6), "hatch": look(HATCHES, index)}
         axes.bar(places, heights, 0.6, bottoms, label=kind, edgecolor="black", **looks)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     axes.set_xticks(places, [_letter(place) for place in places])

@@ -109,7 +109,7 @@ def depth_table(metrics: Metrics) -> str:
         ]
         for name, row in named_rows(metrics)
     ]
-    return _table(rows) + _footnote(rows)
+    return _table(rows) + footnote(rows)
 
 
 def errors(metrics: Metrics) -> str:
@@ -183,14 +183,19 @@ Stage = tuple[str, Metrics | None, float]  # name, metrics if it was evaluated, 
 
 def stage_table(stages: Sequence[Stage]) -> str:
     """Table of what each stage of a pipeline took and reached, by exact depth."""
+    rows = stage_rows(stages)
+    return _table(rows, names=2) + footnote(rows, column=1)
+
+
+def stage_rows(stages: Sequence[Stage]) -> list[list[str]]:
+    """The cells of that table, its head first."""
     rows = [["stage", "", "exact match", "95 % interval", "parse", "steps", "seconds"]]
     for name, metrics, seconds in stages:
         for place, line in enumerate(_stage_lines(metrics)):
             first, last = (name, f"{seconds:,.0f}") if place == 0 else ("", "")
             rows.append([first, *line, last])
     total = sum(seconds for _, _, seconds in stages)
-    rows.append(["all stages", "", "", "", "", "", f"{total:,.0f}"])
-    return _table(rows, names=2) + _footnote(rows, column=1)
+    return [*rows, ["all stages", "", "", "", "", "", f"{total:,.0f}"]]
 
 
 def _stage_lines(metrics: Metrics | None) -> list[list[str]]:
@@ -219,7 +224,8 @@ def named_rows(metrics: Metrics) -> list[tuple[str, dict[str, Any]]]:
     return [(name + (" *" if row["trained"] is False else ""), row) for name, row in rows]
 
 
-def _footnote(rows: Sequence[Sequence[str]], column: int = 0) -> str:
+def footnote(rows: Sequence[Sequence[str]], column: int = 0) -> str:
+    """Meaning of the star, on a line of its own, if a row of a table has one."""
     starred = any(row[column].endswith("*") for row in rows)
     return "\n* never seen in training (depth, numbers or style)" if starred else ""
 

@@ -118,6 +118,18 @@ class ArithmeticSolver:
             yield self.tokenizer.decode_completion(emission.tokens)
         return self._judge(problem, prompt, written, limit)
 
+    def attempt(self, expression: str) -> tuple[list[int], list[int], Outcome]:
+        """Solve one expression; returns the tokens of the prompt, those written, and the outcome.
+
+        Raises:
+            UserError: as `solve`.
+        """
+        problem = problem_from(expression)
+        prompt, limit = self.prompt(problem.expression), self._limit(problem)
+        guess = right_continuations([problem], self.tokenizer)
+        (written,) = generate(self.model, [prompt], limit, self.sampling, guess=guess)
+        return prompt, written.tokens, self._judge(problem, prompt, written, limit)
+
     def prompt(self, expression: str) -> list[int]:
         """Token ids of the prompt.
 

@@ -80,6 +80,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention with normalised queries and keys."""
 
+    attend = staticmethod(attend)  # with a cache; an observer replaces it on one layer
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         d_model, self.head_dim = config.d_model, config.head_dim
@@ -99,7 +101,7 @@ class Attention(nn.Module):
             out = causal_attention(q, k, v)
         else:
             k, v = context.cache.extend(layer, k, v, context.positions)
-            out = attend(q, k, v, context.mask)
+            out = self.attend(q, k, v, context.mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ FINAL_RESULT = "Final Result:"
 ERROR: Literal["ERROR"] = "ERROR"  # the answer to an invalid expression
 Answer = int | Literal["ERROR"]
 
-NEXT_STEP = re.compile(rf"(?={STEP} [0-9]+:)")
+NEXT_STEP = re.compile(rf"(?={STEP}\s+[0-9]+:)")
 EQUATION = re.compile(rf"{STEP} ([0-9]+): (-?[0-9]+ [+-] -?[0-9]+) = (-?[0-9]+)")
 FOREIGN = re.compile("|".join([PROBLEM, *_FRAME]))  # what no completion holds
 _RESULT = re.compile(FINAL_RESULT.replace(" ", r"\s+"))
