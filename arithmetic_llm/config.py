@@ -196,6 +196,11 @@ class TokenizerConfig:
 
     corpus_path: str = opt("", "corpus to learn merges from (either format)", required=True)
     vocab_size: int = opt(1000, "upper bound on the number of tokens", at_least=1)
+    digits: str = opt(
+        "alone",
+        "alone = a token a digit; merged = frequent numbers become tokens as words do",
+        choices=("alone", "merged"),
+    )
     output_dir: str = opt("data/tokenizer", "directory for tokenizer.json")
 
 
@@ -744,3 +749,18 @@ class QuickstartConfig:
     """Quickstart."""
 
     recipe: str = opt("configs/cpu", "folder with the configs of the stages")
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A study."""
+
+    study: str = opt(
+        "", "the study, a JSON file; see studies/README.md", positional="STUDY", required=True
+    )
+    quick: bool = opt(False, "with the study's quick settings: minutes, and a weaker answer")
+    base: str = opt("", "recipe or finished run to start from, in place of the study's own")
+    jobs: int = opt(0, "stages at a time, one thread each; 0 = one for each core", at_least=0)
+    output_dir: str = opt("results/studies", "each study has a folder of its name in here")
+    stages_dir: str = opt("", "folder of the finished stages, if several studies are to share it")
+    dry_run: bool = opt(False, "say what there is to do, with every command, and do nothing")

@@ -32,6 +32,7 @@ SCRIPTS = {
     "show_trace": (config.ShowTraceConfig,),
     "plot_runs": (config.PlotRunsConfig,),
     "plot_evaluation": (config.PlotEvaluationConfig,),
+    "run_study": (config.StudyConfig,),
     "quickstart": (config.QuickstartConfig,),
 }
 

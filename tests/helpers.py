@@ -108,9 +108,10 @@ def records(count: int = 400, seed: int = 0, **settings: object) -> list[Record]
     return [sample.record for sample in samples]
 
 
-def make_tokenizer(vocab_size: int = 300) -> ArithmeticTokenizer:
+def make_tokenizer(vocab_size: int = 300, merge_digits: bool = False) -> ArithmeticTokenizer:
     """A tokenizer of the size and kind that the product uses."""
-    return ArithmeticTokenizer.train((record.sequence for record in records()), vocab_size)
+    texts = (record.sequence for record in records())
+    return ArithmeticTokenizer.train(texts, vocab_size, merge_digits)
 
 
 def random_model(vocab_size: int, seed: int = 0, **shape: object) -> ArithmeticModel:

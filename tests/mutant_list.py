@@ -828,6 +828,85 @@ MUTANTS = [
         "exact=False",
         "test_optim.py -k keeps_to_fp32",
     ),
+    # ------------------------------------------------------------------------------- studies
+    Mutant(
+        "study: seeds are left out of the verdict",
+        "p = max(p, student_p(mean, error, spread.freedom))",
+        "p = max(p, 0.0)",
+        "test_study_table.py -k told_apart",
+    ),
+    Mutant(
+        "study: problems are left out of the verdict",
+        "p = max(p, student_p(mean, error, spread.freedom))",
+        "p = student_p(mean, error, spread.freedom)",
+        "test_study_table.py -k told_apart",
+    ),
+    Mutant(
+        "study: the interval is that of the seeds alone",
+        "ends = hull(ends, student_interval(mean, error, spread.freedom))",
+        "ends = student_interval(mean, error, spread.freedom)",
+        "test_study_table.py -k few_problems",
+    ),
+    Mutant(
+        "study: no correction for several arms",
+        "adjusted = iter(holm([each.p for each in found if any(each.models)]))",
+        "adjusted = iter([each.p for each in found if any(each.models)])",
+        "test_study_table.py -k held_to_more",
+    ),
+    Mutant(
+        "study: one model counts once for each seed",
+        "return list({run.stage.hash: run for run in self.runs}.values())",
+        "return self.runs",
+        "test_study_table.py -k several_seeds_share",
+    ),
+    Mutant(
+        "study: a one-sided McNemar",
+        "return min(1.0, 2 * tail)",
+        "return min(1.0, tail)",
+        "test_statistics.py -k mcnemar",
+    ),
+    Mutant(
+        "study: degrees of freedom of all models, not within arms",
+        "freedom = sum(len(group) - 1 for group in several)",
+        "freedom = sum(len(group) for group in several)",
+        "test_statistics.py -k scipy",
+    ),
+    Mutant(
+        "study: a stage's hash without its inputs",
+        "made_of = {flag: each.hash for flag, each in inputs.items()}",
+        "made_of = {}",
+        "test_study.py -k anything_that_goes_into_it",
+    ),
+    Mutant(
+        "study: a stage's hash without its recipe",
+        "json.dumps([command, stage.effective, made_of], sort_keys=True)",
+        "json.dumps([command, stage.settings, made_of], sort_keys=True)",
+        "test_study.py -k anything_that_goes_into_it",
+    ),
+    Mutant(
+        "study: every stage gets the seed",
+        "seeded = self.study.seeded or [n for n in chosen if self.kind_of(n) in TRAINED]",
+        "seeded = [n for n in chosen if self.kind_of(n) in TRAINED]",
+        "test_study.py -k only_where_they_matter",
+    ),
+    Mutant(
+        "study: an interrupted run is begun anew",
+        'arguments = ["--resume", str(stage.run_folder)]',
+        "pass",
+        "test_study.py -k ctrl_c",
+    ),
+    Mutant(
+        "study: a stage is started beside a process that has it",
+        "fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        "test_study.py -k after_a_kill",
+    ),
+    Mutant(
+        "study: a failing arm is no failure",
+        "return 1 if failures else 0",
+        "return 0",
+        "test_study.py -k ends_no_other",
+    ),
     # ------------------------------------------------------------------ gradients written by hand
     Mutant(
         "attention: a position sees the one behind it",

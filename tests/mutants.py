@@ -94,7 +94,7 @@ def run_tests(arguments: str, copy: Path, seconds: int = SECONDS) -> int:
 
 def copy_of_the_checkout(folder: Path) -> Path:
     """All that the tests need, without what git ignores."""
-    skipped = shutil.ignore_patterns(".*", "__pycache__", "models", "evaluation_results", "half")
+    skipped = shutil.ignore_patterns(".*", "__pycache__", "models", "evaluation_results", "results")
     return Path(shutil.copytree(ROOT, folder / "copy", ignore=skipped))
 
 

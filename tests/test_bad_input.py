@@ -32,7 +32,8 @@ from helpers import (
 TRAINING = ["--threads", 1, "--device", "cpu", "--max-steps", 1, "--eval-samples", 5]
 CORPUS, TOKENIZER, MODEL = "corpus.txt", "tokenizer", "model.pt"
 RUN, METRICS, OWN_METRICS = "finished_run", "metrics.json", "own_metrics.json"
-PLACES = ("RUN", "METRICS")  # words that --help shows for values without a flag
+STUDY = "study.json"
+PLACES = ("RUN", "METRICS", "STUDY")  # words that --help shows for values without a flag
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ SCRIPTS = [
     ),
     Script("plot_runs.py", {"RUN": RUN}, ("--output", "old.svg")),
     Script("plot_evaluation.py", {"METRICS": METRICS}, ("--output", "old.svg")),
+    Script("run_study.py", {"STUDY": STUDY}, other=("--dry-run",)),
     Script("quickstart.py"),
 ]
 
@@ -139,6 +141,7 @@ BAD = {
     MODEL: ["missing", "empty", "folder", "truncated.pt", "hostile.pt", "nan.pt", "corpus.txt"],
     "adapter.pt": ["missing", "empty", "folder", "truncated.pt", "hostile.pt", "nan.pt"],
     RUN: ["missing", "empty", "folder", "corpus.txt", "empty_run"],
+    STUDY: ["missing", "empty", "folder", "corpus.txt", "malformed.json", "other.json", "bytes"],
     METRICS: ["missing", "empty", "folder", "corpus.txt", "malformed.json", "other.json"],
     OWN_METRICS: ["missing", "empty", "folder", "malformed.json", "other_metrics.json", "bytes"],
 }
@@ -183,6 +186,7 @@ def world(workshop, tiny_checkpoint, tokenizer, tmp_path_factory):
     write_run(folder / RUN)
     write_run(folder / "empty_run", lines=[])
     (folder / METRICS).write_text(json.dumps(evaluation(rates=[50])))
+    (folder / STUDY).write_text('{"question": "Is it right?"}')
     (folder / "old.svg").write_text("<svg/>")
     make_tokenizer(150).save(folder / "other_tokenizer")
     content = (folder / MODEL).read_bytes()
@@ -424,7 +428,10 @@ def test_a_process_ends_with_one_line_and_code_2(world, tmp_path, name, argv, na
 # ------------------------------------------------------------------------------ other mistakes
 
 
-@pytest.mark.parametrize("script", [param for param in EVERY if param.id.startswith("run_")])
+@pytest.mark.parametrize(
+    "script",
+    [param for param in EVERY if param.id.startswith("run_") and param.id != "run_study.py"],
+)
 def test_a_device_that_is_not_there_is_one_line(world, script):
     argv = [word for word in script.argv(world) if word not in ("--device", "cpu")]
     ended = call(script.name, *argv, "--device", "cuda:99")

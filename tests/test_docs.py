@@ -104,16 +104,6 @@ def test_the_commands_of_the_quickstart_are_accepted_without_a_word(recipe, monk
     assert capsys.readouterr().err == ""
 
 
-def test_the_commands_of_the_study_of_grpo_are_accepted():
-    study = runpy.run_path(str(ROOT / "benchmarks" / "what_grpo_adds.py"))
-    preparation = [command for _, command in study["CORPORA"] + study["START_MODELS"]]
-    fixed = f"--config {study['HALF']}/grpo.json --tokenizer t --sft-checkpoint c"
-    arms = [f"run_grpo_training.py {fixed} {flags}" for flags in study["ARMS"].values()]
-    for command in preparation + arms:
-        script, *argv = shlex.split(command)
-        accept(script.removesuffix(".py"), argv)
-
-
 STAGE_OF = {  # of a config, by its name
     "foundational_corpus": "generate_foundational_plaintext",
     "instruction_corpus": "generate_instruction_corpus_mixed",
@@ -143,7 +133,9 @@ def torn_tables(text):
 
 
 @pytest.mark.parametrize(
-    "path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")], ids=lambda p: p.name
+    "path",
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("studies/*.md")],
+    ids=lambda p: p.name,
 )
 def test_no_table_is_torn_by_a_blank_line(path):
     assert not [*torn_tables(path.read_text(encoding="utf-8"))]
@@ -211,6 +203,9 @@ READ_BY = {
     "grpo/checks": (("run_grpo_training",), {}),
     "grpo/monitor": (("run_grpo_training",), {}),
     "grpo/rewards": (("run_grpo_training",), {}),
+    "study/stages": (("generate_corpus",), {}),
+    "study/runner": (TRAINING, {}),
+    "study/study": (("run_study",), {}),
 }
 
 

@@ -17,6 +17,8 @@ TELLING = (
     "LoRA: an adapter that is not scaled",
     "decoder: random numbers by place in the batch",
     "verifier: a wrong copy is right",
+    "study: seeds are left out of the verdict",
+    "study: a stage's hash without its inputs",
 )
 
 

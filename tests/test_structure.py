@@ -10,7 +10,7 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "arithmetic_llm"
 # Each room may import from itself and from those before it. Modules at the top are the ground.
-ROOMS = ("ground", "task", "corpus", "model", "training", "evaluation", "grpo")
+ROOMS = ("ground", "task", "corpus", "model", "training", "evaluation", "grpo", "study")
 MODULES = {
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
     for path in PACKAGE.rglob("*.py")

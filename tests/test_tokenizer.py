@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from helpers import make_tokenizer, records
+from helpers import call, make_tokenizer, records
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -23,6 +23,7 @@ from arithmetic_llm.task.text import SPECIAL_TOKENS, one_line
 
 TOKENIZER = make_tokenizer()
 SMALLEST = make_tokenizer(SMALLEST_VOCAB)
+MERGED = make_tokenizer(merge_digits=True)
 TEXTS = [record.sequence for record in records(300, seed=1, num_range=(-50, 200))]
 
 ascii_text = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60)
@@ -43,7 +44,9 @@ def of_transformers(tmp_path_factory):
 # ---------------------------------------------------------------------------------- lossless
 
 
-@pytest.mark.parametrize("tokenizer", [TOKENIZER, SMALLEST], ids=["trained", "no merges"])
+@pytest.mark.parametrize(
+    "tokenizer", [TOKENIZER, SMALLEST, MERGED], ids=["trained", "no merges", "digits merged"]
+)
 def test_every_text_of_the_task_survives(tokenizer):
     for text in TEXTS:
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -65,13 +68,14 @@ def test_encode_batch_is_encode_of_each():
     assert TOKENIZER.encode_batch(TEXTS[:20]) == [TOKENIZER.encode(text) for text in TEXTS[:20]]
 
 
-def test_training_cuts_text_as_the_file_says():
+@pytest.mark.parametrize("merge_digits", [False, True])
+def test_training_cuts_text_as_the_file_says(merge_digits):
     """The trainer with its own regular expression writes the same file, byte for byte."""
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.trainers import BpeTrainer
 
-    ours = make_tokenizer()
-    plain = Tokenizer.from_str(SMALLEST.serialized)
+    ours = make_tokenizer(merge_digits=merge_digits)
+    plain = Tokenizer.from_str(make_tokenizer(SMALLEST_VOCAB, merge_digits).serialized)
     trainer = BpeTrainer(
         vocab_size=ours.vocab_size,
         show_progress=False,
@@ -111,6 +115,23 @@ def test_no_token_holds_a_digit_or_an_operator_beside_anything_but_its_spaces():
         token = TOKENIZER.token(token_id)
         if re.search(r"[0-9+\-()]", token):
             assert re.fullmatch(r"[0-9()]| ?[+\-] ?", token), token
+
+
+def test_digits_merge_into_numbers_on_request_and_with_nothing_else():
+    ids = range(len(SPECIAL_TOKENS), MERGED.vocab_size)
+    holding = [token for token in map(MERGED.token, ids) if re.search("[0-9]", token)]
+    assert all(token.isdigit() for token in holding)
+    assert {"10", "12"} <= {*holding}
+    assert [MERGED.token(i) for i in MERGED.encode("12 - -7")] == ["12", " - ", "-", "7"]
+
+
+def test_the_script_merges_digits_on_request(tmp_path):
+    lines = [json.dumps(record._asdict()) + "\n" for record in records()]
+    (tmp_path / "c.txt").write_text("".join(lines))
+    argv = ["--corpus-path", tmp_path / "c.txt", "--vocab-size", 300, "--output-dir", tmp_path]
+    for tokenizer, digits in ((TOKENIZER, "alone"), (MERGED, "merged")):
+        assert call("train_tokenizer.py", *argv, "--digits", digits).code == 0
+        assert ArithmeticTokenizer.load(tmp_path).hash == tokenizer.hash
 
 
 def test_a_binary_operator_takes_its_spaces_and_a_sign_does_not():

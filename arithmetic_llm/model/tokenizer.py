@@ -3,7 +3,8 @@
 The tokenizer is the ``tokenizers`` library's BPE in its own JSON file; this module only decides how
 text is cut *before* merging, because that decides what the model must learn:
 
-* every digit stands alone: ``137`` is three tokens, so carrying is one rule and not a table;
+* every digit stands alone: ``137`` is three tokens, so carrying is one rule and not a table (on
+  request digits merge, to see what that does);
 * a binary operator takes its two spaces along (``" + "``), a sign stays a bare ``"-"``; the model
   sees at once which of the two it reads;
 * every other run of characters may merge into one token: ``" Step "``, ``" Expression now: "``.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,14 +27,16 @@ PAD, UNK, BOS, EOS, THINK, END_THINK = range(len(SPECIAL_TOKENS))
 FILE_NAME = "tokenizer.json"
 # Order matters: the first alternative that matches at a position wins.
 PIECES = r"[0-9]| [+\-] |[+\-()]|[^0-9+\-()]+?(?= [+\-] |[0-9+\-()]|$)"
+PIECES_OF_NUMBERS = PIECES.replace("[0-9]|", "[0-9]+|", 1)
 # For `_words`: what stands between words, and operators, each one letter for the time being.
 _BETWEEN, _OPERATORS = "\0", {" + ": "\1", " - ": "\2"}
 _ALONE = dict.fromkeys(map(ord, "0123456789+-()"), _BETWEEN)
+_NUMBERS = re.compile("([0-9]+)")
 PRINTABLE_ASCII = [chr(code) for code in range(32, 127)]
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + len(PRINTABLE_ASCII)
 
 
-def _words(text: str) -> str:
+def _words(text: str, merge_digits: bool) -> str:
     """The `PIECES` of a text that have something to merge, a zero character between them.
 
     Cutting by the library's regular expression would take most of the time of training. Nor does
@@ -41,7 +45,8 @@ def _words(text: str) -> str:
     text = text.replace(OPEN, _BETWEEN).replace(CLOSE, _BETWEEN)
     for operator, letter in _OPERATORS.items():
         text = text.replace(operator, f"{_BETWEEN}{letter}{_BETWEEN}")
-    text = text.translate(_ALONE)
+    numbers = _NUMBERS.findall(text) if merge_digits else []
+    text = _BETWEEN.join([text.translate(_ALONE), *numbers])
     for operator, letter in _OPERATORS.items():
         text = text.replace(letter, operator)
     return text
@@ -65,7 +70,9 @@ class ArithmeticTokenizer:
         self.serialized = serialized
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> ArithmeticTokenizer:
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, merge_digits: bool = False
+    ) -> ArithmeticTokenizer:
         """Learn merges from ``texts``; ``vocab_size`` is an upper bound on the result's size.
 
         Raises:
@@ -85,8 +92,9 @@ class ArithmeticTokenizer:
             special_tokens=[AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS],
             initial_alphabet=PRINTABLE_ASCII,
         )
-        tokenizer.train_from_iterator(map(_words, texts), trainer)
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), "isolated")
+        tokenizer.train_from_iterator((_words(text, merge_digits) for text in texts), trainer)
+        pieces = Regex(PIECES_OF_NUMBERS if merge_digits else PIECES)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, "isolated")
         return cls(tokenizer.to_str())
 
     @classmethod
