@@ -21,9 +21,11 @@ BLOCK = 128  # queries that attend together, to the keys up to their last; large
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension (Zhang & Sennrich, 2019)."""
     weight = weight.to(x.dtype)
-    if x.device.type != "cpu" or not torch.is_grad_enabled():  # one call, where rows are few
+    if x.device.type != "cpu":
         return F.rms_norm(x, weight.shape, weight, eps)
-    return _Normalise.apply(x, eps) * weight
+    # Not by way of autograd where there is nothing to learn: that takes longer than a short row.
+    unit = _Normalise.apply(x, eps) if torch.is_grad_enabled() else x * _inverse_rms(x, eps)
+    return unit * weight
 
 
 class _Normalise(Function):
