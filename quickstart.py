@@ -2,6 +2,7 @@
 
     make quickstart                                      (sets up a virtual environment first)
     python quickstart.py                                 (inside one)
+    python quickstart.py --processes 2                   where other programs keep the cores busy
     python quickstart.py --recipe configs/gpu
 
 Each stage is one command, printed before it runs; paste it to run that stage alone.
@@ -93,23 +94,24 @@ STAGES = (
 
 
 def main(argv=None):
-    recipe = parse(QuickstartConfig, argv, __doc__).recipe
+    config = parse(QuickstartConfig, argv, __doc__)
     done = []
     for name, command, results in STAGES:
-        arguments = words(command, recipe)
+        arguments = words(command, config)
         seconds = run(name, arguments)
         done.append((name, pasted(arguments), seconds, results and newest_metrics(results)))
-    finish(done, recipe)
+    finish(done, config)
 
 
-def finish(done, recipe):
+def finish(done, config):
     """Print the table of all stages and write the report; ``done`` is a StageRecord's values."""
     from arithmetic_llm.evaluation.html_report import StageRecord, missing_pictures, write_report
     from arithmetic_llm.evaluation.report import stage_table
 
     stages = [StageRecord(*values) for values in done]
     print("\n" + stage_table([(stage.name, stage.metrics, stage.seconds) for stage in stages]))
-    write_report(stages, pasted(["quickstart.py", "--recipe", recipe]), recipe, REPORT)
+    command = ["quickstart.py", "--recipe", config.recipe, *in_processes(config)]
+    write_report(stages, pasted(command), config.recipe, REPORT)
     if why := missing_pictures():
         print(f"note: the report has no pictures: {why}", file=sys.stderr)
     print(f"\nAll of it with pictures and the worst errors, in a browser: {REPORT}")
@@ -117,9 +119,15 @@ def finish(done, recipe):
     print(f"  {quoted([sys.executable])} run_interactive.py --model-path {INSTRUCTION}")
 
 
-def words(command, recipe):
+def words(command, config):
     """The arguments of a stage's command, whatever characters the recipe's path has."""
-    return [word.format(recipe=recipe) for word in command.split()]
+    script, *flags = (word.format(recipe=config.recipe) for word in command.split())
+    return [script, *flags, *(in_processes(config) if script.startswith("run_") else [])]
+
+
+def in_processes(config):
+    """The flag of training and evaluation, if they are to have several."""
+    return ["--processes", str(config.processes)] if config.processes > 1 else []
 
 
 def quoted(arguments):

@@ -12,14 +12,7 @@ def main(argv=None):
     from arithmetic_llm.evaluation import interactive
     from arithmetic_llm.evaluation.solver import ArithmeticSolver
 
-    solver = ArithmeticSolver.from_checkpoint(
-        config.model_path,
-        config.device,
-        config.tokenizer_path,
-        config.base_checkpoint,
-        max_new_tokens=config.max_gen_length,
-    )
-    interactive.run(solver)
+    interactive.run(ArithmeticSolver.from_config(config))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,7 @@ def main(argv=None):
     from arithmetic_llm.runtime import atomic_write_text
 
     config = resolve_paths(config)
-    solver = ArithmeticSolver.from_checkpoint(
-        config.model_path,
-        config.device,
-        config.tokenizer_path,
-        config.base_checkpoint,
-        max_new_tokens=config.max_gen_length,
-    )
+    solver = ArithmeticSolver.from_config(config)
     expression = config.expression.strip()
     trace = record_trace(solver, expression)
     notes = [f"Note: {warning}." for warning in solver.warnings(expression)]

@@ -749,6 +749,7 @@ class QuickstartConfig:
     """Quickstart."""
 
     recipe: str = opt("configs/cpu", "folder with the configs of the stages")
+    processes: int = PROCESSES
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 from browser import look_at
 from helpers import ROOT, evaluation, load_script, write_run
 
+from arithmetic_llm.config import QuickstartConfig
 from arithmetic_llm.evaluation.html_report import (
     WORST,
     StageRecord,
@@ -168,7 +169,7 @@ def test_a_quickstart_without_matplotlib_says_so_in_one_line(
     done = stages(tmp_path, [sample(EXPRESSION, " ".join(RIGHT))])
     monkeypatch.chdir(tmp_path)
     values = [(each.name, each.command, each.seconds, each.metrics_file) for each in done]
-    load_script("quickstart.py").finish(values, "recipe")
+    load_script("quickstart.py").finish(values, QuickstartConfig(recipe="recipe"))
     said = capsys.readouterr()
     assert said.err == f"note: the report has no pictures: {missing_pictures()}\n"
     assert "in a browser: evaluation_results/report.html\n" in said.out

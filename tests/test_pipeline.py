@@ -10,7 +10,9 @@ import sys
 
 import pytest
 from browser import look_at
-from helpers import ROOT, one_thread, recipe, run
+from helpers import ROOT, load_script, one_thread, recipe, run
+
+from arithmetic_llm.config import QuickstartConfig
 
 # The manual's quick start, steps 1 to 4.1, word for word.
 MANUAL = r"""
@@ -220,6 +222,18 @@ def test_the_quickstart_ends_with_a_table_of_results_and_a_report(tmp_path):
     assert "in a browser: evaluation_results/report.html\n" in hint
     assert [*tmp_path.glob("evaluation_results/quickstart_instruction/evaluation_summary_*.txt")]
     read_in_a_browser(tmp_path / "evaluation_results" / "report.html", table, printed)
+
+
+def test_the_quickstart_hands_its_processes_to_training_and_evaluation_alone():
+    quickstart = load_script("quickstart.py")
+    commands = [command for _, command, _ in quickstart.STAGES]
+    for count, added in ((1, []), (3, ["--processes", "3"])):
+        config = QuickstartConfig(recipe="r", processes=count)
+        for command in commands:
+            trains = command.startswith("run_")
+            expected = [*command.format(recipe="r").split(), *(added if trains else [])]
+            assert quickstart.words(command, config) == expected
+    assert sum(command.startswith("run_") for command in commands) == 8
 
 
 def read_in_a_browser(report, table, printed):

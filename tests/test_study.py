@@ -146,10 +146,7 @@ def test_an_arm_that_fails_is_reported_and_ends_no_other(bench):
 
 @needs_locks
 def test_ctrl_c_saves_and_the_same_command_goes_on(bench):
-    write_study(bench / "long.json", **long_arm(bench / "tiny", 0.003))
-    before = {*bench.glob("stages/*/*/metrics.jsonl")}
-    process = started(bench, "long.json")
-    metrics = metrics_of_a_long_run(bench, before)
+    process, metrics = started_in_training(bench, "long.json", 0.003)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     assert process.stderr.read().endswith("interrupted\n")
@@ -168,10 +165,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(bench):
 @needs_locks
 def test_after_a_kill_the_process_that_is_left_is_waited_for(bench):
     """Killed without a chance to say anything; its training goes on, and is not begun twice."""
-    write_study(bench / "killed.json", **long_arm(bench / "tiny", 0.004))
-    before = {*bench.glob("stages/*/*/metrics.jsonl")}
-    process = started(bench, "killed.json")
-    metrics = metrics_of_a_long_run(bench, before)
+    process, metrics = started_in_training(bench, "killed.json", 0.004)
     process.kill()
     process.wait()
     process.stderr.close()
@@ -179,6 +173,14 @@ def test_after_a_kill_the_process_that_is_left_is_waited_for(bench):
     assert ended.code == 0, ended.err
     assert (metrics.parents[1] / "log.txt").read_text().count("$ python") == 1
     assert read_json(metrics.parent / "training_summary.json")["steps"] == 1000
+
+
+def started_in_training(bench, name, rate):
+    """The process of a study whose only arm is training, and the metrics.jsonl of that run."""
+    write_study(bench / name, **long_arm(bench / "tiny", rate))
+    before = {*bench.glob("stages/*/*/metrics.jsonl")}
+    process = started(bench, name)
+    return process, metrics_of_a_long_run(bench, before)
 
 
 def long_arm(recipe, rate):

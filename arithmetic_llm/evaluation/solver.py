@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
+from arithmetic_llm.config import InteractiveConfig
 from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.evaluation.draft import right_continuations
 from arithmetic_llm.evaluation.judge import Outcome, judge
@@ -71,6 +72,17 @@ class ArithmeticSolver:
         checkpoint = load_model(path, resolve_device(device), base)
         check_tokenizer(checkpoint, tokenizer_path, path)
         return cls(checkpoint.model, checkpoint.tokenizer, checkpoint.trained_on, **options)
+
+    @classmethod
+    def from_config(cls, config: InteractiveConfig) -> ArithmeticSolver:
+        """The solver that a script's flags ask for; raises as `from_checkpoint` does."""
+        return cls.from_checkpoint(
+            config.model_path,
+            config.device,
+            config.tokenizer_path,
+            config.base_checkpoint,
+            max_new_tokens=config.max_gen_length,
+        )
 
     @property
     def context(self) -> int:
