@@ -205,7 +205,7 @@ READ_BY = {
     "grpo/checks": (("run_grpo_training",), {}),
     "grpo/monitor": (("run_grpo_training",), {}),
     "grpo/rewards": (("run_grpo_training",), {}),
-    "study/stages": (("generate_corpus",), {}),
+    "study/kinds": (("generate_corpus",), {}),
     "study/runner": (TRAINING, {}),
     "study/study": (("run_study",), {}),
 }

@@ -9,7 +9,7 @@ import json
 import pytest
 from helpers import ROOT, call
 
-from arithmetic_llm.study.stages import KINDS
+from arithmetic_llm.study.kinds import KINDS
 from studies import run_here, write_recipe
 
 STEPS = {"max_steps": 2, "eval_every": 2, "eval_samples": 4, "save_every": 2}

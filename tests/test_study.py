@@ -17,9 +17,9 @@ from arithmetic_llm.cli import read_json
 from arithmetic_llm.folders import read_lines
 from arithmetic_llm.runtime import Progress, UserError
 from arithmetic_llm.study import runner
+from arithmetic_llm.study.plan import plan
 from arithmetic_llm.study.runner import expected_seconds
 from arithmetic_llm.study.spec import arms_of, read_study, values_of
-from arithmetic_llm.study.stages import plan
 from arithmetic_llm.study.study import stages_of
 from studies import MODEL_ALONE, commands, run_here, write_recipe, write_study
 

@@ -23,7 +23,8 @@ from typing import IO, NamedTuple
 
 from arithmetic_llm.folders import FINISHED, METRICS, read_lines
 from arithmetic_llm.runtime import Progress, atomic_write, atomic_write_text
-from arithmetic_llm.study.stages import DONE, ROOT, Stage
+from arithmetic_llm.study.kinds import ROOT
+from arithmetic_llm.study.stages import DONE, Stage
 
 LOG, LOCK = "log.txt", "lock"
 SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_SHOWS = 0.2, 2.0

@@ -1,131 +1,24 @@
-"""Stages: the numbered scripts with what they need of each other, as commands with a hash.
+"""A stage: a numbered script with its settings and inputs, as a command with a hash.
 
-A stage is known by the hash of its script, its settings, the content of its recipe file and the
-hashes of its inputs. Two arms that agree on all that share the stage, and so its folder.
+The hash is that of its script, its settings, the content of its recipe file and the hashes of its
+inputs. Two arms that agree on all that share the stage, and so its folder.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from arithmetic_llm import config
-from arithmetic_llm.cli import flag_of, parse_many, read_json
-from arithmetic_llm.folders import FINISHED, SETTINGS, STAMP, resolve_stamp
-from arithmetic_llm.runtime import UserError, require_file, sha256_file
-from arithmetic_llm.study.spec import Arm, Settings, Study, arms_of, shown_value
+from arithmetic_llm.cli import flag_of, read_json
+from arithmetic_llm.folders import SETTINGS, STAMP
+from arithmetic_llm.study.kinds import CORPUS, Kind
+from arithmetic_llm.study.spec import Settings, shown_value
 
-ROOT = Path(__file__).resolve().parents[2]
 DONE = "done.json"  # written last: a stage whose folder holds it is finished
-CORPUS = "corpus.txt"
-PRODUCT = re.compile(r"\{(\w+)\}")
-
-
-class Kind(NamedTuple):
-    """One of the numbered scripts as a stage of a study."""
-
-    script: str
-    configs: tuple[type, ...]
-    inputs: Settings  # flags whose value is what another stage has made: "{tokenizer}"
-    output: str  # the flag that says where to write
-    product: str  # what that is, in the stage's folder; a run's has a time stamp
-    recipe: dict[str, str] = {}  # noqa: RUF012  the flag that reads a file of the recipe: the file
-    fixed: tuple[str, ...] = ()
-
-    @property
-    def trains(self) -> bool:
-        """Whether it makes a run folder, takes a seed for its model, and can be resumed."""
-        return self.product.endswith(".pt")
-
-    @property
-    def runs(self) -> str:
-        """A pattern for the names of its run folders."""
-        return str(Path(self.product).parent).replace(STAMP, "*")
-
-
-CORPORA = {"instruction_corpus_path": "{instruction_corpus}", "tokenizer_path": "{tokenizer}"}
-KINDS = {
-    "foundational_corpus": Kind(
-        "generate_foundational_plaintext.py",
-        (config.PlainTextCorpusConfig,),
-        {},
-        "output_txt",
-        CORPUS,
-        {"config": "foundational_corpus.json"},
-    ),
-    "instruction_corpus": Kind(
-        "generate_instruction_corpus_mixed.py",
-        (config.MixedCorpusConfig,),
-        {},
-        "output_mixed",
-        CORPUS,
-        {"config": "instruction_corpus.json"},
-    ),
-    "test_corpus": Kind(
-        "generate_corpus.py",
-        (config.BothCorporaConfig,),
-        {},
-        "output_instruction",
-        CORPUS,
-        {"config": "test_corpus.json"},
-        ("--instruction-only", "--split", "test"),
-    ),
-    "tokenizer": Kind(
-        "train_tokenizer.py",
-        (config.TokenizerConfig,),
-        {"corpus_path": "{foundational_corpus}"},
-        "output_dir",
-        "tokenizer.json",
-    ),
-    "foundational": Kind(
-        "run_foundational_training.py",
-        (config.FoundationalConfig, config.ModelConfig),
-        {"corpus_path": "{foundational_corpus}", "tokenizer_path": "{tokenizer}"},
-        "output_dir",
-        f"foundational_{STAMP}/best_model.pt",
-        {"config": "foundational.json", "model_config": "model.json"},
-    ),
-    "instruction": Kind(
-        "run_instruction_training.py",
-        (config.InstructionConfig,),
-        {**CORPORA, "foundational_checkpoint": "{foundational}"},
-        "output_dir",
-        f"instruction_{STAMP}/best_model.pt",
-        {"config": "instruction.json"},
-    ),
-    "lora": Kind(
-        "run_instruction_training_lora.py",
-        (config.LoRAInstructionConfig,),
-        {**CORPORA, "foundational_checkpoint": "{foundational}"},
-        "output_dir",
-        f"instruction_lora_{STAMP}/lora_adapter.pt",
-        {"config": "lora.json"},
-    ),
-    "grpo": Kind(
-        "run_grpo_training.py",
-        (config.GRPOConfig,),
-        {"tokenizer": "{tokenizer}", "sft_checkpoint": "{instruction}"},
-        "output_dir",
-        f"grpo_{STAMP}/final_model.pt",
-        {"config": "grpo.json"},
-    ),
-    "evaluation": Kind(
-        "run_evaluation.py",
-        (config.EvaluationConfig,),
-        {"model_path": "{instruction}", "test_file": "{test_corpus}"},
-        "output_dir",
-        f"evaluation_metrics_{STAMP}.json",
-    ),
-}
-TRAINED = [name for name, kind in KINDS.items() if kind.trains]
-LIKE, GIVEN, JOIN = "like", "given", "join"  # settings of a stage that are no flags
 
 
 @dataclass(frozen=True)
@@ -203,160 +96,6 @@ def words_of(flag: str, value: Any) -> list[str]:
     return [flag_of(flag), shown_value(value)]
 
 
-# ------------------------------------------------------------------------------------ planning
-
-
-class Trial(NamedTuple):
-    """An arm with a seed, and the stage that evaluates it."""
-
-    arm: Arm
-    seed: int
-    evaluation: Stage
-
-
-def plan(study: Study, folder: Path, base: str = "") -> list[Trial]:
-    """Every arm with every seed, as stages below ``folder``; all commands are checked.
-
-    Args:
-        base: a recipe or finished run in place of the study's own.
-
-    Raises:
-        UserError: a stage, flag or value that does not exist; the file, the arm and the stage are
-            named.
-    """
-    planner = Planner(study, folder, base or study.base)
-    trials = [
-        Trial(arm, seed, planner.evaluation_of(arm, seed))
-        for arm in arms_of(study)
-        for seed in study.seeds
-    ]
-    for trial in trials:
-        planner.require_use_of_base(trial)
-    return trials
-
-
-class Planner:
-    """Finds the stages of arms; what agrees in everything is one and the same stage."""
-
-    def __init__(self, study: Study, folder: Path, base: str):
-        self.study, self.folder, self.base = study, folder, base
-        self.known: dict[str, Stage] = {}
-        self.stages = {name: {} for name in KINDS} | study.stages
-        path = _found(resolve_stamp(base))
-        self.recipe, self.run = path, ""
-        if (path / FINISHED).is_file():
-            self.recipe, self.run = ROOT / "configs" / "cpu", STAGE_OF[_stage_in(path)]
-            self.stages |= given_by(path, self.run)
-        elif not any((path / f).is_file() for k in KINDS.values() for f in k.recipe.values()):
-            raise self.refusal(
-                f"base: {base} is neither a recipe, such as configs/cpu, nor the "
-                "folder of a finished run"
-            )
-        for name in study.seeded:
-            self.kind_of(name)
-
-    def refusal(self, text: str) -> UserError:
-        """The error that a text makes, with the study's file before it."""
-        return UserError(f"{self.study.file}: {text}")
-
-    def require_use_of_base(self, trial: Trial) -> None:
-        """Refuse a finished run that an arm does not start from: it would train another one."""
-        stages = trial.evaluation.with_inputs()
-        if self.run and not any(stage.given and stage.name == self.run for stage in stages):
-            raise self.refusal(
-                f"base: {self.base} is a run of stage {self.run}, from which arm "
-                f"{trial.arm.name!r} does not start; name another run, or a recipe"
-            )
-
-    def kind_of(self, name: str) -> str:
-        """The kind of a stage: its own name, or what it is like."""
-        kind = self.stages.get(name, {}).get(LIKE, name)
-        if kind not in KINDS and not self.stages.get(name, {}).keys() & {GIVEN, JOIN}:
-            raise self.refusal(
-                f'there is no stage {name!r}; write one into "stages" that is "like" one of '
-                f"{', '.join(KINDS)}"
-            )
-        return kind
-
-    def evaluation_of(self, arm: Arm, seed: int) -> Stage:
-        """The stage that evaluates an arm with a seed."""
-        chosen = dict(self.stages)
-        for key, value in arm.settings.items():
-            name, _, flag = key.partition(".")
-            self.kind_of(name)
-            if GIVEN in chosen[name]:
-                raise self.refusal(
-                    f"arm {arm.name!r}: {key} cannot vary, since {name} is given; leave out one"
-                )
-            chosen[name] = {**chosen[name], flag: value}
-        seeded = self.study.seeded or [n for n in chosen if self.kind_of(n) in TRAINED]
-        for name in seeded:
-            chosen[name] = {**chosen[name], "seed": seed}
-        return self.resolve("evaluation", chosen, arm)
-
-    def resolve(
-        self, name: str, chosen: dict[str, Settings], arm: Arm, way: tuple[str, ...] = ()
-    ) -> Stage:
-        """A stage by its name, with all that it needs."""
-        if name in way:
-            raise self.refusal(f"stage {name!r} needs itself: {' -> '.join((*way, name))}")
-        kind, settings = self.kind_of(name), dict(chosen.get(name, {}))
-        settings.pop(LIKE, "")
-        if GIVEN in settings:
-            return self.keep(self.given(name, kind, str(settings[GIVEN])))
-        if JOIN in settings:
-            values = {str(place): value for place, value in enumerate(settings[JOIN])}
-        else:
-            values = {**KINDS[kind].inputs, **settings}
-        inputs = {
-            flag: self.resolve(found[1], chosen, arm, (*way, name))
-            for flag, value in values.items()
-            if (found := PRODUCT.fullmatch(str(value)))
-        }
-        if JOIN in settings:
-            return self.keep(new_stage("joined", None, {}, inputs, {}, self.folder))
-        own = {f: value for f, value in values.items() if f not in inputs and value is not None}
-        return self.checked(name, arm, self.command(kind, own, inputs))
-
-    def given(self, name: str, kind: str, path: str) -> Stage:
-        """What stands at a path as a stage that is done."""
-        try:
-            file = Path(resolve_stamp(path))
-            file = file / "tokenizer.json" if file.is_dir() else file
-            digest = sha256_file(require_file(file, kind))
-        except UserError as error:
-            raise self.refusal(f"stage {name}: {error}") from None
-        return Stage(kind, digest, file.parent, given=str(file))
-
-    def command(self, name: str, settings: Settings, inputs: dict[str, Stage]) -> Stage:
-        """A stage that runs a script."""
-        kind = KINDS[name]
-        files = {flag: self.recipe / file for flag, file in kind.recipe.items()}
-        files |= {flag: _found(str(settings.pop(flag))) for flag in files.keys() & settings.keys()}
-        recipe = {flag: file.as_posix() for flag, file in files.items() if file.is_file()}
-        if kind.trains:
-            settings.setdefault("threads", 1)
-        return new_stage(name, kind, settings, inputs, recipe, self.folder)
-
-    def checked(self, name: str, arm: Arm, stage: Stage) -> Stage:
-        """The stage, when its script's settings have read its command without running it."""
-        if stage.hash in self.known:
-            return self.known[stage.hash]
-        sections = dict(zip(("config", "model_config"), stage.kind.configs, strict=False))
-        try:
-            if stage.kind.output in stage.settings:
-                raise UserError(f"{flag_of(stage.kind.output)}: the study sees to it; leave it out")
-            with contextlib.redirect_stderr(io.StringIO()):  # notes on what gives way
-                parse_many(sections, stage.words[1:], "")
-        except UserError as error:
-            raise self.refusal(f"arm {arm.name!r}, stage {name}: {error}") from None
-        return self.keep(stage)
-
-    def keep(self, stage: Stage) -> Stage:
-        """The one stage of this hash."""
-        return self.known.setdefault(stage.hash, stage)
-
-
 def new_stage(
     name: str,
     kind: Kind | None,
@@ -372,35 +111,3 @@ def new_stage(
     content = json.dumps([command, stage.effective, made_of], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()
     return replace(stage, hash=digest, folder=folder / f"{name}_{digest[:12]}")
-
-
-# ------------------------------------------------------------------------------------ what is there
-
-
-STAGE_OF = {  # of this module, by what a checkpoint calls it
-    "foundational": "foundational",
-    "instruction": "instruction",
-    "instruction_lora": "lora",
-    "grpo": "grpo",
-}
-
-
-def _found(path: str) -> Path:
-    """A path from here or, if there is none, from the folder of the scripts."""
-    return Path(path) if Path(path).exists() else ROOT / path
-
-
-def _stage_in(run: Path) -> str:
-    return read_json(run / FINISHED)["stage"]
-
-
-def given_by(run: Path, name: str) -> dict[str, Settings]:
-    """The stages that a finished run stands for: its model and its tokenizer."""
-    settings = read_json(run / SETTINGS["config"])
-    path = settings.get("tokenizer_path") or settings.get("tokenizer", "")
-    places = [Path(path), *(parent / path for parent in run.resolve().parents)]
-    tokenizer = next((place for place in places if place.exists()), None)
-    if tokenizer is None:
-        raise UserError(f"{run}: its tokenizer {path} is not there; start the study where it is")
-    model = run / Path(KINDS[name].product).name
-    return {name: {GIVEN: str(model)}, "tokenizer": {GIVEN: str(tokenizer)}}

@@ -11,9 +11,10 @@ from arithmetic_llm.config import StudyConfig
 from arithmetic_llm.evaluation.plots import save_picture
 from arithmetic_llm.runtime import UserError, readable_seconds
 from arithmetic_llm.study import figures
+from arithmetic_llm.study.plan import Trial, plan
 from arithmetic_llm.study.runner import available_cores, expected_seconds, run_stages
 from arithmetic_llm.study.spec import read_study
-from arithmetic_llm.study.stages import Stage, Trial, plan
+from arithmetic_llm.study.stages import Stage
 from arithmetic_llm.study.table import Results, results_of
 from arithmetic_llm.study.write import GRID, PAGE, PICTURE, write_results
 

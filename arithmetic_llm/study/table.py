@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from arithmetic_llm.evaluation.interval import wilson_interval
 from arithmetic_llm.runtime import UserError, require_file
+from arithmetic_llm.study.plan import Trial
 from arithmetic_llm.study.spec import EXACT, TRACE, Arm, Criterion, Study
-from arithmetic_llm.study.stages import Stage, Trial
+from arithmetic_llm.study.stages import Stage
 from arithmetic_llm.study.statistics import (
     CONFIDENCE,
     Spread,
