@@ -287,7 +287,7 @@ class RunConfig:
     )
     final_lr_ratio: float = opt(
         0.0,
-        "learning rate at the last step as a share of the peak",
+        "share of the peak learning rate that the schedule ends at, one step after the last",
         at_least=0.0,
         at_most=1.0,
         needs=[{"schedule": ("cosine", "linear")}],

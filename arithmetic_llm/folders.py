@@ -19,6 +19,7 @@ STAMP = "YYYYMMDD_HHMMSS"
 FACTS = "run.json"  # what is needed to repeat a run
 SETTINGS = {"config": "training_config.json", "model_config": "model_config.json"}
 METRICS = "metrics.jsonl"
+BEST = "best_model.pt"
 FINISHED = "training_summary.json"  # written last: a run folder that holds it is finished
 
 

@@ -259,8 +259,8 @@ MUTANTS = [
     ),
     Mutant(
         "loop: held-out evaluation with dropout on",
-        "    run.model.eval()\n",
-        "",
+        "with torch.no_grad(), evaluating(run.model):\n        metrics",
+        "with torch.no_grad():\n        metrics",
         f"{STAGE} -k judging",
     ),
     Mutant(

@@ -14,6 +14,7 @@ COURSE = (ROOT / "docs" / "COURSE.md").read_text(encoding="utf-8")
 EVENINGS = re.findall(r"^## Evening \d: .*?(?=^## |\Z)", COURSE, re.DOTALL | re.MULTILINE)
 SMALL = {  # in place of what the course says
     "--num-samples": "60",
+    "--min-depth": "1",
     "--max-depth": "2",
     "--flat-terms": "3",
     "--max-steps": "2",

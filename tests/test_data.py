@@ -321,6 +321,13 @@ def test_epochs_and_steps_are_the_two_budgets():
     assert task(batch_size=16, num_epochs=1, max_steps=100).total_steps == 100
 
 
+def test_no_step_lies_beyond_the_last_epoch():
+    """By tokens, epochs differ in their number of batches."""
+    for tokens in (300, 450, 600, 1000):
+        job = task(batch_tokens=tokens, num_epochs=10)
+        assert (job.total_steps - 1) // job.steps_per_epoch + 1 == 10
+
+
 def test_every_epoch_has_another_order():
     job = task(batch_size=16, num_epochs=2)
     assert not np.array_equal(job.plan[0], job.plan[job.steps_per_epoch])

@@ -1,5 +1,6 @@
 """The decoder against a naive loop and transformers; and batches change nothing."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -317,6 +318,8 @@ def test_the_margin_is_the_smallest_gap_between_the_two_best_logits():
     ids = torch.tensor([PROMPTS[0] + completion.tokens])
     best = MODEL(ids)[0, len(PROMPTS[0]) - 1 : -1].topk(2).values
     assert completion.margin == pytest.approx((best[:, 0] - best[:, 1]).min().item(), abs=1e-4)
+    (drawn,) = generate(MODEL, PROMPTS[:1], LIMIT, SamplingParams(temperature=1.0))
+    assert drawn.margin == math.inf  # a draw has no runner-up
 
 
 # ---------------------------------------------------------------------------------- sampling

@@ -151,7 +151,10 @@ def test_each_step_has_a_line_with_the_names_that_users_know(finished):
 
 
 def test_a_line_tells_the_means_of_all_its_steps(world, tmp_path, monkeypatch):
-    """Of each figure over the steps that have it; rates and gradient norm are the last update's."""
+    """Of each figure over the steps that have it; rates and gradient norm are the last update's.
+
+    A step without an update has a loss of 0 by itself, and none among others.
+    """
     argv = arguments(world, "--eval-every", 6, "--schedule", "linear", "--rewards", "turns")
     runs = []
     for log_every in (1, 4):
@@ -167,7 +170,8 @@ def test_a_line_tells_the_means_of_all_its_steps(world, tmp_path, monkeypatch):
         for name in ("step", "epoch", "learning_rate", "grad_norm"):
             assert line[name] == [each[name] for each in window if name in each][-1]
         for name in line.keys() - {"step", "epoch", "learning_rate", "grad_norm"}:
-            told = [each[name] for each in window if name in each]
+            learned = [each for each in window if name != "loss" or "grad_norm" in each]
+            told = [each[name] for each in learned if name in each]
             if not name.startswith(("tokens_per_second", "seconds")):
                 assert line[name] == pytest.approx(sum(told) / len(told)), name
 
@@ -514,6 +518,15 @@ def test_cut_off_completions_are_counted_and_treated_as_asked(world, tmp_path, c
 
 
 # ------------------------------------------------------------------------------ groups by hand
+
+
+@pytest.mark.parametrize(
+    "budget", [{"max_steps": 4}, {"max_steps": 3}, {"max_steps": 0, "num_epochs": 3}]
+)
+def test_the_prompts_of_all_steps_are_counted_as_they_are_asked(budget):
+    source = PromptSource(settings(num_samples=10, batch_size=8, **budget), PassRates())
+    asked = [len(source.of_step(step)) for step in range(source.total_steps)]
+    assert source.total_prompts == sum(asked)
 
 
 def settings(**options):

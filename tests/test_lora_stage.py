@@ -247,8 +247,9 @@ def test_an_adapter_of_an_adapter_keeps_its_base_and_can_move(trained, shelf, tm
     first, _ = trained
     start = ["--foundational-checkpoint", first / "lora_adapter.pt", "--max-steps", 2]
     folder = train(arguments(shelf, *start), tmp_path / "runs")
-    base = load_model(folder / "base_model.pt").model
-    assert weights_hash(base) == weights_hash(load_model(first / "merged_model.pt").model)
+    base, start = load_model(folder / "base_model.pt"), load_model(first / "lora_adapter.pt")
+    assert weights_hash(base.model) == weights_hash(load_model(first / "merged_model.pt").model)
+    assert (base.stage, base.step, base.trained_on) == (start.stage, start.step, start.trained_on)
     before = weights_hash(load_model(folder / "lora_adapter.pt").model)
     moved = folder.rename(tmp_path / "elsewhere")
     assert weights_hash(load_model(moved / "lora_adapter.pt").model) == before

@@ -143,6 +143,7 @@ def test_weights_are_read_from_text():
         ("correct=much", "'much' is no weight for correct"),
         ("correct=nan", "'nan' is no weight"),
         ("correct=inf", "'inf' is no weight"),
+        ("correct=1,correct=0.2", "'correct' stands there twice"),
         ("", "is empty; choose from correct"),
         (" , ", "is empty"),
     ],

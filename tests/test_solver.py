@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from helpers import ROOT
@@ -201,6 +202,14 @@ def test_warnings_say_what_was_never_trained(solver):
     assert flat.startswith("a sum of 4 numbers")
     (large,) = solver.warnings("1 + 21")
     assert large == "numbers 1 to 21; trained on 1 to 20"
+
+
+def test_a_sum_as_long_as_typed_trees_is_nothing_new(solver):
+    """1 + 2 + 3 is (1 + 2) + 3 as people type it."""
+    typed = replace(SEEN, styles={"nested": 5, "typed": 4}, flat_terms=(), depths=(1, 2, 3))
+    trained = ArithmeticSolver(solver.model, solver.tokenizer, typed)
+    assert trained.warnings("1 + 2 + 21") == ["numbers 1 to 21; trained on 1 to 20"]
+    assert trained.warnings("1 + 2 + 3 + 4 + 5") == ["a sum of 5 numbers; trained on 2 to 4"]
 
 
 # ----------------------------------------------------------------------------- checkpoints

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from arithmetic_llm.config import InstructionConfig
 from arithmetic_llm.corpus.coverage import coverage_of
 from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.folders import FINISHED
-from arithmetic_llm.model.checkpoint import weights_hash
+from arithmetic_llm.model.checkpoint import read_checkpoint, weights_hash
 from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.training import supervised
@@ -197,6 +198,13 @@ def test_an_epochs_loss_is_the_mean_of_its_lines():
         {"epoch": 1, "train_loss": 3.0, "step": 10, "eval_loss": 3.0},
         {"epoch": 2, "train_loss": 1.0},
     ]
+
+
+def test_an_epochs_loss_counts_each_step_once():
+    """The end of an epoch closes a line early."""
+    lines = [{"step": 20, "loss": 2.0}, {"step": 25, "loss": 1.0}, {"step": 45, "loss": 3.0}]
+    log = epoch_log(lines, steps_per_epoch=25)
+    assert [entry["train_loss"] for entry in log] == [pytest.approx(1.8), 3.0]
 
 
 def test_the_metrics_tell_the_learning_rate_that_was_used(workshop, tmp_path):
@@ -424,6 +432,46 @@ def test_a_damaged_last_checkpoint_is_no_reason_to_start_over(unfinished, undist
     assert "trying the one before" in ended.err
     assert "at step 60" in ended.out
     assert_same_models(unfinished, undisturbed[FOUNDATIONAL])
+
+
+def test_a_damaged_later_checkpoint_displaces_no_good_one(unfinished, opened):
+    later = unfinished / "checkpoint_step_200.pt"
+    later.write_bytes(b"half")
+    assert call(FOUNDATIONAL, "--resume", unfinished).code == 0
+    (run,) = opened
+    assert (run.step, run.config.keep_checkpoints) == (80, 2)
+    run.step = 85
+    run.save_step()
+    steps = {int(path.stem.rpartition("_")[2]) for path in unfinished.glob("checkpoint_step_*.pt")}
+    assert steps == {80, 85, 200}
+
+
+@pytest.mark.parametrize(("step", "lost"), [(80, False), (90, True), (None, True)])
+def test_a_best_model_that_the_run_has_yet_to_make_again_is_not_the_best(
+    unfinished, opened, step, lost
+):
+    best = unfinished / "best_model.pt"
+    edit(best, lambda content: content.update(step=step))  # None: a damaged file
+    assert call(FOUNDATIONAL, "--resume", unfinished).code == 0
+    assert math.isinf(opened[0].best) == lost
+
+
+def test_the_summary_tells_of_the_best_model_that_is_there(unfinished):
+    """The figure to beat was of a step that a kill has taken, and does not come again."""
+    edit(unfinished / "best_model.pt", lambda content: content.update(step=90))
+    edit(unfinished / "checkpoint_step_80.pt", lambda content: content["training"].update(best=0.0))
+    assert call(FOUNDATIONAL, "--resume", unfinished).code == 0
+    told = read_json(unfinished / FINISHED)["best"]
+    assert told["step"] == read_checkpoint(unfinished / "best_model.pt").step > 90
+    assert told in metrics(unfinished)
+
+
+def test_an_unknown_past_stays_unknown(workshop, undisturbed, tmp_path):
+    start = shutil.copy(undisturbed[FOUNDATIONAL] / "best_model.pt", tmp_path)
+    edit(Path(start), lambda content: content.update(trained_on={}))
+    argv = instruction(workshop, tmp_path, "--max-steps", 1)
+    folder = train(INSTRUCTION, argv, tmp_path / "runs")
+    assert read_checkpoint(folder / "final_model.pt").trained_on is None
 
 
 def test_what_is_not_resumable_is_passed_over(unfinished, undisturbed):

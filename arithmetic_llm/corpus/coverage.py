@@ -52,12 +52,17 @@ class Coverage:
         in_style = problem.style is None or problem.style in self.styles
         return in_style and self._has_row(problem) and low <= problem.low <= problem.high <= high
 
+    @property
+    def sums(self) -> tuple[int, ...]:
+        """How many numbers its sums without parentheses have, ascending.
+
+        1 + 2 + 3 is a flat sum, but also (1 + 2) + 3 as people type it.
+        """
+        typed = {depth + 1 for depth in self.depths} if "typed" in self.styles else set()
+        return tuple(sorted({*self.flat_terms, *typed}))
+
     def _has_row(self, problem: Problem) -> bool:
-        if problem.terms is None:
-            return problem.depth in self.depths
-        # 1 + 2 + 3 is a flat sum, but also (1 + 2) + 3 as people type it.
-        typed = "typed" in self.styles and problem.terms - 1 in self.depths
-        return typed or problem.terms in self.flat_terms
+        return problem.depth in self.depths if problem.terms is None else problem.terms in self.sums
 
     def merge(self, later: Coverage) -> Coverage:
         """Union with a later stage: all that a model has seen after both."""

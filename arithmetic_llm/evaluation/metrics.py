@@ -11,14 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from arithmetic_llm.corpus.coverage import Coverage, to_dict
 from arithmetic_llm.evaluation.interval import wilson_interval
 from arithmetic_llm.evaluation.judge import NEAR_TIE, Outcome
-
-if TYPE_CHECKING:
-    pass
 
 
 def percent(part: float, whole: float) -> float | None:

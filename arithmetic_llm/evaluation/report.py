@@ -136,7 +136,7 @@ def notes(metrics: Metrics) -> list[str]:
             f"Note: {metrics['beyond_context']:,} texts ran beyond the trained context of "
             f"{settings['context']:,} tokens."
         )
-    if ties["samples"] and settings["temperature"] == 0:
+    if ties["samples"]:
         found.append(
             f"Note: {ties['samples']:,} texts hang on a near-tie (smallest gap between two logits "
             f"{ties['smallest_margin']:.1e}); another machine or batch size may write them "

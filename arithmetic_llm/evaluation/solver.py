@@ -165,8 +165,8 @@ class ArithmeticSolver:
         found = []
         if problem.depth is not None and problem.depth not in seen.depths:
             found.append(f"depth {problem.depth}; trained on depth {_span(seen.depths)}")
-        elif problem.terms is not None and problem.terms not in seen.flat_terms:
-            found.append(f"a sum of {problem.terms} numbers; trained on {_span(seen.flat_terms)}")
+        elif problem.terms is not None and problem.terms not in seen.sums:
+            found.append(f"a sum of {problem.terms} numbers; trained on {_span(seen.sums)}")
         low, high = seen.num_range
         if problem.low < low or problem.high > high:
             found.append(f"numbers {problem.low} to {problem.high}; trained on {low} to {high}")

@@ -69,6 +69,13 @@ class PromptSource:
         self.prompts_per_epoch = min(config.num_samples, available)
         self.prompts_per_step = config.batch_size * config.gradient_accumulation_steps
         self.steps_per_epoch = -(-self.prompts_per_epoch // self.prompts_per_step)
+        self.total_steps = config.max_steps or config.num_epochs * self.steps_per_epoch
+
+    @property
+    def total_prompts(self) -> int:
+        """Prompts of all steps, one that is asked again counted again."""
+        epochs, steps = divmod(self.total_steps, self.steps_per_epoch)
+        return epochs * self.prompts_per_epoch + steps * self.prompts_per_step
 
     def of_step(self, step: int) -> list[str]:
         """The prompts of a step; each epoch goes through a corpus in a new order.

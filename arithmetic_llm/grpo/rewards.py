@@ -78,13 +78,16 @@ def parse_rewards(spec: str) -> dict[str, float]:
     """``correct=1,format=0.1`` -> weights by name; a bare name weighs 1.
 
     Raises:
-        UserError: an unknown name, a weight that is no finite number, or no reward at all.
+        UserError: an unknown name, one that comes twice, a weight that is no finite number, or no
+            reward at all.
     """
     weights = {}
     for part in filter(None, (part.strip() for part in spec.split(","))):
         name, _, number = part.partition("=")
         if name not in REWARDS:
             raise UserError(f"--rewards: no reward {name!r}; there are {', '.join(REWARDS)}")
+        if name in weights:
+            raise UserError(f"--rewards: {name!r} stands there twice; leave one out")
         weights[name] = _weight(name, number)
     if not weights:
         raise UserError(f"--rewards is empty; choose from {', '.join(REWARDS)}")

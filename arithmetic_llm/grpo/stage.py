@@ -63,14 +63,12 @@ def _lora(config: GRPOConfig) -> GRPOConfig | None:
 
 def _drawn(config: GRPOConfig, source: PromptSource) -> Coverage:
     """Generated prompts as problems seen."""
-    per_epoch = source.prompts_per_epoch
-    prompts = config.max_steps * source.prompts_per_step or config.num_epochs * per_epoch
     return Coverage(
-        styles={"nested": prompts},
+        styles={"nested": source.total_prompts},
         depths=tuple(range(config.min_depth, config.max_depth + 1)),
         flat_terms=(),
         num_range=config.num_range,
-        splits={"train": prompts},
+        splits={"train": source.total_prompts},
     )
 
 

@@ -72,7 +72,7 @@ class GRPOTask:
         self.reference = Reference(model, needed=attempts and config.kl_penalty_coef > 0)
         self.monitor = Monitor(config, self.reference.needed)
         self.steps_per_epoch = source.steps_per_epoch
-        self.total_steps = config.max_steps or config.num_epochs * self.steps_per_epoch
+        self.total_steps = source.total_steps
         self.precision = torch.float32  # of the training forward; set when the run is open
 
     # -- a step
@@ -157,9 +157,9 @@ class GRPOTask:
         return [
             as_episode(rollout, advantage)
             for group, row in zip(groups, advantages, strict=True)
-            for rollout, advantage in zip(group, row, strict=True)
             if not self._is_dead(group)
-            and not (config.baseline == "none" and advantage == 0)
+            for rollout, advantage in zip(group, row, strict=True)
+            if not (config.baseline == "none" and advantage == 0)
             and not (config.cutoff == "mask" and rollout.outcome.cut_off)
         ]
 

@@ -52,7 +52,9 @@ class Completion:
     tokens: list[int] = field(default_factory=list)  # the final <eos> included
     logprobs: list[float] = field(default_factory=list)  # nats, of the distribution sampled from
     finish_reason: Literal["eos", "length"] = "length"
-    margin: float = float("inf")  # smallest gap between the two best logits: a near-tie if ~1e-5
+    margin: float = float(
+        "inf"
+    )  # smallest gap between the two best logits, if greedy: a near-tie if ~1e-5
     support: list[Tensor] = field(default_factory=list)  # (vocabulary,) bool a token, if truncated
 
     def add(self, emission: Emission) -> None:
@@ -339,8 +341,10 @@ def _choose(logits: Tensor, sampling: SamplingParams, uniform: Tensor) -> Choice
         threshold = uniform.to(logits.device)[..., None] * cumulative[..., -1:]
         tokens = torch.searchsorted(cumulative, threshold, right=True)[..., 0]
     chosen = logprobs.gather(-1, tokens[..., None])[..., 0]
+    gap = best[..., 0] - best[..., 1]
+    margins = gap if sampling.greedy else torch.full_like(gap, torch.inf)
     support = logprobs > -torch.inf if sampling.truncated else None
-    return Choice(tokens, chosen, best[..., 0] - best[..., 1], support)
+    return Choice(tokens, chosen, margins, support)
 
 
 def truncated_logprobs(logits: Tensor, sampling: SamplingParams) -> Tensor:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache
+from itertools import pairwise
 from statistics import fmean
 from typing import Any, NamedTuple, Protocol
 
@@ -32,7 +33,9 @@ from arithmetic_llm.distributed import (
     share,
     world_size,
 )
-from arithmetic_llm.folders import FINISHED
+from arithmetic_llm.folders import BEST, FINISHED
+from arithmetic_llm.model.checkpoint import read_checkpoint
+from arithmetic_llm.model.decode import evaluating
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import (
     Progress,
@@ -317,19 +320,17 @@ def should_move(parameter: Tensor, before: Tensor, rate: float) -> bool:
 
 def validate(run: Run, task: Task, log: MetricsLog, bar: Progress) -> None:
     """Judge the model on held-out data; keep it as ``best_model.pt`` if it is the best so far."""
-    run.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(run.model):
         metrics = task.validate(run.model)
     if math.isnan(task.selection_loss(metrics)):
         flags = run.config.rate_flags
         raise UserError(f"the held-out loss is nan at step {run.step}; lower {flags}")
-    run.model.train()
     log.append(step=run.step, **metrics)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     bar.note(f"step {run.step}: {shown}")
     if task.selection_loss(metrics) < run.best:
         run.best = task.selection_loss(metrics)
-        run.save("best_model.pt")
+        run.save(BEST)
 
 
 def finish(
@@ -340,8 +341,8 @@ def finish(
     more_files: Callable[[Run], None] | None,
 ) -> dict[str, Any]:
     """Write the files that mark a run as finished, the summary last."""
-    if not (run.folder / "best_model.pt").exists():  # no figure was finite
-        run.save("best_model.pt")
+    if not (run.folder / BEST).exists():  # no figure was finite
+        run.save(BEST)
     run.save("final_model.pt")
     if run.checkpoint.adapter:
         save_adapter_files(run.folder, run.config)
@@ -353,7 +354,7 @@ def finish(
     summary = {
         "stage": run.checkpoint.stage,
         "steps": run.step,
-        "best": best_line(evaluations, task),
+        "best": best_line(evaluations, run),
         "final": evaluations[-1],
         "seconds": round(meter.seconds, 1),  # of this process; a resumed run counts its last part
         "tokens_per_second": round(meter.tokens_per_second),
@@ -364,20 +365,26 @@ def finish(
     return summary
 
 
-def best_line(evaluations: list[dict[str, Any]], task: Task) -> dict[str, Any]:
-    """The evaluation that ``best_model.pt`` comes from: the first of the least bad ones."""
-    return min(evaluations, key=task.selection_loss)
+def best_line(evaluations: list[dict[str, Any]], run: Run) -> dict[str, Any]:
+    """The evaluation that ``best_model.pt`` comes from."""
+    step = read_checkpoint(run.folder / BEST).step
+    return next((line for line in evaluations if line["step"] == step), evaluations[-1])
 
 
 def epoch_log(lines: list[dict[str, Any]], steps_per_epoch: int) -> list[dict[str, Any]]:
-    """Mean training loss and last held-out figures of each epoch, from the metrics stream."""
+    """Mean training loss and last held-out figures of each epoch, from the metrics stream.
+
+    A line tells of all steps since the one before, be they many or few.
+    """
     epochs: dict[int, list[dict[str, Any]]] = {}
     for line in lines:
         epochs.setdefault((line["step"] - 1) // steps_per_epoch + 1, []).append(line)
     log = []
     for epoch, members in epochs.items():
-        losses = [line["loss"] for line in members if "loss" in line]
-        mean = sum(losses) / len(losses) if losses else None
+        told = [line for line in members if "loss" in line]
+        ends = [(epoch - 1) * steps_per_epoch, *(line["step"] for line in told)]
+        steps = [end - start for start, end in pairwise(ends)]
+        mean = fmean([line["loss"] for line in told], steps) if told else None
         held_out = [line for line in members if "loss" not in line]
         log.append({"epoch": epoch, "train_loss": mean, **(held_out[-1] if held_out else {})})
     return log
@@ -387,8 +394,9 @@ class Meter:
     """Loss, speed and time left, for the bar and the metrics stream.
 
     A line of the stream tells of all steps since the line before (or since this process began):
-    loss and figures are means over the steps, each figure over those that tell it, so seconds are
-    seconds a step; learning rates and gradient norm are the last update's.
+    loss and figures are means over the steps, each over those that tell it (a step without an
+    update has no loss; where none had one it is 0), so seconds are seconds a step; learning rates
+    and gradient norm are the last update's.
     """
 
     ESTIMATE_AFTER_STEPS = 10
@@ -437,11 +445,12 @@ class Meter:
     def line(self) -> dict[str, Any]:
         """One line of the metrics stream; starts the next window."""
         seconds = time.monotonic() - self.window_start
+        losses = [s.loss for s in self.window if s.gradient_norm is not None]
         norms = [s.gradient_norm for s in self.window if s.gradient_norm is not None]
         line = {
             "step": self.run.step,
             "epoch": round(self.run.step / self.task.steps_per_epoch, 4),
-            "loss": fmean(step.loss for step in self.window),
+            "loss": fmean(losses) if losses else 0.0,
             **self.window[-1].rates,
             **({"grad_norm": norms[-1]} if norms else {}),
             "tokens_per_second": round(sum(s.tokens for s in self.window) / max(seconds, 1e-9)),

@@ -144,10 +144,10 @@ def orthogonalise(matrices: Tensor, exact: bool = False, iterations: int = 5) ->
     a, b, c = 3.4445, -4.7750, 2.0315
     in_bf16 = multiplies_bf16(matrices.device) and not exact
     x = matrices.to(torch.bfloat16 if in_bf16 else torch.float32)
-    wide = x.shape[-2] > x.shape[-1]
-    x = x.mT if wide else x
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x.mT if wide else x).to(matrices.dtype)
+    return (x.mT if tall else x).to(matrices.dtype)

@@ -22,6 +22,7 @@ from arithmetic_llm.distributed import (
     world_size,
 )
 from arithmetic_llm.folders import (
+    BEST,
     FACTS,
     FINISHED,
     METRICS,
@@ -72,7 +73,7 @@ class Run:
     checkpoint: Checkpoint  # the model, with what every file saved from it must say
     optimizer: MuonAdamW
     step: int = 0
-    best: float = math.inf  # lowest badness so far
+    best: float = math.inf  # lowest `selection_loss` so far
     task_state: dict[str, Any] = field(default_factory=dict)
     precision: torch.dtype = field(init=False)
 
@@ -94,10 +95,16 @@ class Run:
         save_checkpoint(self.folder / name, content)
 
     def save_step(self) -> None:
-        """Write ``checkpoint_step_N.pt`` and drop those that are no longer kept."""
-        self.save(f"checkpoint_step_{self.step}.pt", resumable=True)
+        """Write ``checkpoint_step_N.pt`` and drop those that are no longer kept.
+
+        Later ones are damaged, or the run would have gone on from them: they count for nothing.
+        """
+        name = f"checkpoint_step_{self.step}.pt"
+        self.save(name, resumable=True)
         keep = self.config.keep_checkpoints if is_main() else 0
-        for old in step_checkpoints(self.folder)[:-keep] if keep else []:
+        paths = step_checkpoints(self.folder) if keep else []
+        so_far = paths[: paths.index(self.folder / name) + 1] if keep else []
+        for old in so_far[:-keep]:
             old.unlink(missing_ok=True)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -292,9 +299,22 @@ def continue_run(folder: Path, config: RunConfig, checkpoint: Checkpoint) -> Run
         none = "none of its checkpoints will do" if paths else "it has no checkpoint yet"
         print(f"resuming {folder}: {none}, so it starts over")
     require_same(run.step, f"checkpoints in {folder}")
+    if best_is_lost(run):
+        run.best = math.inf
     for name in (METRICS, ROLLOUTS):
         MetricsLog(folder, name).truncate(run.step)
     return run
+
+
+def best_is_lost(run: Run) -> bool:
+    """Whether ``best_model.pt`` cannot stay: unreadable, or of a step that is still to come again.
+
+    Such a step may turn out otherwise, and then no figure of this run would belong to the file.
+    """
+    try:
+        return read_checkpoint(run.folder / BEST).step > run.step
+    except UserError:
+        return True
 
 
 def restored(run: Run, path: Path) -> bool:

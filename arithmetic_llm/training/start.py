@@ -74,8 +74,8 @@ def _model(
     shape: ModelConfig | None,
     tokenizer: ArithmeticTokenizer,
     seen: Coverage,
-) -> tuple[ArithmeticModel, Coverage]:
-    """The model to begin with, on its device, and all that it will have seen."""
+) -> tuple[ArithmeticModel, Coverage | None]:
+    """The model to begin with, on its device, and all that it will have seen; None = unknown."""
     device = resolve_device(config.device)
     if not sources.start:
         return initialise(ArithmeticModel(shape, tokenizer.vocab_size)).to(device), seen
@@ -83,7 +83,7 @@ def _model(
     check_tokenizer(base, sources.tokenizer, sources.start)
     if context := getattr(config, "max_seq_length", 0):  # only some stages may change it
         base.model.config = replace(base.model.config, max_seq_length=context)
-    return base.model, base.trained_on.merge(seen) if base.trained_on else seen
+    return base.model, base.trained_on and base.trained_on.merge(seen)
 
 
 def warn_of_other_splits(covered: Coverage, corpus_path: str) -> None:

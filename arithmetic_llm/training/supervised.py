@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class SupervisedTask:
         for epoch in itertools.count() if config.max_steps else range(config.num_epochs):
             rng = np.random.default_rng((config.seed, epoch))
             self.plan += plan_epoch(train.lengths, config.batch_size, config.batch_tokens, rng)
-            self.steps_per_epoch = len(self.plan) // (epoch + 1)
+            self.steps_per_epoch = math.ceil(len(self.plan) / (epoch + 1))  # none lies beyond
             if config.max_steps and len(self.plan) >= config.max_steps:
                 break
         if config.max_steps:
