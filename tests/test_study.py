@@ -23,6 +23,7 @@ from arithmetic_llm.study.spec import arms_of, read_study, values_of
 from arithmetic_llm.study.study import stages_of
 from studies import MODEL_ALONE, commands, run_here, write_recipe, write_study
 
+LONG = 2500  # steps of a run that does not end while a busy machine is at something else
 needs_locks = pytest.mark.skipif(os.name == "nt", reason="SIGINT and locks of files")
 
 
@@ -159,7 +160,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(bench):
     assert log.count("$ python") == 2
     assert f"--resume {metrics.parent.relative_to(bench)}" in log
     assert f"at step {step}\n" in log
-    assert read_json(metrics.parent / "training_summary.json")["steps"] == 1000
+    assert read_json(metrics.parent / "training_summary.json")["steps"] == LONG
 
 
 @needs_locks
@@ -172,7 +173,7 @@ def test_after_a_kill_the_process_that_is_left_is_waited_for(bench):
     ended = study(bench, "killed.json")
     assert ended.code == 0, ended.err
     assert (metrics.parents[1] / "log.txt").read_text().count("$ python") == 1
-    assert read_json(metrics.parent / "training_summary.json")["steps"] == 1000
+    assert read_json(metrics.parent / "training_summary.json")["steps"] == LONG
 
 
 def started_in_training(bench, name, rate):
@@ -185,8 +186,8 @@ def started_in_training(bench, name, rate):
 
 def long_arm(recipe, rate):
     """A study of one arm that trains for some seconds."""
-    steps = {"learning_rate": rate, "max_steps": 1000, "log_every": 5, "eval_every": 1000}
-    stages = {"foundational": {**steps, "save_every": 1000}, "evaluation": MODEL_ALONE}
+    steps = {"learning_rate": rate, "max_steps": LONG, "log_every": 5, "eval_every": LONG}
+    stages = {"foundational": {**steps, "save_every": LONG}, "evaluation": MODEL_ALONE}
     return two_arms(recipe, vary={}, stages=stages)
 
 
