@@ -445,14 +445,13 @@ class Meter:
     def line(self) -> dict[str, Any]:
         """One line of the metrics stream; starts the next window."""
         seconds = time.monotonic() - self.window_start
-        losses = [s.loss for s in self.window if s.gradient_norm is not None]
-        norms = [s.gradient_norm for s in self.window if s.gradient_norm is not None]
+        learned = [step for step in self.window if step.gradient_norm is not None]
         line = {
             "step": self.run.step,
             "epoch": round(self.run.step / self.task.steps_per_epoch, 4),
-            "loss": fmean(losses) if losses else 0.0,
+            "loss": fmean(step.loss for step in learned) if learned else 0.0,
             **self.window[-1].rates,
-            **({"grad_norm": norms[-1]} if norms else {}),
+            **({"grad_norm": learned[-1].gradient_norm} if learned else {}),
             "tokens_per_second": round(sum(s.tokens for s in self.window) / max(seconds, 1e-9)),
             "seconds": seconds / len(self.window),
             **means(self.metrics),

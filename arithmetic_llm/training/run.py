@@ -101,10 +101,11 @@ class Run:
         """
         name = f"checkpoint_step_{self.step}.pt"
         self.save(name, resumable=True)
-        keep = self.config.keep_checkpoints if is_main() else 0
-        paths = step_checkpoints(self.folder) if keep else []
-        so_far = paths[: paths.index(self.folder / name) + 1] if keep else []
-        for old in so_far[:-keep]:
+        if not (is_main() and self.config.keep_checkpoints):
+            return
+        paths = step_checkpoints(self.folder)
+        so_far = paths[: paths.index(self.folder / name) + 1]
+        for old in so_far[: -self.config.keep_checkpoints]:
             old.unlink(missing_ok=True)
 
     def write_json(self, name: str, value: Any) -> None:
