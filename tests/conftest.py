@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,9 @@ from arithmetic_llm.model.transformer import initialise
 from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, plan_epoch
 from arithmetic_llm.training.optim import build_optimizer, learning_rate_factor
 from arithmetic_llm.training.supervised import counted_logits
+
+# A shell's background jobs ignore Ctrl-C, and so would all that the tests start from there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMALL_WORLD = SampleSpec(max_depth=2, num_range=(1, 9), invalid_rate=0.0, typed_rate=0.0)
 

@@ -4,7 +4,6 @@ import codecs
 import os
 import re
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -381,8 +380,6 @@ def _own_terminal():
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    # A runner in the background may ignore Ctrl-C, and children inherit that.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 in_a_terminal = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

@@ -23,7 +23,7 @@ from arithmetic_llm.study.spec import arms_of, read_study, values_of
 from arithmetic_llm.study.study import stages_of
 from studies import MODEL_ALONE, commands, run_here, write_recipe, write_study
 
-LONG = 2500  # steps of a run that does not end while a busy machine is at something else
+LONG = 1000  # steps of a run that does not end while a busy machine is at something else
 needs_locks = pytest.mark.skipif(os.name == "nt", reason="SIGINT and locks of files")
 
 
