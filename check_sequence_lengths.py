@@ -50,7 +50,7 @@ def table(lengths, context):
 
     heads = ["depth", "samples", *(f"p{p}" for p in PERCENTILES), f"> {context}"]
     rows = [heads]
-    for name in sorted(lengths):
+    for name in sorted(lengths, key=lambda name: (not name.isdigit(), len(name), name)):
         values = np.array(lengths[name])
         ranks = np.percentile(values, PERCENTILES, method="higher")
         rows.append([name, len(values), *ranks, int((values > context).sum())])

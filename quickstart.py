@@ -8,8 +8,6 @@
 Each stage is one command, printed before it runs; paste it to run that stage alone.
 """
 
-import os
-import shlex
 import subprocess
 import sys
 import time
@@ -17,7 +15,7 @@ from pathlib import Path
 
 from arithmetic_llm.cli import parse, run_main
 from arithmetic_llm.config import QuickstartConfig
-from arithmetic_llm.runtime import UserError
+from arithmetic_llm.runtime import UserError, quoted
 
 TEST = "--tokenizer-path data/tokenizer --test-file data/instruction_corpus_test.txt"
 FOUNDATIONAL = "models/foundational_YYYYMMDD_HHMMSS/best_model.pt"
@@ -130,11 +128,6 @@ def in_processes(config):
     return ["--processes", str(config.processes)] if config.processes > 1 else []
 
 
-def quoted(arguments):
-    """Arguments as they can be pasted into this system's shell."""
-    return subprocess.list2cmdline(arguments) if os.name == "nt" else shlex.join(arguments)
-
-
 def pasted(arguments):
     """A script with its arguments as a user types it."""
     return f"python {quoted(arguments)}"
@@ -146,12 +139,21 @@ def run(name, arguments):
     script, *flags = arguments
     started = time.monotonic()
     here = Path(__file__).resolve().parent
-    code = subprocess.run([sys.executable, str(here / script), *flags]).returncode
+    code = exit_code(subprocess.Popen([sys.executable, str(here / script), *flags]))
     if code == 130:
         raise KeyboardInterrupt
     if code:
         raise UserError(f"stage '{name}' ended with exit code {code}; its message is above")
     return time.monotonic() - started
+
+
+def exit_code(process):
+    """The exit code of a stage. Ctrl-C is left to it: the terminal tells it too, and it saves."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            pass
 
 
 def newest_metrics(folder):

@@ -57,6 +57,8 @@ def _newest(path: str) -> str:
     if not finished:
         raise UserError(f"{path}: no finished run of that name in {parent}; run its stage first")
     chosen = Path(parent, finished[-1], *parts[place + 1 :])
+    if STAMP in str(chosen):
+        return _newest(str(chosen))
     print(f"{path} -> {chosen}")
     return str(chosen)
 

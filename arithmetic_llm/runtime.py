@@ -11,9 +11,11 @@ import hashlib
 import os
 import platform
 import reprlib
+import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, get_args, get_origin
 
@@ -183,6 +185,11 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def quoted(arguments: Sequence[str]) -> str:
+    """Arguments as they can be pasted into this system's shell."""
+    return subprocess.list2cmdline(arguments) if os.name == "nt" else shlex.join(arguments)
 
 
 def readable_seconds(seconds: float) -> str:

@@ -18,6 +18,7 @@ from arithmetic_llm.study.statistics import (
     mcnemar,
     normal_quantile,
     paired_interval,
+    paired_p,
     pooled_spread,
     student_interval,
     student_p,
@@ -122,6 +123,17 @@ def test_the_paired_interval_of_no_difference_has_a_width():
     assert 0.05 < high < 0.15
     wide, narrow = paired_interval([1, -1] * 50), paired_interval([0.5, -0.5] * 50)
     assert narrow[1] < 0.6 * wide[1]  # several pairs that differ by half: they vary less
+
+
+def test_the_paired_test_is_that_of_a_normal_mean_and_agrees_with_the_interval():
+    draw = random.Random(2)
+    for mean in (0.0, 0.02, 0.05, 0.2):
+        found = [draw.gauss(mean, 0.3) for _ in range(100)]
+        more = [*found, 0.5**0.5, -(0.5**0.5)]  # the two problems more
+        z = fmean(more) / (stats.tstd(more, ddof=0) / len(more) ** 0.5)
+        assert paired_p(found) == pytest.approx(2 * stats.norm.sf(abs(z)))
+        low, high = paired_interval(found)
+        assert (paired_p(found) < 0.05) == (not low < 0 < high)
 
 
 def test_holm_by_hand():

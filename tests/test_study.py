@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,18 @@ def test_a_term_and_a_closed_terminal_interrupt(name):
     assert signal.getsignal(getattr(signal, name)) is before
 
 
+@needs_locks
+def test_in_the_background_ctrl_c_counts_and_under_nohup_a_closed_terminal_does_not():
+    for name in ("SIGINT", "SIGHUP"):
+        before = signal.signal(getattr(signal, name), signal.SIG_IGN)
+        try:
+            interrupts = pytest.raises(KeyboardInterrupt) if name == "SIGINT" else nullcontext()
+            with interrupts, runner.interrupted_by_terms():
+                signal.raise_signal(getattr(signal, name))
+        finally:
+            signal.signal(getattr(signal, name), before)
+
+
 def test_a_run_that_was_finished_and_not_marked_is_not_run_again(bench, monkeypatch):
     monkeypatch.delattr(runner, "launch")
     configs = bench.glob("stages/foundational_*/*/training_config.json")
@@ -408,6 +421,13 @@ def test_a_dry_run_says_all_and_does_nothing(tmp_path):
             "'instruction' needs itself: evaluation -> ",
         ),
         ({"stages": {"tokenizer": {"given": "nowhere"}}}, "stage tokenizer: nowhere: no such"),
+        ({"stages": {"lora": {"like": ["a"]}}}, "there is no stage 'lora'"),
+        ({"stages": {"instruction_corpus": {"join": 5}}}, "instruction_corpus: join: 5 is no list"),
+        ({"stages": {"instruction_corpus": {"join": ["a.txt"]}}}, "join: ['a.txt'] is no list of"),
+        ({"stages": {"instruction_corpus": {"join": []}}}, "join: [] is no list of stages"),
+        ({"stages": {"foundational": {"config": "x.json"}}}, "stage foundational: config: x.json"),
+        ({"arms": {"a": {"instruction.seed": 5}}}, "arm 'a': instruction.seed comes from the"),
+        ({"rows": ["depth 9"]}, "arm 'base': rows: depth 9: the test has depth 1 to "),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -425,10 +445,10 @@ def test_a_mistake_is_one_line_that_names_file_key_and_remedy(tmp_path, keys, na
 
 
 def test_a_row_that_the_test_does_not_have_is_named(bench):
-    write_study(bench / "rows.json", **two_arms(bench / "tiny", rows=["depth 7"]))
+    write_study(bench / "rows.json", **two_arms(bench / "tiny", rows=["7 terms"]))
     ended = call_in(bench, "rows.json")
     assert ended.code == 2
-    assert "rows.json: rows: the test has no depth 7; it has all, depth 1, depth 2" in ended.err
+    assert "rows.json: rows: the test has no 7 terms; it has all, depth 1, depth 2" in ended.err
 
 
 def call_in(folder, name):

@@ -2,6 +2,8 @@
 
 import csv
 import io
+import random
+from dataclasses import replace
 
 import pytest
 
@@ -10,13 +12,16 @@ from arithmetic_llm.study.figures import (
     draw_grid,
     draw_results,
     numeric_axis,
+    percent_text,
     series_of,
 )
 from arithmetic_llm.study.spec import MEASURES, Arm, Criterion, Study
+from arithmetic_llm.study.statistics import pooled_spread
 from arithmetic_llm.study.table import (
     Evaluated,
     Reached,
     Results,
+    by_problems,
     differences,
     is_right,
     row_of,
@@ -142,7 +147,7 @@ def test_a_model_that_several_seeds_share_is_one():
     start.runs.append(Evaluated(1, start.runs[0].stage))
     start.runs[1].__dict__["entries"] = start.runs[0].entries
     new = reached("new", ones(90), ones(80))
-    spread = spread_of([start, new], ALL)
+    spread = spread_of([start, new], ALL, start)
     assert len(start.models) == 1
     assert start.interval(ALL, spread) == pytest.approx((0.404, 0.596), abs=1e-3)
     assert (spread.freedom, spread.error(2, 1)) == (1, pytest.approx(0.05))
@@ -151,11 +156,36 @@ def test_a_model_that_several_seeds_share_is_one():
 
 def test_seeds_widen_the_interval_of_the_problems_and_never_narrow_it():
     apart, agreed = reached("a", ones(40), ones(60)), reached("b", ones(50), ones(50))
-    assert apart.interval(ALL, spread_of([apart], ALL)) == (0.0, 1.0)
+    assert apart.interval(ALL, spread_of([apart], ALL, apart)) == (0.0, 1.0)
     alone = pytest.approx((0.404, 0.596), abs=1e-3)
-    assert agreed.interval(ALL, spread_of([agreed], ALL)) == alone
-    both = spread_of([apart, agreed], ALL)
+    assert agreed.interval(ALL, spread_of([agreed], ALL, agreed)) == alone
+    both = spread_of([apart, agreed], ALL, apart)
     assert apart.interval(ALL, both) == agreed.interval(ALL, both)  # arms vary alike, it is assumed
+
+
+def test_only_arms_of_the_same_problems_say_how_models_vary():
+    """What is hard varies by many points, and says nothing of what is easy."""
+    easy = reached("easy", ones(98), ones(99), ones(99), problems="easy")
+    hard, also = reached("hard", ones(30), ones(60)), reached("also", ones(40), ones(50))
+    arms = [easy, hard, also]
+    assert spread_of(arms, ALL, easy) == pooled_spread([[0.98, 0.99, 0.99]])
+    assert spread_of(arms, ALL, hard) == pooled_spread([[0.3, 0.6], [0.4, 0.5]])
+    assert spread_of(arms, ALL, easy, also).freedom == 4
+    low, high = Results(grid_of_ranks().study, arms, []).interval(easy, ALL)
+    assert 0.93 < low < high == 1.0
+
+
+def test_one_model_beside_three_that_are_no_better_is_told_apart_by_chance_alone():
+    """Most problems that either side solves more often fall to one of them: that is no finding."""
+    draw, told = random.Random(3), 0
+    for _ in range(200):
+        chances = [draw.choice((0.2, 0.5, 0.9)) for _ in range(150)]
+        models = ["".join("01"[draw.random() < c] for c in chances) for _ in range(4)]
+        start, new = reached("start", models[0]), reached("new", *models[1:])
+        p, _, better, worse = by_problems(new, start, ALL, (3, 1))
+        assert (better, worse) == (None, None)
+        told += p < 0.05
+    assert told <= 20
 
 
 # ------------------------------------------------------------------------------ rows of problems
@@ -220,9 +250,19 @@ def test_the_page_says_what_is_better_and_what_is_missing():
     assert "one model each" not in text
 
 
+def test_an_arm_that_all_are_compared_with_and_that_failed_ends_no_page():
+    whole = grid_of_ranks()
+    named = Results(replace(whole.study, against="full"), whole.arms[1:], ["full, seed 0"])
+    text = page(named, "python run_study.py x", [])
+    assert "## all\n\nNothing to compare with: full did not finish." in text
+    assert "| attention 8 | 3 |" in text
+
+
 def test_arms_are_drawn_against_the_number_that_varies():
     results = grid_of_ranks()
     assert numeric_axis(results.arms) == "lora_rank"
+    without = reached("no rank", ones(9), place={"lora_rank": None})
+    assert numeric_axis([*results.arms, without]) == ""
     series = series_of(results.arms, "lora_rank")
     assert [(each.name, each.x) for each in series] == [
         ("attention", [1, 2, 8]),
@@ -255,6 +295,14 @@ def test_the_grid_has_a_share_for_every_arm_and_row():
     assert shares[0] == pytest.approx([0.76, 0.74], abs=0.01)
     texts = [text.get_text() for text in draw_grid(results).axes[0].texts]
     assert texts[:2] == [f"{100 * share:.0f}" for share in shares[0]]
+    assert [*map(percent_text, (-1, 0, 74.5, 99.4, 99.96, 100))] == [
+        "-",
+        "0",
+        "74",
+        "99",
+        "99.9",
+        "100",
+    ]
     results.arms.append(reached("deep", ones(4, of=9), depths=(3,)))
     rows, shares = depth_grid(results.arms)
     assert rows == ["depth 1", "depth 2", "depth 3"]

@@ -213,9 +213,9 @@ def test_every_text_is_cut_into_passages_with_the_verifiers_marks(text, cut_off,
     wrong = [not step.ok for step in verdict.steps]
     marked = [p.wrong for p in found[:-1] if p.mark]
     assert marked[len(marked) - len(wrong) :] == wrong
-    assert found[-1].wrong is not verdict.correct
+    assert found[-1].wrong is (found[-1].first_wrong or not verdict.correct)
     firsts = [place for place, passage in enumerate(found) if passage.first_wrong]
-    assert len(firsts) == (any(wrong) or not verdict.correct)
+    assert len(firsts) == (not verdict.trace_correct)
     assert all(found[place].wrong for place in firsts)
     assert bool(right_instead(expression, verdict)) is not verdict.trace_correct
 

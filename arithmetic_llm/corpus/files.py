@@ -150,7 +150,8 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield number, line.decode("utf-8").rstrip("\r\n")
+                # Some editors begin a file with a mark that says that it is UTF-8.
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError:
                 raise UserError(f"{path}:{number}: not UTF-8 text") from None
 

@@ -80,12 +80,16 @@ def _passage(text: str, error: ErrorKind | None, first: bool, marks: Marks) -> P
 
 
 def _end(text: str, verdict: Verdict, marks: Marks) -> Passage:
-    """The last passage: right if it states the exact result, whatever led to it."""
-    if verdict.correct:
-        return Passage(text, marks.right, False, False)
+    """The last passage: right if it states the exact result, whatever led to it.
+
+    Unless it is itself what makes the trace wrong, by words between trace and result.
+    """
     first = verdict.first_error == len(verdict.steps)
+    if verdict.correct and not first:
+        return Passage(text, marks.right, False, False)
     why = ERROR_WORDS[verdict.end_error] if verdict.end_error else "it follows from the steps"
-    return Passage(text, f"{marks.wrong} {why}; the exact result is {verdict.answer}", True, first)
+    exact = "" if verdict.correct else f"; the exact result is {verdict.answer}"
+    return Passage(text, f"{marks.wrong} {why}{exact}", True, first)
 
 
 def right_instead(expression: str, verdict: Verdict) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -37,8 +38,8 @@ class Series(NamedTuple):
 def numeric_axis(arms: Sequence[Reached]) -> str:
     """The flag that arms are drawn against: the first with three numbers or more; or nothing."""
     for flag in dict.fromkeys(flag for arm in arms for flag in arm.arm.place):
-        values = {shown_value(v): v for arm in arms if (v := arm.arm.place.get(flag)) is not None}
-        if len(values) >= 3 and all(type(v) in (int, float) for v in values.values()):
+        values = [arm.arm.place[flag] for arm in arms if flag in arm.arm.place]
+        if all(type(value) in (int, float) for value in values) and len({*values}) >= 3:
             return flag
     return ""
 
@@ -158,12 +159,19 @@ def draw_grid(results: Results) -> Any:
         axes.imshow(filled, cmap="gray", vmin=-40, vmax=100, aspect="auto")
         for y, line in enumerate(filled):
             for x, value in enumerate(line):
-                text = "-" if value < 0 else f"{value:.0f}"
+                text = percent_text(value)
                 axes.text(x, y, text, ha="center", va="center", color=ink(value))
         axes.set_xticks(range(len(rows)), rows, rotation=30)
         axes.set_yticks(range(len(shares)), [as_label(arm.arm.name) for arm in results.arms])
         axes.set_title("exact match, % of problems")
         return figure
+
+
+def percent_text(value: float) -> str:
+    """A share in whole percent, for which 100 is all and not nearly all; "-" for none."""
+    if 99.5 <= value < 100:
+        return f"{math.floor(10 * value) / 10}"
+    return "-" if value < 0 else f"{value:.0f}"
 
 
 def ink(value: float) -> str:

@@ -83,7 +83,7 @@ class Planner:
 
     def kind_of(self, name: str) -> str:
         """The kind of a stage: its own name, or what it is like."""
-        kind = self.stages.get(name, {}).get(LIKE, name)
+        kind = str(self.stages.get(name, {}).get(LIKE, name))
         if kind not in KINDS and not self.stages.get(name, {}).keys() & {GIVEN, JOIN}:
             raise self.refusal(
                 f'there is no stage {name!r}; write one into "stages" that is "like" one of '
@@ -104,8 +104,27 @@ class Planner:
             chosen[name] = {**chosen[name], flag: value}
         seeded = self.study.seeded or [n for n in chosen if self.kind_of(n) in TRAINED]
         for name in seeded:
+            if "seed" in chosen[name]:
+                raise self.refusal(
+                    f"arm {arm.name!r}: {name}.seed comes from the study's seeds; leave it out, or "
+                    'name the stages that they are for under "seeded"'
+                )
             chosen[name] = {**chosen[name], "seed": seed}
-        return self.resolve("evaluation", chosen, arm)
+        evaluation = self.resolve("evaluation", chosen, arm)
+        self.require_rows(evaluation, arm)
+        return evaluation
+
+    def require_rows(self, evaluation: Stage, arm: Arm) -> None:
+        """Refuse a row that the arm's test cannot have, before hours are spent on it."""
+        test = evaluation.inputs.get("test_file")
+        least, most = (
+            test.effective.get(f"{end}_depth") if test else None for end in ("min", "max")
+        )
+        for row in self.study.judged_by:
+            name, _, depth = row.problems.partition(" ")
+            if name == "depth" and most and not (least or 1) <= int(depth) <= most:
+                there = f"the test has depth {least or 1} to {most}"
+                raise self.refusal(f"arm {arm.name!r}: rows: {row.problems}: {there}")
 
     def resolve(
         self, name: str, chosen: dict[str, Settings], arm: Arm, way: tuple[str, ...] = ()
@@ -117,19 +136,27 @@ class Planner:
         settings.pop(LIKE, "")
         if GIVEN in settings:
             return self.keep(self.given(name, kind, str(settings[GIVEN])))
-        if JOIN in settings:
-            values = {str(place): value for place, value in enumerate(settings[JOIN])}
-        else:
-            values = {**KINDS[kind].inputs, **settings}
+        joined = JOIN in settings
+        values = self.parts(name, settings) if joined else {**KINDS[kind].inputs, **settings}
         inputs = {
             flag: self.resolve(found[1], chosen, arm, (*way, name))
             for flag, value in values.items()
             if (found := PRODUCT.fullmatch(str(value)))
         }
-        if JOIN in settings:
+        if joined:
             return self.keep(new_stage("joined", None, {}, inputs, {}, self.folder))
         own = {f: value for f, value in values.items() if f not in inputs and value is not None}
         return self.checked(name, arm, self.command(kind, own, inputs))
+
+    def parts(self, name: str, settings: Settings) -> Settings:
+        """The stages that another one joins, by their place."""
+        parts = settings[JOIN]
+        if not (isinstance(parts, list) and parts and all(map(PRODUCT.fullmatch, map(str, parts)))):
+            raise self.refusal(
+                f"stage {name}: {JOIN}: {parts!r} is no list of stages, such as "
+                '["{one}", "{other}"]'
+            )
+        return {str(place): part for place, part in enumerate(parts)}
 
     def given(self, name: str, kind: str, path: str) -> Stage:
         """What stands at a path as a stage that is done."""
@@ -141,12 +168,21 @@ class Planner:
             raise self.refusal(f"stage {name}: {error}") from None
         return Stage(kind, digest, file.parent, given=str(file))
 
+    def require(self, file: Path, what: str) -> None:
+        """Refuse a file that is not there."""
+        try:
+            require_file(file, "file")
+        except UserError as error:
+            raise self.refusal(f"{what}: {error}") from None
+
     def command(self, name: str, settings: Settings, inputs: dict[str, Stage]) -> Stage:
         """A stage that runs a script."""
         kind = KINDS[name]
         files = {flag: self.recipe / file for flag, file in kind.recipe.items()}
-        files |= {flag: _found(str(settings.pop(flag))) for flag in files.keys() & settings.keys()}
-        recipe = {flag: file.as_posix() for flag, file in files.items() if file.is_file()}
+        named = {flag: _found(str(settings.pop(flag))) for flag in files.keys() & settings.keys()}
+        for flag, file in named.items():
+            self.require(file, f"stage {name}: {flag}")
+        recipe = {flag: f.as_posix() for flag, f in (files | named).items() if f.is_file()}
         if kind.trains:
             settings.setdefault("threads", 1)
         return new_stage(name, kind, settings, inputs, recipe, self.folder)
@@ -174,12 +210,15 @@ class Planner:
 
 
 def _found(path: str) -> Path:
-    """A path from here or, if there is none, from the folder of the scripts."""
-    return Path(path) if Path(path).exists() else ROOT / path
+    """A path from here or, if it is only there, from the folder of the scripts."""
+    return ROOT / path if not Path(path).exists() and (ROOT / path).exists() else Path(path)
 
 
 def _stage_in(run: Path) -> str:
-    return read_json(run / FINISHED)["stage"]
+    stage = read_json(run / FINISHED).get("stage")
+    if stage not in STAGE_OF:
+        raise UserError(f"{run / FINISHED}: stage: {stage!r} is none of {', '.join(STAGE_OF)}")
+    return stage
 
 
 def given_by(run: Path, name: str) -> dict[str, Settings]:

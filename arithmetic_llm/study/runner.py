@@ -2,7 +2,7 @@
 
 A stage's folder has a lock that its process inherits: it is held while the process lives, whatever
 became of the study that started it. So no stage is ever run twice at once, neither by a second
-study that shares it nor by one that was killed and started again.
+study that shares it nor by one that was killed and started again. Windows has no such locks.
 """
 
 from __future__ import annotations
@@ -52,13 +52,6 @@ class Running:
     process: subprocess.Popen
     lock: IO[bytes]
     started: float = field(default_factory=time.monotonic)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def run_stages(stages: Sequence[Stage], jobs: int, title: str) -> list[Failure]:
@@ -151,9 +144,11 @@ class Runner:
 
     def interrupt(self) -> None:
         """Have every process save and end; kill what does not, or all on a second Ctrl-C."""
-        self.bar.note("saving; the same command goes on from here")
         for job in self.running:
-            job.process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGINT)
+            if os.name != "nt":  # there the console has told it already, and this would kill it
+                job.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
+            self.bar.note("saving; the same command goes on from here")
         until = time.monotonic() + SECONDS_TO_SAVE
         try:
             for job in self.running:
@@ -165,13 +160,17 @@ class Runner:
 
 @contextlib.contextmanager
 def interrupted_by_terms() -> Iterator[None]:
-    """Have SIGTERM and a closed terminal interrupt as Ctrl-C does."""
+    """Have Ctrl-C, SIGTERM and a closed terminal interrupt, but under nohup not the last.
+
+    A shell's background jobs ignore Ctrl-C, and so would their stages, were it not taken up here.
+    """
 
     def interrupt(signum: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    names = ("SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)  # Windows has none
     before = {each: signal.signal(each, interrupt) for each in signals}
     try:
         yield

@@ -218,7 +218,7 @@ def _range(start: float, to: float, step: float = 0, times: float = 1) -> Iterat
     """From start to the last value that is not above ``to``, but for rounding."""
     for i in itertools.count():
         value = start * times**i + step * i
-        if value > to * (1 + 1e-9):
+        if value > to + 1e-9 * abs(to):
             return
         yield value if isinstance(value, int) else round(value, 12)
 
@@ -253,4 +253,10 @@ def shown_value(value: Any) -> str:
 
 
 def _place(parts: Sequence[Settings]) -> dict[str, Any]:
-    return {flag.partition(".")[2]: value for part in parts for flag, value in [*part.items()][:1]}
+    """The first flag of each axis with its value; with its stage, if two have the same name."""
+    firsts = [next(iter(part.items())) for part in parts]
+    shorts = [flag.partition(".")[2] for flag, _ in firsts]
+    return {
+        short if shorts.count(short) == 1 else flag: value
+        for short, (flag, value) in zip(shorts, firsts, strict=True)
+    }

@@ -113,14 +113,13 @@ def fisher(right: int, of: int, other_right: int, of_other: int) -> float:
     The chance of a table no likelier than this one, given its margins.
     """
     total, successes = of + of_other, right + other_right
-
-    def ways(k: int) -> int:
-        return math.comb(of, k) * math.comb(of_other, successes - k)
-
     least = max(0, successes - of_other)
-    counts = [ways(k) for k in range(least, min(of, successes) + 1)]
-    unlikely = sum(count for count in counts if count <= ways(right))
-    return unlikely / math.comb(total, successes)
+    ways, counts = math.comb(of, least) * math.comb(of_other, successes - least), []
+    for k in range(least, min(of, successes) + 1):  # each from the one before: binomials are slow
+        counts.append(ways)
+        ways = ways * (of - k) * (successes - k) // ((k + 1) * (of_other - successes + k + 1))
+    limit = counts[right - least]
+    return sum(count for count in counts if count <= limit) / math.comb(total, successes)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -156,11 +155,26 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float]:
         differences: of each problem, 1 if only the first solves it, -1 if only the second, else 0;
             of several pairs of models, their mean.
     """
+    mean, error = _paired_mean(differences)
+    half = normal_quantile() * error
+    return mean - half, mean + half
+
+
+def paired_p(differences: Sequence[float]) -> float:
+    """Test of the same difference against 0, which agrees with `paired_interval`.
+
+    For sides of several models each, which may be more on one than on the other: there a count of
+    problems that went this way or that, as `mcnemar` has it, is uneven by itself.
+    """
+    mean, error = _paired_mean(differences)
+    return math.erfc(abs(mean) / error / math.sqrt(2))
+
+
+def _paired_mean(differences: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error, with two problems more; see `paired_interval`."""
     count = len(differences) + 2
     mean = sum(differences) / count
-    spread = (sum(d * d for d in differences) + 1) / count - mean**2
-    half = normal_quantile() * math.sqrt(spread / count)
-    return mean - half, mean + half
+    return mean, math.sqrt(((sum(d * d for d in differences) + 1) / count - mean**2) / count)
 
 
 def normal_quantile(confidence: float = CONFIDENCE) -> float:

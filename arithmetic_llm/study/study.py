@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from arithmetic_llm.config import StudyConfig
+from arithmetic_llm.distributed import cores
 from arithmetic_llm.evaluation.plots import save_picture
-from arithmetic_llm.runtime import UserError, readable_seconds
+from arithmetic_llm.runtime import UserError, quoted, readable_seconds
 from arithmetic_llm.study import figures
 from arithmetic_llm.study.plan import Trial, plan
-from arithmetic_llm.study.runner import available_cores, expected_seconds, run_stages
+from arithmetic_llm.study.runner import expected_seconds, run_stages
 from arithmetic_llm.study.spec import read_study
 from arithmetic_llm.study.stages import Stage
 from arithmetic_llm.study.table import Results, results_of
@@ -30,10 +30,10 @@ def study_from(config: StudyConfig) -> int:
     kept = Path(config.stages_dir) if config.stages_dir else folder / "stages"
     trials = plan(study, kept, config.base)
     stages = stages_of(trials)
-    jobs = config.jobs or available_cores()
+    jobs = config.jobs or cores()
     print(outline(trials, stages, jobs))
     if config.dry_run:
-        print("\n".join(f"$ python {shlex.join(s.words)}" for s in stages if s.kind and not s.done))
+        print("\n".join(f"$ python {quoted(s.words)}" for s in stages if s.kind and not s.done))
         return 0
     failures = run_stages(stages, jobs, study.name)
     results = results_of(study, trials)
@@ -79,5 +79,6 @@ def draw(results: Results, folder: Path) -> list[str]:
 
 def command_of(config: StudyConfig) -> str:
     """The command that repeats the study."""
-    more = (" --quick" if config.quick else "") + (f" --base {config.base}" * bool(config.base))
-    return f"python run_study.py {Path(config.study).as_posix()}{more}"
+    base = ["--base", config.base] if config.base else []
+    more = [*(["--quick"] if config.quick else []), *base]
+    return f"python {quoted(['run_study.py', Path(config.study).as_posix(), *more])}"

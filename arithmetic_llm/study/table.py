@@ -24,6 +24,7 @@ from arithmetic_llm.study.statistics import (
     hull,
     mcnemar,
     paired_interval,
+    paired_p,
     pooled_spread,
     student_interval,
     student_p,
@@ -130,6 +131,10 @@ class Reached:
     def mean(self, row: Criterion) -> float:
         return fmean(self.shares(row))
 
+    def tests(self, row: Criterion) -> set[tuple[str, ...]]:
+        """The problems that its models were tested on: one test, unless each had another."""
+        return {tuple(model.marks(row).problems) for model in self.models}
+
     def by_problem(self, row: Criterion) -> list[float]:
         """Of each problem, the share of the models that solve it."""
         rights = [model.marks(row).right for model in self.models]
@@ -165,8 +170,8 @@ class Difference(NamedTuple):
     low: float
     high: float
     models: tuple[int, int]  # of the arm, and of the other
-    better: int | None  # problems that more models solve; None if the problems are not the same
-    worse: int | None
+    better: int | None  # problems that more models solve; None where the problems are not the
+    worse: int | None  # same, or the models not as many: then it is uneven by itself
     p: float  # by itself
     adjusted: float = 1.0  # among all arms of the row
 
@@ -179,15 +184,23 @@ class Difference(NamedTuple):
         return BETTER if self.mean > 0 else WORSE
 
 
-def spread_of(arms: Sequence[Reached], row: Criterion) -> Spread | None:
-    """How models of an arm vary from seed to seed, by all arms; None if each has a single one."""
-    return pooled_spread(arm.shares(row) for arm in arms)
+def spread_of(arms: Sequence[Reached], row: Criterion, *tested_as: Reached) -> Spread | None:
+    """How models vary from seed to seed, by all arms with the problems of one of a few.
+
+    What is hard varies by many points and what is easy by a tenth of one, so arms that are tested
+    on other problems say nothing here. None if no arm has several models.
+    """
+    tests = set().union(*(arm.tests(row) for arm in tested_as))
+    return pooled_spread(arm.shares(row) for arm in arms if arm.tests(row) <= tests)
 
 
 def differences(arms: Sequence[Reached], against: Reached, row: Criterion) -> list[Difference]:
     """Every arm beside one of them; p-values hold for the row as a whole."""
-    spread = spread_of(arms, row)
-    found = [difference(arm, against, row, spread) for arm in arms if arm is not against]
+    found = [
+        difference(arm, against, row, spread_of(arms, row, arm, against))
+        for arm in arms
+        if arm is not against
+    ]
     adjusted = iter(holm([each.p for each in found if any(each.models)]))
     return [each._replace(adjusted=next(adjusted)) if any(each.models) else each for each in found]
 
@@ -201,26 +214,26 @@ def difference(arm: Reached, other: Reached, row: Criterion, spread: Spread | No
     if {m.stage.hash for m in arm.models} == {m.stage.hash for m in other.models}:
         return Difference(arm.arm, 0.0, 0.0, 0.0, (0, 0), None, None, 1.0)
     mean, models = arm.mean(row) - other.mean(row), (len(arm.models), len(other.models))
-    by_problem = problem_differences(arm, other, row)
-    better, worse = (None, None) if by_problem is None else split(by_problem)
-    p = unshared_p(arm, other, row) if by_problem is None else mcnemar(better, worse)
-    ends = unshared_interval(arm, other, row) if by_problem is None else paired_interval(by_problem)
+    p, ends, *better_worse = by_problems(arm, other, row, models)
     if spread and max(models) > 1:
         error = spread.error(*models)
         p = max(p, student_p(mean, error, spread.freedom))
         ends = hull(ends, student_interval(mean, error, spread.freedom))
-    return Difference(arm.arm, mean, *ends, models, better, worse, p)
+    return Difference(arm.arm, mean, *ends, models, *better_worse, p)
 
 
-def problem_differences(arm: Reached, other: Reached, row: Criterion) -> list[float] | None:
-    """Of each problem, the share of models of an arm that solve it, less the other's.
-
-    None if not all were tested on the same problems.
-    """
-    first, *rest = [model.marks(row).problems for model in (*arm.models, *other.models)]
-    if any(problems != first for problems in rest):
-        return None
-    return [a - b for a, b in zip(arm.by_problem(row), other.by_problem(row), strict=True)]
+def by_problems(
+    arm: Reached, other: Reached, row: Criterion, models: tuple[int, int]
+) -> tuple[float, Interval, int | None, int | None]:
+    """What other problems would do: p, the interval, and how many are solved better and worse."""
+    if len(arm.tests(row) | other.tests(row)) > 1:
+        return unshared_p(arm, other, row), unshared_interval(arm, other, row), None, None
+    pairs = zip(arm.by_problem(row), other.by_problem(row), strict=True)
+    found = [share - other_share for share, other_share in pairs]
+    p, ends, (better, worse) = paired_p(found), paired_interval(found), split(found)
+    if models == (1, 1):
+        p = mcnemar(better, worse)
+    return p, ends, *((better, worse) if models[0] == models[1] else (None, None))
 
 
 def split(differences: Sequence[float]) -> tuple[int, int]:
@@ -259,7 +272,7 @@ class Results:
 
     def interval(self, arm: Reached, row: Criterion) -> Interval:
         """Around an arm's mean; see `Reached`."""
-        return arm.interval(row, spread_of(self.arms, row))
+        return arm.interval(row, spread_of(self.arms, row, arm))
 
     def compared(self, row: Criterion) -> list[Difference]:
         """Every other arm beside that one."""

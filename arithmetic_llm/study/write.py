@@ -126,6 +126,8 @@ def minutes_cell(arm: Reached) -> str:
 
 def differences_of(results: Results, row: Criterion) -> str:
     """A row's differences as a table, and in words."""
+    if not results.against:
+        return f"## {row}\n\nNothing to compare with: {results.study.against} did not finish."
     found, name = results.compared(row), results.against.arm.name
     lines = [["arm", "points", "95 % interval", "models", "problems better, worse", "p", "verdict"]]
     lines += [cells_of(each) for each in found]
