@@ -148,12 +148,14 @@ def run(name, arguments):
 
 
 def exit_code(process):
-    """The exit code of a stage. Ctrl-C is left to it: the terminal tells it too, and it saves."""
+    """The exit code of a stage. The terminal tells it of Ctrl-C, too, and it has time to save."""
+    interrupted = False
     while True:
         try:
-            return process.wait()
+            code = process.wait()
+            return 130 if interrupted else code
         except KeyboardInterrupt:
-            pass
+            interrupted = True
 
 
 def newest_metrics(folder):

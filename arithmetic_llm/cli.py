@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import math
 import os
@@ -325,7 +326,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON object from a file, or a one-line :class:`UserError` with file and line."""
     path = require_file(path, "JSON config")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
     except (UnicodeDecodeError, RecursionError):
@@ -514,6 +515,9 @@ def run_main(
     Args:
         parallel: it may be one of several processes that a launcher has started.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # no character of a path is worth a traceback
+            stream.reconfigure(errors="backslashreplace")
     try:
         with together() if parallel else contextlib.nullcontext():
             code = main(None) or 0

@@ -273,6 +273,7 @@ class ModelConfig:
 class RunConfig:
     """Training, common to every stage."""
 
+    STAGE: ClassVar[str]  # as checkpoints call it
     START_FLAG: ClassVar[str] = "--init-from"  # what a new run from old weights is started with
 
     output_dir: str = opt("models", "the run folder is made in here")
@@ -398,6 +399,7 @@ class AdapterFilesConfig:
 class FoundationalConfig(TrainingConfig):
     """Foundational training."""
 
+    STAGE = "foundational"
     corpus_path: str = opt("", "training corpus (plain text or JSON Lines)", required=True)
 
 
@@ -405,6 +407,7 @@ class FoundationalConfig(TrainingConfig):
 class InstructionConfig(TrainingConfig):
     """Instruction tuning."""
 
+    STAGE = "instruction"
     instruction_corpus_path: str = opt(
         "", "instruction corpus (JSON Lines or plain text)", required=True
     )
@@ -429,6 +432,7 @@ class InstructionConfig(TrainingConfig):
 class LoRAInstructionConfig(InstructionConfig, LoRAConfig, AdapterFilesConfig):
     """Instruction tuning with LoRA."""
 
+    STAGE = "instruction_lora"
     # Muon takes every matrix of an adapter, and an adapter has nothing else.
     learning_rate: float = like(InstructionConfig, "learning_rate", needs=[ADAMW])
     adam_beta2: float = like(InstructionConfig, "adam_beta2", needs=[ADAMW])
@@ -438,7 +442,8 @@ class LoRAInstructionConfig(InstructionConfig, LoRAConfig, AdapterFilesConfig):
 class GRPOConfig(RunConfig, LoRAConfig, AdapterFilesConfig):
     """Group relative policy optimization."""
 
-    START_FLAG: ClassVar[str] = "--sft-checkpoint"
+    STAGE = "grpo"
+    START_FLAG = "--sft-checkpoint"
 
     tokenizer: str = opt("", "tokenizer directory (or its tokenizer.json)", required=True)
     sft_checkpoint: str = opt("", "the model to start from; an adapter will do", required=True)

@@ -159,7 +159,7 @@ def together() -> Iterator[None]:
         return
     _join()
     heard = sys.stdout, sys.stderr
-    unheard = (open(os.devnull, "w"),) * 2  # noqa: SIM115 (used beyond the block)
+    unheard = (open(os.devnull, "w", encoding="utf-8"),) * 2  # noqa: SIM115 (used beyond the block)
     sys.stdout, sys.stderr = heard if is_main() else unheard
     try:
         yield
@@ -243,12 +243,13 @@ def launch(processes: int, script: str, argv: Sequence[str] | None) -> int:
         The exit code: that of the process that failed first, 130 on Ctrl-C. They have said why.
 
     Raises:
-        UserError: a process was killed.
+        UserError: they cannot be started, or one was killed.
     """
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -271,6 +272,11 @@ def launch(processes: int, script: str, argv: Sequence[str] | None) -> int:
         elastic_launch(config, sys.executable)(script, *arguments)
     except SignalException:
         return 130
+    except RendezvousError as error:  # torch for Windows has no libuv, which this launcher wants
+        raise UserError(
+            f"--processes: they cannot be started here ({reason(error.__cause__ or error)}); "
+            "leave it out, or start them with torchrun"
+        ) from error
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

@@ -158,6 +158,11 @@ def _of_run(folder: str, sections: dict[str, type], given: dict[str, Any]) -> tu
     if files := sections.keys() & given.keys():
         flag = flag_of(min(files))
         raise UserError(f"{flag}: {folder} has its own settings; leave it out with --resume")
+    stage = _said(Path(folder) / FACTS, ["stage"]).get("stage")
+    if stage and stage != sections["config"].STAGE:
+        raise UserError(
+            f"{folder}: is a run of stage {stage}; resume it with the script of that stage"
+        )
     processes = given.pop("processes", None)  # it may go on with another number
     configs = []
     for name, cls in sections.items():

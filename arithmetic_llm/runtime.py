@@ -12,10 +12,11 @@ import os
 import platform
 import reprlib
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, get_args, get_origin
 
@@ -46,12 +47,22 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(NotADirectoryError):
             temporary.unlink(missing_ok=True)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Give a file its name; on Windows a reader or a virus scanner may hold the old one a while."""
+    for wait in (0.1, 0.5, 2.0) if os.name == "nt" else ():
+        with contextlib.suppress(PermissionError):
+            os.replace(temporary, path)
+            return
+        time.sleep(wait)
+    os.replace(temporary, path)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -64,7 +75,7 @@ def atomic_write_all(folder: str | Path, files: Mapping[str, bytes]) -> None:
     """Write several files into a folder; none of them takes its name before all are on the disk.
 
     Raises:
-        UserError: as `atomic_write`; every file is then as it was.
+        UserError: as `atomic_write`; every file is then as it was, unless a name is refused.
     """
     with contextlib.ExitStack() as stack:
         for name, content in files.items():
@@ -185,6 +196,24 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def when_asked_to_stop(handle: Callable[[int, Any], None]) -> Iterator[None]:
+    """Have Ctrl-C, SIGTERM and a closed terminal call a function; under nohup not the last.
+
+    A shell's background jobs ignore Ctrl-C, and so do the processes that they start, unless it is
+    taken up again.
+    """
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)  # Windows has none
+    before = {each: signal.signal(each, handle) for each in signals}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def quoted(arguments: Sequence[str]) -> str:

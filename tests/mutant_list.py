@@ -628,8 +628,8 @@ MUTANTS = [
     ),
     Mutant(
         "files: written in place",
-        "os.replace(temporary, path)",
-        "path.write_bytes(temporary.read_bytes())\n        os.fsync(0)",
+        "        _replace(temporary, path)",
+        "        path.write_bytes(temporary.read_bytes())\n        os.fsync(0)",
         "test_checkpoint.py",
     ),
     # ------------------------------------------------------------------------------------- export
@@ -800,8 +800,8 @@ MUTANTS = [
     ),
     Mutant(
         "Processes: one that is told to stop stops alone",
-        "if any(added_up([stop.is_set()])):",
-        "if stop.is_set():",
+        "if any(added_up([stop.is_set()])) and not last:",
+        "if stop.is_set() and not last:",
         f"{TOGETHER} -k told_to_stop",
     ),
     Mutant(
@@ -906,6 +906,49 @@ MUTANTS = [
         "return 1 if failures else 0",
         "return 0",
         "test_study.py -k ends_no_other",
+    ),
+    Mutant(
+        "study: problems counted though the models are not as many",
+        "    if models == (1, 1):\n        p = mcnemar(better, worse)",
+        "    if better != worse:\n        p = mcnemar(better, worse)",
+        "test_study_table.py -k by_chance_alone",
+    ),
+    Mutant(
+        "study: spread taken from arms of another test",
+        "for arm in arms if arm.tests(row) <= tests)",
+        "for arm in arms)",
+        "test_study_table.py -k same_problems_say",
+    ),
+    Mutant(
+        "study: a seed that the study overwrites",
+        'if "seed" in chosen[name]:',
+        "if not chosen:",
+        "test_study.py -k mistake",
+    ),
+    Mutant(
+        "study: a config file that is not there",
+        '            self.require(file, f"stage {name}: {flag}")\n',
+        "            file.exists()\n",
+        "test_study.py -k mistake",
+    ),
+    # ---------------------------------------------------------------------- nothing that is lost
+    Mutant(
+        "training: the last step in no checkpoint",
+        "                run.save(run.step_file, resumable=True)",
+        "                run.step_file.strip()",
+        "test_training.py -k costs_no_training",
+    ),
+    Mutant(
+        "training: resumed by another stage's script",
+        'if stage and stage != sections["config"].STAGE:',
+        "if not stage:",
+        "test_training.py -k script_of_its_stage",
+    ),
+    Mutant(
+        "training: what did not fit counts as trained on",
+        "        beginning.checkpoint.trained_on = seen",
+        "        seen",
+        "test_training.py -k no_sample_fits",
     ),
     # ------------------------------------------------------------------ gradients written by hand
     Mutant(

@@ -23,6 +23,7 @@ from arithmetic_llm.cli import (
     opt,
     parse,
     parse_many,
+    read_json,
     run_main,
     to_json,
 )
@@ -245,6 +246,26 @@ def test_a_malformed_json_file_is_refused_by_name(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_bytes(content)
     assert str(path) in refusal("--config", path)
+
+
+def test_the_mark_that_some_editors_begin_a_file_with_is_no_mistake(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(b'\xef\xbb\xbf{"limit": 9}')
+    assert read_json(path) == {"limit": 9}
+
+
+def test_a_path_that_the_output_cannot_show_ends_nothing(tmp_path):
+    argv = ["--instruction-only", "--num-samples", 3, "--output-instruction", "数据/i.jsonl"]
+    ended = subprocess.run(
+        command("generate_corpus.py", *argv),
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert r"\u6570\u636e" in ended.stdout
+    assert (tmp_path / "数据" / "i.jsonl").is_file()
 
 
 # ---------------------------------------------------------------------------------- round trip

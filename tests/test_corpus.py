@@ -321,6 +321,7 @@ def test_fewer_problems_than_asked_for_are_announced(tmp_path, capsys):
 
 GOOD_JSON = json_line(next(draw_samples(MIXED, 1, seed=1)).record).strip()
 GOOD_PLAIN = plain_lines(next(draw_samples(MIXED, 1, seed=1)).record).strip()
+MARK = b"\xef\xbb\xbf"  # of UTF-8, which some editors begin a file with
 FIELDS = json.loads(GOOD_JSON)
 ONE = {
     "expression": "2 - 1",
@@ -328,6 +329,14 @@ ONE = {
     "solution": solve("2 - 1").text,
     "answer": 1,
 }
+
+
+def test_a_corpus_may_begin_with_a_mark_of_its_encoding(tmp_path):
+    for good in (GOOD_JSON, GOOD_PLAIN):
+        (tmp_path / "marked.txt").write_bytes(MARK + good.encode() + b"\n")
+        (tmp_path / "plain.txt").write_bytes(good.encode() + b"\n")
+        marked, plain = ([*read_corpus(tmp_path / f"{name}.txt")] for name in ("marked", "plain"))
+        assert marked == plain != []
 
 
 @pytest.mark.parametrize(

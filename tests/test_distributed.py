@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ROOT, Ended, call, checkpoint_of, command, one_thread, records
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from arithmetic_llm import distributed
 from arithmetic_llm.config import RunConfig
@@ -23,6 +24,7 @@ from arithmetic_llm.corpus.files import json_line
 from arithmetic_llm.distributed import Place, gather_shares, is_mine, share
 from arithmetic_llm.folders import FINISHED
 from arithmetic_llm.model.checkpoint import read_checkpoint, save_checkpoint
+from arithmetic_llm.runtime import UserError
 from arithmetic_llm.training.loop import seed_dropout
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
@@ -374,3 +376,14 @@ def test_a_process_that_hangs_ends_the_job_after_the_time_out(tmp_path):
     assert done.code != 0
     (line,) = done.error_lines
     assert line.startswith("error: another of the 2 processes has ended or does not answer")
+
+
+def test_a_launcher_that_cannot_start_says_why_in_a_line(monkeypatch):
+    """On Windows torch has no libuv, which its elastic launcher asks for."""
+
+    def refuse(*_):
+        raise RendezvousConnectionError("the store") from RuntimeError("built without libuv")
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: refuse)
+    with pytest.raises(UserError, match=r"--processes: .*\(built without libuv\); leave it out"):
+        distributed.launch(2, "script.py", [])

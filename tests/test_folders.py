@@ -58,6 +58,14 @@ def test_the_literal_stamp_is_the_newest_finished_run_of_exactly_that_kind(tmp_p
         assert chosen in capsys.readouterr().out  # and it says which
 
 
+def test_every_stamp_of_a_path_is_resolved(tmp_path):
+    run = tmp_path / "instruction_20250101_000000"
+    finished_run(tmp_path, run.name)
+    finished_run(run, "grpo_20260101_000000")
+    path = f"{tmp_path}/instruction_YYYYMMDD_HHMMSS/grpo_YYYYMMDD_HHMMSS/best_model.pt"
+    assert resolve_stamp(path) == f"{run}/grpo_20260101_000000/best_model.pt"
+
+
 def test_other_paths_come_back_as_they_are(capsys):
     assert resolve_stamp("models/foundational_20250101_000000/x.pt") == (
         "models/foundational_20250101_000000/x.pt"

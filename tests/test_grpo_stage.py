@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -169,7 +170,8 @@ def test_a_line_tells_the_means_of_all_its_steps(world, tmp_path, monkeypatch):
         assert line.keys() == {name for each in window for name in each}
         for name in ("step", "epoch", "learning_rate", "grad_norm"):
             assert line[name] == [each[name] for each in window if name in each][-1]
-        for name in line.keys() - {"step", "epoch", "learning_rate", "grad_norm"}:
+        assert line["steps"] == sum(each["steps"] for each in window)
+        for name in line.keys() - {"step", "steps", "epoch", "learning_rate", "grad_norm"}:
             learned = [each for each in window if name != "loss" or "grad_norm" in each]
             told = [each[name] for each in learned if name in each]
             if not name.startswith(("tokens_per_second", "seconds")):
@@ -792,6 +794,35 @@ def test_solutions_beyond_the_context_are_counted(tokenizer):
     dropped = task.metrics()["solutions_dropped"]
     assert kept > 0 < dropped
     assert kept + dropped == 6
+
+
+def test_a_run_without_any_update_says_so(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(REWARDS, "same", lambda attempt: 1.0)
+    argv = arguments(world, "--rewards", "same", "--max-steps", 2)
+    folder, ended = train(argv, tmp_path / "out")
+    assert "warning: no step had an update; the weights are those of the start" in ended.err
+    start = load_model(world / "start/best_model.pt").model
+    assert weights_hash(load_model(folder / "final_model.pt").model) == weights_hash(start)
+
+
+def test_learning_from_solutions_that_are_too_long_is_refused_or_told(world, tmp_path):
+    start = load_model(world / "start/best_model.pt")
+    for context, code, said in ((10, 2, "error: all right"), (30, 0, "warning: ")):
+        start.model.config = replace(start.model.config, max_seq_length=context)
+        save_checkpoint(tmp_path / "short.pt", start)
+        more = (
+            "--learn-from",
+            "solutions",
+            "--max-steps",
+            1,
+            "--sft-checkpoint",
+            tmp_path / "short.pt",
+        )
+        argv = arguments(world, *more, attempts=())
+        ended = call(SCRIPT, *argv, "--output-dir", tmp_path / "out")
+        assert ended.code == code, ended.err
+        assert said in ended.out + ended.err
+        assert "right solutions of prompts tried are longer than" in ended.out + ended.err
 
 
 def test_learning_from_solutions_runs_as_a_stage(world, tmp_path):

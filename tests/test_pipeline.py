@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -224,16 +225,45 @@ def test_the_quickstart_ends_with_a_table_of_results_and_a_report(tmp_path):
     read_in_a_browser(tmp_path / "evaluation_results" / "report.html", table, printed)
 
 
+SLOW_TO_SAVE = """
+import signal, sys, time
+def save(*_):
+    time.sleep(1)
+    print("saved", flush=True)
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+WAITING = f"""
+import subprocess, sys
+from quickstart import exit_code
+sys.exit(exit_code(subprocess.Popen([sys.executable, "-c", {SLOW_TO_SAVE!r}])))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT")
+def test_ctrl_c_in_the_quickstart_leaves_the_stage_time_to_save():
+    """As a terminal does it: quickstart and stage are told, both at once."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING], cwd=ROOT, stdout=-1, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == "saved\n"
+    assert process.returncode == 130
+
+
 def test_the_quickstart_hands_its_processes_to_training_and_evaluation_alone():
     quickstart = load_script("quickstart.py")
-    commands = [command for _, command, _ in quickstart.STAGES]
+    lines = [line for _, line, _ in quickstart.STAGES]
     for count, added in ((1, []), (3, ["--processes", "3"])):
         config = QuickstartConfig(recipe="r", processes=count)
-        for command in commands:
-            trains = command.startswith("run_")
-            expected = [*command.format(recipe="r").split(), *(added if trains else [])]
-            assert quickstart.words(command, config) == expected
-    assert sum(command.startswith("run_") for command in commands) == 8
+        for line in lines:
+            trains = line.startswith("run_")
+            expected = [*line.format(recipe="r").split(), *(added if trains else [])]
+            assert quickstart.words(line, config) == expected
+    assert sum(line.startswith("run_") for line in lines) == 8
 
 
 def read_in_a_browser(report, table, printed):

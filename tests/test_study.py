@@ -16,7 +16,7 @@ from helpers import ROOT, call, command, one_thread, run
 
 from arithmetic_llm.cli import read_json
 from arithmetic_llm.folders import read_lines
-from arithmetic_llm.runtime import Progress, UserError
+from arithmetic_llm.runtime import Progress, UserError, when_asked_to_stop
 from arithmetic_llm.study import runner
 from arithmetic_llm.study.plan import plan
 from arithmetic_llm.study.runner import expected_seconds
@@ -211,7 +211,7 @@ def test_a_process_that_will_not_end_is_killed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_term_and_a_closed_terminal_interrupt(name):
     before = signal.getsignal(getattr(signal, name))
-    with pytest.raises(KeyboardInterrupt), runner.interrupted_by_terms():
+    with pytest.raises(KeyboardInterrupt), when_asked_to_stop(runner.interrupt):
         signal.raise_signal(getattr(signal, name))
     assert signal.getsignal(getattr(signal, name)) is before
 
@@ -222,7 +222,7 @@ def test_in_the_background_ctrl_c_counts_and_under_nohup_a_closed_terminal_does_
         before = signal.signal(getattr(signal, name), signal.SIG_IGN)
         try:
             interrupts = pytest.raises(KeyboardInterrupt) if name == "SIGINT" else nullcontext()
-            with interrupts, runner.interrupted_by_terms():
+            with interrupts, when_asked_to_stop(runner.interrupt):
                 signal.raise_signal(getattr(signal, name))
         finally:
             signal.signal(getattr(signal, name), before)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -25,9 +26,10 @@ from arithmetic_llm.folders import FINISHED
 from arithmetic_llm.model.checkpoint import read_checkpoint, weights_hash
 from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
-from arithmetic_llm.training import supervised
+from arithmetic_llm.runtime import UserError
+from arithmetic_llm.training import loop, supervised
 from arithmetic_llm.training.loop import epoch_log
-from arithmetic_llm.training.run import MetricsLog
+from arithmetic_llm.training.run import MetricsLog, Run
 from arithmetic_llm.training.supervised import SupervisedTask, counted_logits, train_instruction
 
 FOUNDATIONAL, INSTRUCTION = "run_foundational_training.py", "run_instruction_training.py"
@@ -189,10 +191,10 @@ def test_the_training_log_has_one_entry_an_epoch(undisturbed):
 
 def test_an_epochs_loss_is_the_mean_of_its_lines():
     lines = [
-        {"step": 5, "loss": 4.0},
-        {"step": 10, "loss": 2.0},
+        {"step": 5, "steps": 5, "loss": 4.0},
+        {"step": 10, "steps": 5, "loss": 2.0},
         {"step": 10, "eval_loss": 3.0},
-        {"step": 15, "loss": 1.0},
+        {"step": 15, "steps": 5, "loss": 1.0},
     ]
     assert epoch_log(lines, steps_per_epoch=10) == [
         {"epoch": 1, "train_loss": 3.0, "step": 10, "eval_loss": 3.0},
@@ -201,8 +203,9 @@ def test_an_epochs_loss_is_the_mean_of_its_lines():
 
 
 def test_an_epochs_loss_counts_each_step_once():
-    """The end of an epoch closes a line early."""
-    lines = [{"step": 20, "loss": 2.0}, {"step": 25, "loss": 1.0}, {"step": 45, "loss": 3.0}]
+    """The end of an epoch closes a line early, and steps without an update have no loss."""
+    told = [(20, 20, 2.0), (25, 5, 1.0), (30, 0, 0.0), (45, 15, 3.0)]
+    lines = [dict(zip(("step", "steps", "loss"), line, strict=True)) for line in told]
     log = epoch_log(lines, steps_per_epoch=25)
     assert [entry["train_loss"] for entry in log] == [pytest.approx(1.8), 3.0]
 
@@ -391,14 +394,65 @@ def test_ctrl_c_saves_and_the_run_goes_on(script, arguments, undisturbed, tmp_pa
     wait_until(process, lambda: last_step(folder) >= 33)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
-    last_lines = (tmp_path / "log.txt").read_text().splitlines()[-2:]
-    assert last_lines == [f"saved; go on with --resume {folder}", "interrupted"]
+    *before, saved, interrupted = (tmp_path / "log.txt").read_text().splitlines()
+    assert (saved, interrupted) == (f"saved; go on with --resume {folder}", "interrupted")
+    assert "stopping after this step; a second Ctrl-C ends at once and saves nothing" in before
     saved = max(folder.glob("checkpoint_step_*.pt"), key=lambda path: path.stat().st_mtime)
     assert load_model(saved).step >= last_step(folder) - 5
     ended = call(script, "--resume", folder)
     assert ended.code == 0, ended.err
     assert "at step" in ended.out
     assert_same_models(folder, undisturbed[script])
+
+
+def test_what_fails_after_the_last_step_costs_no_training(
+    workshop, undisturbed, tmp_path, monkeypatch
+):
+    """A full disk, say, or a base that has moved: the last step is saved before."""
+
+    write = Run.write_json
+
+    def on_a_full_disk(run, name, value):
+        if name == FINISHED:
+            raise UserError("the disk is full")
+        write(run, name, value)
+
+    argv = foundational(workshop, *OFTEN, "--output-dir", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_json", on_a_full_disk)
+        ended = call(FOUNDATIONAL, *argv)
+    assert ended.code == 2
+    folder = the_run_in(tmp_path / "out")
+    before = metrics(folder)
+    monkeypatch.setattr(loop, "train_step", None)
+    ended = call(FOUNDATIONAL, "--resume", folder)
+    assert ended.code == 0, ended.err
+    assert f"at step {STEPS}\n" in ended.out
+    assert metrics(folder) == before
+    assert_same_models(folder, undisturbed[FOUNDATIONAL])
+    assert not (folder / f"checkpoint_step_{STEPS}.pt").exists()
+
+
+def test_a_run_is_resumed_by_the_script_of_its_stage_alone(unfinished):
+    before = {path.name: path.read_bytes() for path in unfinished.iterdir()}
+    for script in (INSTRUCTION, "run_instruction_training_lora.py", "run_grpo_training.py"):
+        ended = call(script, "--resume", unfinished)
+        assert ended.code == 2
+        said = f"error: {unfinished}: is a run of stage foundational; resume it with the script of"
+        assert ended.err.startswith(said)
+    assert {path.name: path.read_bytes() for path in unfinished.iterdir()} == before
+
+
+def test_a_depth_of_which_no_sample_fits_was_not_trained_on(workshop, tmp_path):
+    argv = foundational(workshop, "--max-steps", 2, "--max-seq-length", 34)
+    ended = call(FOUNDATIONAL, *argv, "--output-dir", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    assert re.search(
+        r"samples of .* are longer than 34 tokens and left out \(.* of depth 2", ended.out
+    )
+    model = read_checkpoint(the_run_in(tmp_path / "out") / "best_model.pt")
+    assert model.trained_on.depths == (1,)
+    assert coverage_of(workshop / "corpus.txt").depths == (1, 2)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,20 @@ class Coverage:
             flat_terms=tuple(sorted({*self.flat_terms, *later.flat_terms})),
             num_range=(min(lows), max(highs)),
             splits=dict(Counter(self.splits) + Counter(later.splits)),
+        )
+
+    def limited_to(self, expressions: Iterable[str]) -> Coverage:
+        """The same without the depths, and the lengths of sums, that no expression has."""
+        depths, terms = set(), set()
+        for text in expressions:
+            with contextlib.suppress(ExpressionError):
+                tree = parse(text)
+                depths.add(tree.depth)
+                terms.add(tree.terms)
+        return replace(
+            self,
+            depths=tuple(depth for depth in self.depths if depth in depths),
+            flat_terms=tuple(count for count in self.flat_terms if count in terms),
         )
 
     @property

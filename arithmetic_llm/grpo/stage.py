@@ -12,6 +12,7 @@ from arithmetic_llm.evaluation.length import room_to_answer, warn_if_too_short
 from arithmetic_llm.folders import resolve_paths
 from arithmetic_llm.grpo.prompts import PassRates, PromptSource, nested
 from arithmetic_llm.grpo.rewards import parse_rewards
+from arithmetic_llm.grpo.solutions import tokenised_solutions
 from arithmetic_llm.grpo.task import GRPOTask
 from arithmetic_llm.model.checkpoint import Checkpoint
 from arithmetic_llm.model.lora import parameter_summary
@@ -20,6 +21,7 @@ from arithmetic_llm.task.problem import problem_from
 from arithmetic_llm.training.loop import fit
 from arithmetic_llm.training.run import MetricsLog, Run, open_run
 from arithmetic_llm.training.start import Sources, begin, held_out_records
+from arithmetic_llm.training.supervised import report_dropped
 
 PROMPTS_TO_MEASURE = 500  # how many right solutions tell how much room a completion needs
 
@@ -30,9 +32,7 @@ def train_grpo(config: GRPOConfig) -> Path:
     _check(config)
     config = resolve_paths(config)
     source = PromptSource(config, PassRates())
-    beginning = begin(
-        "grpo", config, _sources(config), drawn=_drawn(config, source), lora=_lora(config)
-    )
+    beginning = begin(config, _sources(config), drawn=_drawn(config, source), lora=_lora(config))
     checkpoint = beginning.checkpoint
     validation = _validation_prompts(config, beginning.covered)
     config = _with_room(config, source, validation, checkpoint)
@@ -85,13 +85,28 @@ def _with_room(
 
     A limit that cuts right solutions off leaves their depth without reward.
     """
-    expressions = [*validation, *source.others(PROMPTS_TO_MEASURE, 0, 1)]
+    tried = source.others(PROMPTS_TO_MEASURE, 0, 1)
+    if config.learn_from == "solutions" or config.sft_replay_coef:
+        _report_too_long(tried, checkpoint)
+    expressions = [*validation, *tried]
     problems = [problem_from(expression) for expression in expressions]
     if config.max_gen_length:
         warn_if_too_short(config.max_gen_length, problems, checkpoint.tokenizer)
         return config
     context = checkpoint.model.config.max_seq_length
     return replace(config, max_gen_length=room_to_answer(problems, checkpoint.tokenizer, context))
+
+
+def _report_too_long(prompts: Sequence[str], checkpoint: Checkpoint) -> None:
+    """Say which of some prompts have solutions that are too long to learn from.
+
+    Raises:
+        UserError: all of them have.
+    """
+    context = checkpoint.model.config.max_seq_length
+    solutions = tokenised_solutions(prompts, checkpoint.tokenizer, context)
+    name = "right solutions of prompts tried"
+    report_dropped(solutions, name, context, "will be left out", "ask for shallower problems")
 
 
 def _more_files(run: Run) -> None:

@@ -336,10 +336,12 @@ def _choose(logits: Tensor, sampling: SamplingParams, uniform: Tensor) -> Choice
     if sampling.greedy:
         tokens = logits.argmax(dim=-1)
     else:
-        cumulative = logprobs.double().exp().cumsum(dim=-1)
+        # In fp64, which Apple's GPUs have not.
+        drawn_on = "cpu" if logits.device.type == "mps" else logits.device
+        cumulative = logprobs.to(drawn_on).double().exp().cumsum(dim=-1)
         # Scaled to the last sum, which rounding may leave a little off 1.
-        threshold = uniform.to(logits.device)[..., None] * cumulative[..., -1:]
-        tokens = torch.searchsorted(cumulative, threshold, right=True)[..., 0]
+        threshold = uniform.to(drawn_on)[..., None] * cumulative[..., -1:]
+        tokens = torch.searchsorted(cumulative, threshold, right=True)[..., 0].to(logits.device)
     chosen = logprobs.gather(-1, tokens[..., None])[..., 0]
     gap = best[..., 0] - best[..., 1]
     margins = gap if sampling.greedy else torch.full_like(gap, torch.inf)

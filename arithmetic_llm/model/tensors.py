@@ -13,7 +13,7 @@ from arithmetic_llm.runtime import UserError, require_file
 def to_bytes(weights: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     """The content of a safetensors file."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    return _safetensors("safetensors.torch").save(plain, metadata=metadata)
+    return import_safetensors("safetensors.torch").save(plain, metadata=metadata)
 
 
 def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -25,18 +25,22 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, st
     Raises:
         UserError: safetensors is not installed; the file is missing or damaged.
     """
-    safetensors = _safetensors("safetensors")
+    module = import_safetensors("safetensors")
     path = require_file(path, what)
     try:
-        with safetensors.safe_open(path, "pt") as file:
+        with module.safe_open(path, "pt") as file:
             names = file.keys()  # the file itself is no iterable
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except safetensors.SafetensorError as error:
+    except module.SafetensorError as error:
         raise UserError(f"{path}: damaged ({error}); use another copy") from None
 
 
-def _safetensors(module: str):
-    """A module of safetensors, imported when it is needed: it is an optional requirement."""
+def import_safetensors(module: str):
+    """A module of safetensors, imported when it is needed: it is an optional requirement.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError:

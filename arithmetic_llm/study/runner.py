@@ -16,13 +16,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from arithmetic_llm.folders import FINISHED, METRICS, read_lines
-from arithmetic_llm.runtime import Progress, atomic_write, atomic_write_text
+from arithmetic_llm.runtime import (
+    Progress,
+    atomic_write,
+    atomic_write_text,
+    when_asked_to_stop,
+)
 from arithmetic_llm.study.kinds import ROOT
 from arithmetic_llm.study.stages import DONE, Stage
 
@@ -66,7 +71,7 @@ def run_stages(stages: Sequence[Stage], jobs: int, title: str) -> list[Failure]:
     expected = {stage.hash: expected_seconds(stage) for stage in stages}
     before = sum(expected[stage.hash] for stage in stages if stage.done)
     total = sum(expected.values())
-    with Progress(total, title, "s of work", before) as bar, interrupted_by_terms():
+    with Progress(total, title, "s of work", before) as bar, when_asked_to_stop(interrupt):
         runner = Runner(stages, jobs, bar, expected, counted=before)
         runner.run()
     return runner.failures
@@ -158,25 +163,9 @@ class Runner:
                 job.process.kill()
 
 
-@contextlib.contextmanager
-def interrupted_by_terms() -> Iterator[None]:
-    """Have Ctrl-C, SIGTERM and a closed terminal interrupt, but under nohup not the last.
-
-    A shell's background jobs ignore Ctrl-C, and so would their stages, were it not taken up here.
-    """
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signals.append(signal.SIGHUP)  # Windows has none
-    before = {each: signal.signal(each, interrupt) for each in signals}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+def interrupt(signum: int, frame: object) -> None:
+    """What a request to stop does."""
+    raise KeyboardInterrupt
 
 
 # ------------------------------------------------------------------------------------ one stage

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
+import os
 import sys
 import threading
 import time
@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache
-from itertools import pairwise
 from statistics import fmean
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +28,7 @@ from arithmetic_llm.distributed import (
     add_up_in_place,
     added_up,
     from_main,
+    is_main,
     rank,
     share,
     world_size,
@@ -43,12 +43,14 @@ from arithmetic_llm.runtime import (
     autocast,
     derived_seed,
     readable_seconds,
+    when_asked_to_stop,
 )
 from arithmetic_llm.training.adapters import save_adapter_files
 from arithmetic_llm.training.optim import learning_rate_factor, learning_rates
 from arithmetic_llm.training.run import MetricsLog, Run
 
 SHOWN = ("reward", "accuracy")  # of a task's figures, on the bar
+STOPPING = b"\nstopping after this step; a second Ctrl-C ends at once and saves nothing\n"
 
 
 class MicroBatch(Protocol):
@@ -110,12 +112,13 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
         The training summary.
 
     Raises:
-        KeyboardInterrupt: on Ctrl-C or SIGTERM, after the step at hand is done and saved.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, after the step at hand is done and saved; after the
+            last one all that is left is done.
         UserError: the loss is not finite.
     """
     config, log = run.config, MetricsLog(run.folder)
     task.load_state_dict(run.task_state)
-    witness = FirstUpdate(run.model)
+    witness = FirstUpdate(run.model) if run.step == 0 else None
     bar = Progress(task.total_steps, run.checkpoint.stage, "step", run.step)
     run.model.train()
     with bar, on_request_to_stop() as stop:
@@ -124,7 +127,8 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
         meter = Meter(run, task)
         while run.step < task.total_steps:
             step = train_step(run, task)
-            witness.check(run, step)
+            if witness:
+                witness.check(run, step)
             meter.add(step, bar)
             last = run.step == task.total_steps
             epoch_ends = run.step % task.steps_per_epoch == 0 or last
@@ -132,12 +136,16 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
                 log.append(**meter.line())
             if run.step % config.eval_every == 0 or last:
                 validate(run, task, log, bar)
-            if run.step % config.save_every == 0 and not last:
+            if last:  # what is left may fail, and all is not to be learned again
+                run.save(run.step_file, resumable=True)
+            elif run.step % config.save_every == 0:
                 run.save_step()
-            if any(added_up([stop.is_set()])):  # all processes stop at the same step
+            if any(added_up([stop.is_set()])) and not last:  # all processes stop at the same step
                 from_main(lambda: save_to_go_on(run))  # all wait, or its line would not be the last
                 raise KeyboardInterrupt
-    return from_main(lambda: finish(run, task, log, meter, more_files))
+        if witness and witness.before is not None:
+            bar.note("warning: no step had an update; the weights are those of the start")
+        return from_main(lambda: finish(run, task, log, meter, more_files))
 
 
 def save_to_go_on(run: Run) -> None:
@@ -362,6 +370,7 @@ def finish(
         "config": asdict(run.config),
     }
     run.write_json(FINISHED, summary)
+    (run.folder / run.step_file).unlink(missing_ok=True)
     return summary
 
 
@@ -372,19 +381,15 @@ def best_line(evaluations: list[dict[str, Any]], run: Run) -> dict[str, Any]:
 
 
 def epoch_log(lines: list[dict[str, Any]], steps_per_epoch: int) -> list[dict[str, Any]]:
-    """Mean training loss and last held-out figures of each epoch, from the metrics stream.
-
-    A line tells of all steps since the one before, be they many or few.
-    """
+    """Mean training loss and last held-out figures of each epoch, from the metrics stream."""
     epochs: dict[int, list[dict[str, Any]]] = {}
     for line in lines:
         epochs.setdefault((line["step"] - 1) // steps_per_epoch + 1, []).append(line)
     log = []
     for epoch, members in epochs.items():
-        told = [line for line in members if "loss" in line]
-        ends = [(epoch - 1) * steps_per_epoch, *(line["step"] for line in told)]
-        steps = [end - start for start, end in pairwise(ends)]
-        mean = fmean([line["loss"] for line in told], steps) if told else None
+        told = [line for line in members if line.get("steps")]
+        losses, steps = ([line[key] for line in told] for key in ("loss", "steps"))
+        mean = fmean(losses, steps) if told else None
         held_out = [line for line in members if "loss" not in line]
         log.append({"epoch": epoch, "train_loss": mean, **(held_out[-1] if held_out else {})})
     return log
@@ -449,6 +454,7 @@ class Meter:
         line = {
             "step": self.run.step,
             "epoch": round(self.run.step / self.task.steps_per_epoch, 4),
+            "steps": len(learned),  # that the loss is the mean of
             "loss": fmean(step.loss for step in learned) if learned else 0.0,
             **self.window[-1].rates,
             **({"grad_norm": learned[-1].gradient_norm} if learned else {}),
@@ -471,20 +477,19 @@ def means(metrics: Iterable[dict[str, float]]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def on_request_to_stop() -> Iterator[threading.Event]:
-    """Ctrl-C or SIGTERM sets the event, so that no step is cut in half; a second one interrupts."""
+    """A request to stop sets the event, so that no step is cut in half; a second one interrupts."""
     event = threading.Event()
 
     def handle(signum: int, frame: object) -> None:
         if event.is_set():
             raise KeyboardInterrupt
         event.set()
+        if is_main():  # by no stream of Python's, which may be in the midst of writing
+            with contextlib.suppress(OSError):
+                os.write(2, STOPPING)
 
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with when_asked_to_stop(handle):
         yield event
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

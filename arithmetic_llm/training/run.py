@@ -39,6 +39,7 @@ from arithmetic_llm.model.checkpoint import (
     weights_hash,
 )
 from arithmetic_llm.model.load import load_weights
+from arithmetic_llm.model.tensors import import_safetensors
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import (
     UserError,
@@ -86,6 +87,11 @@ class Run:
 
     # -- files
 
+    @property
+    def step_file(self) -> str:
+        """Name of the checkpoint of this step."""
+        return f"checkpoint_step_{self.step}.pt"
+
     def save(self, name: str, resumable: bool = False) -> None:
         """Write a checkpoint of this moment into the run folder; of several processes one does."""
         if not is_main():
@@ -99,12 +105,11 @@ class Run:
 
         Later ones are damaged, or the run would have gone on from them: they count for nothing.
         """
-        name = f"checkpoint_step_{self.step}.pt"
-        self.save(name, resumable=True)
+        self.save(self.step_file, resumable=True)
         if not (is_main() and self.config.keep_checkpoints):
             return
         paths = step_checkpoints(self.folder)
-        so_far = paths[: paths.index(self.folder / name) + 1]
+        so_far = paths[: paths.index(self.folder / self.step_file) + 1]
         for old in so_far[: -self.config.keep_checkpoints]:
             old.unlink(missing_ok=True)
 
@@ -223,6 +228,8 @@ def open_run(config: RunConfig, checkpoint: Checkpoint, **hashes: str) -> Run:
     """
     if world_size() > 1:
         _require_same_start(checkpoint.model, hashes)
+    if checkpoint.adapter and config.save_peft_adapter:
+        import_safetensors("safetensors")  # or its lack would show when all is learned
     if config.resume:
         _check_unfinished(Path(config.resume), config, checkpoint, hashes)
         run = continue_run(Path(config.resume), config, checkpoint)

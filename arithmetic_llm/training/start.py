@@ -33,10 +33,15 @@ class Beginning:
     checkpoint: Checkpoint  # the model that is to be trained
     covered: Coverage | None  # of the corpus; None if there is none
     hashes: dict[str, str]  # of corpus and start; a resumed run must find the same
+    is_new: bool  # has the model random weights
+    before: Coverage | None  # what it had seen before, if anything is known
+
+    def seen_after(self, later: Coverage) -> Coverage | None:
+        """All that the model will have seen after this, too; None = unknown."""
+        return later if self.is_new else self.before and self.before.merge(later)
 
 
 def begin(
-    stage: str,
     config: RunConfig,
     sources: Sources,
     shape: ModelConfig | None = None,
@@ -59,13 +64,15 @@ def begin(
         covered = coverage_of(sources.corpus)
         warn_of_other_splits(covered, sources.corpus)
         hashes["corpus_sha256"] = sha256_file(sources.corpus)
-    model, seen = _model(config, sources, shape, tokenizer, covered or drawn)
+    model, before = _model(config, sources, shape, tokenizer)
     if sources.start:  # hashed before an adapter is added: that changes the names of the weights
         hashes["start_hash"] = weights_hash(model)
-    checkpoint = Checkpoint(model, tokenizer, stage, seen)
+    checkpoint = Checkpoint(model, tokenizer, config.STAGE)
     if lora:
         checkpoint = with_adapter(checkpoint, lora, sources.start)
-    return Beginning(checkpoint, covered, hashes)
+    beginning = Beginning(checkpoint, covered, hashes, not sources.start, before)
+    checkpoint.trained_on = beginning.seen_after(covered or drawn)
+    return beginning
 
 
 def _model(
@@ -73,17 +80,16 @@ def _model(
     sources: Sources,
     shape: ModelConfig | None,
     tokenizer: ArithmeticTokenizer,
-    seen: Coverage,
 ) -> tuple[ArithmeticModel, Coverage | None]:
-    """The model to begin with, on its device, and all that it will have seen; None = unknown."""
+    """The model to begin with, on its device, and what it has seen; None = nothing or unknown."""
     device = resolve_device(config.device)
     if not sources.start:
-        return initialise(ArithmeticModel(shape, tokenizer.vocab_size)).to(device), seen
+        return initialise(ArithmeticModel(shape, tokenizer.vocab_size)).to(device), None
     base = load_model(sources.start, device, sources.base)
     check_tokenizer(base, sources.tokenizer, sources.start)
     if context := getattr(config, "max_seq_length", 0):  # only some stages may change it
         base.model.config = replace(base.model.config, max_seq_length=context)
-    return base.model, base.trained_on and base.trained_on.merge(seen)
+    return base.model, base.trained_on
 
 
 def warn_of_other_splits(covered: Coverage, corpus_path: str) -> None:

@@ -160,29 +160,28 @@ def train_foundational(config: FoundationalConfig, shape: ModelConfig) -> Path:
     config = resolve_paths(config)
     sources = Sources(config.tokenizer_path, config.corpus_path, config.init_from)
     loss = LossWeights(config.prompt_loss_weight, config.result_loss_weight)
-    return _train("foundational", config, sources, loss, shape=shape)
+    return _train(config, sources, loss, shape=shape)
 
 
 def train_instruction(config: InstructionConfig) -> Path:
     """Fine-tune a foundational model on the tokens after ``<think>``; returns the run folder."""
-    return _tune("instruction", config)
+    return _tune(config)
 
 
 def train_instruction_lora(config: LoRAInstructionConfig) -> Path:
     """Fine-tune a low-rank adapter on a frozen model; returns the run folder."""
-    return _tune("instruction_lora", config, lora=config)
+    return _tune(config, lora=config)
 
 
-def _tune(stage: str, config: InstructionConfig, lora: LoRAConfig | None = None) -> Path:
+def _tune(config: InstructionConfig, lora: LoRAConfig | None = None) -> Path:
     config = resolve_paths(config)
     start = config.init_from or config.foundational_checkpoint
     sources = Sources(config.tokenizer_path, config.instruction_corpus_path, start)
     loss = LossWeights(0.0, config.result_loss_weight)
-    return _train(stage, config, sources, loss, lora=lora)
+    return _train(config, sources, loss, lora=lora)
 
 
 def _train(
-    stage: str,
     config: TrainingConfig,
     sources: Sources,
     loss: LossWeights,
@@ -190,7 +189,7 @@ def _train(
     lora: LoRAConfig | None = None,
 ) -> Path:
     prepare_training(config.threads, config.seed)
-    beginning = begin(stage, config, sources, shape=shape, lora=lora)
+    beginning = begin(config, sources, shape=shape, lora=lora)
     task = _task(config, sources.corpus, beginning, loss)
     run = open_run(config, beginning.checkpoint, **beginning.hashes)
     _describe(run, task)
@@ -205,28 +204,35 @@ def _task(
     model, tokenizer = beginning.checkpoint.model, beginning.checkpoint.tokenizer
     context = model.config.max_seq_length
     train = TokenisedSamples(read_corpus(corpus_path), tokenizer, context, loss)
-    _report_dropped(train, f"samples of {corpus_path}", context, "left out")
+    report_dropped(train, f"samples of {corpus_path}", context, "left out")
+    if train.dropped:
+        left_out = set(train.dropped)
+        kept = (r.expression for r in read_corpus(corpus_path) if r.expression not in left_out)
+        seen = beginning.seen_after(beginning.covered.limited_to(kept))
+        beginning.checkpoint.trained_on = seen
     records = held_out_records(beginning.covered.held_out_spec(), config)
     held_out = TokenisedSamples(records, tokenizer, context, LossWeights(0.0, 1.0))
     counted = "left out of eval_loss and wrong in eval_exact"
-    _report_dropped(held_out, "held-out samples", context, counted)
+    report_dropped(held_out, "held-out samples", context, counted)
     return SupervisedTask(train, held_out, config, model)
 
 
-def _report_dropped(samples: TokenisedSamples, name: str, context: int, so: str) -> None:
+def report_dropped(
+    samples: TokenisedSamples, name: str, context: int, so: str, remedy: str = MORE_ROOM
+) -> None:
     """Say how many samples of each depth are longer than the context, and what follows.
 
     Raises:
         UserError: all of them are.
     """
     if len(samples) == 0:
-        raise UserError(f"all {name} are longer than {context} tokens; {MORE_ROOM}")
+        raise UserError(f"all {name} are longer than {context} tokens; {remedy}")
     if samples.dropped:
         depths = Counter(_depth_name(expression) for expression in samples.dropped)
         shown = ", ".join(f"{count} of depth {depth}" for depth, count in sorted(depths.items()))
         print(
             f"warning: {len(samples.dropped)} of {len(samples) + len(samples.dropped)} {name} are "
-            f"longer than {context} tokens and {so} ({shown}); {MORE_ROOM}"
+            f"longer than {context} tokens and {so} ({shown}); {remedy}"
         )
 
 
