@@ -22,7 +22,7 @@ import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from arithmetic_llm.distributed import is_launched, together
 from arithmetic_llm.runtime import UserError, require_file
@@ -34,16 +34,30 @@ ANY_NUMBER = "*"  # of values, as argparse spells it
 COMMAND_LINE, DEFAULT = "the command line", "the default"  # where a value comes from, if not a file
 
 
-class Above(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Above:
     """In ``needs``: any number greater than the bound."""
 
     bound: float
 
+    def holds(self, value: Any) -> bool:
+        return value is not None and value > self.bound
 
-class Below(NamedTuple):
+    def __str__(self) -> str:
+        return f"above {self.bound}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Below:
     """In ``needs``: any number less than the bound; a default of None is."""
 
     bound: float
+
+    def holds(self, value: Any) -> bool:
+        return value is None or value < self.bound
+
+    def __str__(self) -> str:
+        return f"below {self.bound}"
 
 
 def opt(default: Any, help: str, **metadata: Any) -> Any:
@@ -236,13 +250,11 @@ def _always(field: dataclasses.Field, wanted: Any) -> bool:
 
 def _in_words(name: str, wanted: Any) -> str:
     """``with --schedule cosine or linear``, ``without --max-steps``."""
-    if isinstance(wanted, Above):
-        return f"with {flag_of(name)} above {wanted.bound}"
-    if isinstance(wanted, Below):
-        return f"with {flag_of(name)} below {wanted.bound}"
-    if isinstance(wanted, tuple):
-        return f"with {flag_of(name)} {' or '.join(wanted)}"
-    return f"with {flag_of(name)} {wanted}" if wanted else f"without {flag_of(name)}"
+    return f"with {flag_of(name)} {_text(wanted)}" if wanted else f"without {flag_of(name)}"
+
+
+def _text(wanted: Any) -> str:
+    return " or ".join(wanted) if isinstance(wanted, tuple) else str(wanted)
 
 
 # ---------------------------------------------------------------------------------- building
@@ -459,10 +471,8 @@ def unmet(field: dataclasses.Field, settings: Mapping[str, Setting]) -> Clause |
 
 
 def _is(value: Any, wanted: Any) -> bool:
-    if isinstance(wanted, Above):
-        return value is not None and value > wanted.bound
-    if isinstance(wanted, Below):
-        return value is None or value < wanted.bound
+    if isinstance(wanted, Above | Below):
+        return wanted.holds(value)
     return value in wanted if isinstance(wanted, tuple) else value == wanted
 
 
@@ -495,13 +505,9 @@ def _remedy(why: Clause | str) -> str:
 
 
 def _to_set(name: str, wanted: Any) -> str:
-    if isinstance(wanted, Above):
-        return f"set {flag_of(name)} above {wanted.bound}"
-    if isinstance(wanted, Below):
-        return f"set {flag_of(name)} below {wanted.bound}"
     if wanted is False or wanted == "":
         return f"leave {flag_of(name)} out"
-    return f"set {flag_of(name)} {' or '.join(wanted) if isinstance(wanted, tuple) else wanted}"
+    return f"set {flag_of(name)} {_text(wanted)}"
 
 
 # ------------------------------------------------------------------------------ running a script

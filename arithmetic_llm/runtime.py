@@ -120,11 +120,19 @@ def checked(form: Any, value: Any, name: str) -> Any:
         raise ValueError(f"{name} is {reprlib.repr(value)}, not of type {kind.__name__}")
     if kind is tuple and len(value) != len(parts):
         raise ValueError(f"{name} is {reprlib.repr(value)}, not {len(parts)} values")
-    columns = (value, value.values()) if kind is dict else zip(value) if kind is tuple else (value,)
-    for part, column in zip(parts, columns, strict=False):  # a bare type has no parts
-        for item in column:
-            checked(part, item, name)
+    for part, item in _parts_of(kind, parts, value) if parts else ():
+        checked(part, item, name)
     return value
+
+
+def _parts_of(kind: type, parts: Sequence[Any], value: Any) -> Iterator[tuple[Any, Any]]:
+    """The form of each item of a list, tuple or dict, with the item."""
+    if kind is list:
+        yield from ((parts[0], item) for item in value)
+    elif kind is tuple:
+        yield from zip(parts, value, strict=True)
+    elif kind is dict:
+        yield from (pair for entry in value.items() for pair in zip(parts, entry, strict=True))
 
 
 def reason(error: BaseException) -> str:

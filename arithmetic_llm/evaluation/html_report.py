@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -107,12 +107,12 @@ def _pictures(evaluated: Sequence[StageRecord]) -> Iterator[str]:
         "Exact match with 95 % intervals, and the wrong answers by kind of error, side by side.",
         lambda: _drawn_evaluations(evaluated),
     )
-    grpo = [stage.metrics["settings"].get("stage") == "grpo" for stage in evaluated]
-    for caption, wanted in (("Supervised training.", False), ("GRPO.", True)):
-        runs = [_run_of(stage) for stage, is_grpo in zip(evaluated, grpo, strict=True)]
-        chosen = [run for run, is_grpo in zip(runs, grpo, strict=True) if is_grpo is wanted]
-        if chosen:
-            yield _figure(caption, lambda chosen=chosen: _drawn_runs(chosen))
+    runs: dict[bool, list[str]] = {False: [], True: []}  # by whether they are GRPO's
+    for stage in evaluated:
+        runs[stage.metrics["settings"].get("stage") == "grpo"].append(_run_of(stage))
+    for caption, folders in (("Supervised training.", runs[False]), ("GRPO.", runs[True])):
+        if folders:
+            yield _figure(caption, partial(_drawn_runs, folders))
 
 
 def _run_of(stage: StageRecord) -> str:

@@ -75,24 +75,48 @@ def depth_grid(arms: Sequence[Reached]) -> tuple[list[str], list[list[float | No
 
 def draw_results(results: Results) -> Any:
     """A panel for each row that counts: arms against a number that varies, or one below another."""
-    flag, rows = numeric_axis(results.arms), results.study.judged_by
+    flag = numeric_axis(results.arms)
+    with matplotlib("").rc_context(SETTINGS):
+        figure = draw_against(results, flag) if flag else draw_below_each_other(results)
+        figure.suptitle(as_label(results.study.name))
+        return figure
+
+
+def draw_against(results: Results, flag: str) -> Any:
+    """The arms against the values of a flag."""
+    figure, panels = panels_of(results, 3.4)
+    for axes, row in panels:
+        draw_lines(axes, results, row, flag)
+    figure.supylabel(UNIT)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def draw_below_each_other(results: Results) -> Any:
+    """The arms one below another."""
+    figure, panels = panels_of(results, 0.8 + 0.28 * len(results.arms), sharey=True)
+    for axes, row in panels:
+        draw_dots(axes, results, row)
+    figure.supxlabel(UNIT)
+    return figure
+
+
+def panels_of(
+    results: Results, height: float, sharey: bool = False
+) -> tuple[Any, list[tuple[Any, Criterion]]]:
+    """A figure with a panel of so many inches for each row, under its name."""
+    rows = results.study.judged_by
     columns = min(MOST_COLUMNS, len(rows))
     lines = -(-len(rows) // columns)
-    with matplotlib("").rc_context(SETTINGS):
-        height = 3.4 if flag else 0.8 + 0.28 * len(results.arms)
-        figure = new_figure(WIDTH, lines * height + 0.6)
-        every = figure.subplots(lines, columns, squeeze=False, sharey=not flag).flat
-        for axes, row in zip(every, rows, strict=False):
-            draw_lines(axes, results, row, flag) if flag else draw_dots(axes, results, row)
-            axes.set_title(str(row))
-        for axes in every[len(rows) :]:
-            axes.set_visible(False)
-        figure.suptitle(as_label(results.study.name))
-        figure.supylabel(UNIT) if flag else figure.supxlabel(UNIT)
-        if flag:
-            handles, labels = every[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-        return figure
+    figure = new_figure(WIDTH, lines * height + 0.6)
+    every = figure.subplots(lines, columns, squeeze=False, sharey=sharey).flat
+    for axes in every[len(rows) :]:
+        axes.set_visible(False)
+    panels = [*zip(every, rows, strict=False)]
+    for axes, row in panels:
+        axes.set_title(str(row))
+    return figure, panels
 
 
 def draw_lines(axes: Any, results: Results, row: Criterion, flag: str) -> None:
@@ -103,8 +127,8 @@ def draw_lines(axes: Any, results: Results, row: Criterion, flag: str) -> None:
     for index, each in enumerate(series):
         shares, bars = points(results, each.arms, row)
         aside = 0.012 * (index - (len(series) - 1) / 2)  # of the width, so that bars stand apart
-        span = values[-1] / values[0] if doubles else values[-1] - values[0]
-        x = [x * span**aside if doubles else x + span * aside for x in each.x]
+        by = (values[-1] / values[0]) ** aside if doubles else (values[-1] - values[0]) * aside
+        x = [x * by if doubles else x + by for x in each.x]
         looks = {**line_looks(index), "marker": look(MARKERS, index), "capsize": 3}
         axes.errorbar(x, shares, yerr=bars, label=as_label(each.name or flag), **looks)
     beside = [arm for arm in results.arms if flag not in arm.arm.place]

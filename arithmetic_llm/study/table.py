@@ -219,7 +219,8 @@ def difference(arm: Reached, other: Reached, row: Criterion, spread: Spread | No
         error = spread.error(*models)
         p = max(p, student_p(mean, error, spread.freedom))
         ends = hull(ends, student_interval(mean, error, spread.freedom))
-    return Difference(arm.arm, mean, *ends, models, *better_worse, p)
+    low, high = max(-1.0, ends[0]), min(1.0, ends[1])
+    return Difference(arm.arm, mean, low, high, models, *better_worse, p)
 
 
 def by_problems(

@@ -41,8 +41,9 @@ def keep_base(folder: Path, checkpoint: Checkpoint) -> None:
     """
     path = folder / BASE_MODEL
     start = Path(checkpoint.adapter["base_path"])
-    said = read_peft(start) if is_peft_folder(start) else read_checkpoint(start)
-    if getattr(said, "adapter", said) is None:
+    if is_peft_folder(start):
+        said = read_peft(start)
+    elif not (said := read_checkpoint(start)).adapter:
         return
     if is_main() and not path.exists():
         past = {"stage": said.stage, "step": said.step, "trained_on": said.trained_on}

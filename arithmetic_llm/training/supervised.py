@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from pathlib import Path
@@ -61,15 +60,14 @@ class SupervisedTask:
         model: ArithmeticModel,
     ):
         self.train, self.held_out, self.config, self.model = train, held_out, config, model
-        self.plan: list[np.ndarray] = []
-        for epoch in itertools.count() if config.max_steps else range(config.num_epochs):
+        plan: list[np.ndarray] = []
+        epoch = 0
+        while len(plan) < config.max_steps if config.max_steps else epoch < config.num_epochs:
             rng = np.random.default_rng((config.seed, epoch))
-            self.plan += plan_epoch(train.lengths, config.batch_size, config.batch_tokens, rng)
-            self.steps_per_epoch = math.ceil(len(self.plan) / (epoch + 1))  # none lies beyond
-            if config.max_steps and len(self.plan) >= config.max_steps:
-                break
-        if config.max_steps:
-            self.plan = self.plan[: config.max_steps]
+            plan += plan_epoch(train.lengths, config.batch_size, config.batch_tokens, rng)
+            epoch += 1
+        self.steps_per_epoch = math.ceil(len(plan) / epoch)  # no epoch has more
+        self.plan = plan[: config.max_steps or None]
         self.total_steps = len(self.plan)
         tokens = [int(train.lengths[batch].sum()) for batch in self.plan]
         self._tokens_before = np.cumsum([0, *tokens])
