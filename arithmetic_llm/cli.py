@@ -111,11 +111,13 @@ def parse_many(
     argv: Sequence[str] | None,
     description: str,
     is_lenient: Callable[[str], bool] = lambda file: False,
+    locate: Callable[[str], str] = str,
 ) -> tuple[Any, ...]:
     """One instance of each config class; section ``model_config`` reads ``--model-config FILE``.
 
     Args:
         is_lenient: whether values of a file that can have no effect give way without being refused.
+        locate: where a file is that is given so.
 
     Raises:
         UserError: unknown flag or key, wrong type, value out of bounds, missing required value, a
@@ -124,7 +126,7 @@ def parse_many(
     given = read_flags(sections, argv, description)
     settings: dict[str, Setting] = {}
     for name, cls in sections.items():
-        file = given.get(name, "")
+        file = locate(given.get(name, ""))
         flags = {key: given[key] for key in _names(cls) if key in given}
         settings |= settings_of(cls, read_json(file) if name in given else {}, flags, file)
     settings = without_void(settings, is_lenient)

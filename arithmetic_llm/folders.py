@@ -119,7 +119,7 @@ def parse_run(
     folder = given.pop("resume", "")
     if folder:
         return _of_run(folder, sections, given)
-    configs = parse_many(sections, argv, description, is_lenient=_is_of_run)
+    configs = parse_many(sections, argv, description, _is_of_run, resolve_stamp)
     if configs[0].resume:
         raise UserError("resume: belongs on the command line, --resume RUN, not into a file")
     if is_restarted() and (folder := from_main(lambda: begun_by_this_job(configs[0].output_dir))):

@@ -433,6 +433,19 @@ def test_what_fails_after_the_last_step_costs_no_training(
     assert not (folder / f"checkpoint_step_{STEPS}.pt").exists()
 
 
+def test_the_settings_of_the_newest_run_are_found_by_the_literal_stamp(
+    workshop, undisturbed, tmp_path
+):
+    shutil.copytree(undisturbed[FOUNDATIONAL], tmp_path / "out" / undisturbed[FOUNDATIONAL].name)
+    settings = tmp_path / "out" / "foundational_YYYYMMDD_HHMMSS" / "training_config.json"
+    argv = ("--config", settings, "--max-steps", 1, *SHAPE, "--output-dir", tmp_path / "new")
+    ended = call(FOUNDATIONAL, *argv)
+    assert ended.code == 0, ended.err
+    assert f"{settings} -> " in ended.out
+    kept = read_json(the_run_in(tmp_path / "new") / "training_config.json")
+    assert kept["corpus_path"] == str(workshop / "corpus.txt")
+
+
 def test_a_run_is_resumed_by_the_script_of_its_stage_alone(unfinished):
     before = {path.name: path.read_bytes() for path in unfinished.iterdir()}
     for script in (INSTRUCTION, "run_instruction_training_lora.py", "run_grpo_training.py"):

@@ -156,7 +156,8 @@ def decode(
             ids = _padded([[row.last, *draft] for row, draft in zip(rows, drafts, strict=True)])
             uniform = torch.stack([row.uniforms(ids.shape[1]) for row in rows])
             choice = _choose(_forward(model, ids, cache), sampling, uniform)
-            counts = _accept(rows, choice.tokens.tolist(), drafts)
+            read = zip(rows, choice.tokens.tolist(), drafts, strict=True)
+            counts = [row.accept(tokens, draft) for row, tokens, draft in read]
             # The pass has left the whole draft in the cache, but lengths alone say what counts
             # there: moving them on by what was accepted forgets the rest. The last token accepted
             # is not in it yet; the next pass reads that first.
@@ -253,17 +254,12 @@ def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[*row, *[PAD] * (width - len(row))] for row in rows])
 
 
-def _accept(rows: list[TextRow], tokens: list[list[int]], drafts: list[list[int]]) -> list[int]:
-    """How many of each row's tokens count, after they have been appended to it."""
-    return [row.accept(*checked) for row, *checked in zip(rows, tokens, drafts, strict=True)]
-
-
 def _emissions(rows: list[TextRow], choice: Choice, counts: list[int]) -> Iterator[Emission]:
     """The tokens that count, row by row."""
-    parts = zip(*(part.tolist() for part in choice[:3]), strict=True)
-    for place, (row, count, part) in enumerate(zip(rows, counts, parts, strict=True)):
-        support = [] if choice.support is None else [*choice.support[place, :count].clone().cpu()]
-        yield Emission(row.name, *(values[:count] for values in part), support)
+    tokens, logprobs, margins = (part.tolist() for part in choice[:3])
+    for i, (row, n) in enumerate(zip(rows, counts, strict=True)):
+        support = [] if choice.support is None else [*choice.support[i, :n].clone().cpu()]
+        yield Emission(row.name, tokens[i][:n], logprobs[i][:n], margins[i][:n], support)
 
 
 def _drop_finished(rows: list[TextRow], cache: KVCache) -> None:
