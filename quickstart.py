@@ -149,13 +149,11 @@ def run(name, arguments):
 
 def exit_code(process):
     """The exit code of a stage. The terminal tells it of Ctrl-C, too, and it has time to save."""
-    interrupted = False
-    while True:
-        try:
-            code = process.wait()
-            return 130 if interrupted else code
-        except KeyboardInterrupt:
-            interrupted = True
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        exit_code(process)
+        return 130
 
 
 def newest_metrics(folder):

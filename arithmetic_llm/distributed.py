@@ -274,7 +274,7 @@ def launch(processes: int, script: str, argv: Sequence[str] | None) -> int:
         return 130
     except RendezvousError as error:  # torch for Windows has no libuv, which this launcher wants
         raise UserError(
-            f"--processes: they cannot be started here ({reason(error.__cause__ or error)}); "
+            f"--processes: several cannot be started here ({reason(error.__cause__ or error)}); "
             "leave it out, or start them with torchrun"
         ) from error
     except ChildFailedError as error:

@@ -75,7 +75,7 @@ def atomic_write_all(folder: str | Path, files: Mapping[str, bytes]) -> None:
     """Write several files into a folder; none of them takes its name before all are on the disk.
 
     Raises:
-        UserError: as `atomic_write`; every file is then as it was, unless a name is refused.
+        UserError: as `atomic_write`; every file is then as it was, unless a rename fails.
     """
     with contextlib.ExitStack() as stack:
         for name, content in files.items():
@@ -180,10 +180,11 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print a line of its own without tearing the bar."""
-        if self.terminal:
-            self.bar.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal may have gone, and work is to be saved
+            if self.terminal:
+                self.bar.write(text, file=sys.stderr)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self.bar.close()

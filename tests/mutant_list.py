@@ -831,19 +831,19 @@ MUTANTS = [
     # ------------------------------------------------------------------------------- studies
     Mutant(
         "study: seeds are left out of the verdict",
-        "p = max(p, student_p(mean, error, spread.freedom))",
+        "p = max(p, student_p(mean, error, freedom))",
         "p = max(p, 0.0)",
         "test_study_table.py -k told_apart",
     ),
     Mutant(
         "study: problems are left out of the verdict",
-        "p = max(p, student_p(mean, error, spread.freedom))",
+        "p = max(p, student_p(mean, error, freedom))",
         "p = student_p(mean, error, spread.freedom)",
         "test_study_table.py -k told_apart",
     ),
     Mutant(
         "study: the interval is that of the seeds alone",
-        "ends = hull(ends, student_interval(mean, error, spread.freedom))",
+        "ends = hull(ends, student_interval(mean, error, freedom))",
         "ends = student_interval(mean, error, spread.freedom)",
         "test_study_table.py -k few_problems",
     ),
@@ -915,7 +915,7 @@ MUTANTS = [
     ),
     Mutant(
         "study: spread taken from arms of another test",
-        "for arm in arms if arm.tests(row) <= tests)",
+        "for arm in arms if arm.tests(row) == of.tests(row))",
         "for arm in arms)",
         "test_study_table.py -k same_problems_say",
     ),

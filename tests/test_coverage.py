@@ -202,3 +202,13 @@ def test_a_file_states_a_coverage_in_plain_values():
     assert to_dict(LATER) == said
     assert from_dict(said) == LATER
     assert from_dict(to_dict(None)) is None
+
+
+def test_a_coverage_is_limited_to_what_some_expression_has():
+    """A flat sum of four numbers is no witness of depth 3, nor a tree of one of sums."""
+    whole = Coverage({"nested": 5, "flat": 5}, (1, 2, 3), (2, 3, 4, 5), (1, 9), {"train": 10})
+    kept = whole.limited_to(["1 + 2 + 3 + 4", "(1 + 2) - 3", "5 - 6", "1 +"])
+    assert (kept.depths, kept.flat_terms) == ((1, 2), (2, 4))
+    typed = Coverage({"typed": 5}, (1, 2, 3), (), (1, 9), {"train": 5})
+    kept = typed.limited_to(["1 + 2 + 3 + 4"])
+    assert (kept.depths, kept.sums) == ((), (4,))

@@ -807,7 +807,7 @@ def test_a_run_without_any_update_says_so(world, tmp_path, monkeypatch):
 
 def test_learning_from_solutions_that_are_too_long_is_refused_or_told(world, tmp_path):
     start = load_model(world / "start/best_model.pt")
-    for context, code, said in ((10, 2, "error: all right"), (30, 0, "warning: ")):
+    for context, code, said in ((10, 2, "error: all correct"), (30, 0, "warning: ")):
         start.model.config = replace(start.model.config, max_seq_length=context)
         save_checkpoint(tmp_path / "short.pt", start)
         more = (
@@ -822,7 +822,7 @@ def test_learning_from_solutions_that_are_too_long_is_refused_or_told(world, tmp
         ended = call(SCRIPT, *argv, "--output-dir", tmp_path / "out")
         assert ended.code == code, ended.err
         assert said in ended.out + ended.err
-        assert "right solutions of prompts tried are longer than" in ended.out + ended.err
+        assert "correct solutions of 500 prompts drawn are longer than" in ended.out + ended.err
 
 
 def test_learning_from_solutions_runs_as_a_stage(world, tmp_path):

@@ -246,7 +246,11 @@ sys.exit(exit_code(subprocess.Popen([sys.executable, "-c", {SLOW_TO_SAVE!r}])))
 def test_ctrl_c_in_the_quickstart_leaves_the_stage_time_to_save():
     """As a terminal does it: quickstart and stage are told, both at once."""
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITING], cwd=ROOT, stdout=-1, text=True, start_new_session=True
+        [sys.executable, "-c", WAITING],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGINT)

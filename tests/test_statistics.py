@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from math import hypot
 from statistics import fmean, variance
 
 import pytest
@@ -48,7 +49,7 @@ values = st.lists(st.integers(-300, 300), min_size=2, max_size=6).filter(lambda 
 @given(values)
 def test_one_arm_of_several_seeds_as_in_scipy(found):
     spread, theirs = pooled_spread([found, [7]]), stats.ttest_1samp(found, 0.0)
-    error = spread.error(len(found), 1)
+    error = spread.error(len(found))
     ours = student_interval(fmean(found), error, spread.freedom)
     assert ours == pytest.approx(tuple(theirs.confidence_interval()), rel=1e-6, abs=1e-6)
     p = student_p(fmean(found), error, spread.freedom)
@@ -59,7 +60,8 @@ def test_one_arm_of_several_seeds_as_in_scipy(found):
 @given(values, values)
 def test_two_arms_of_several_seeds_as_in_scipy(found, other):
     spread, theirs = pooled_spread([found, other]), stats.ttest_ind(found, other)
-    center, error = fmean(found) - fmean(other), spread.error(len(found), len(other))
+    center = fmean(found) - fmean(other)
+    error = hypot(spread.error(len(found)), spread.error(len(other)))
     ours = student_interval(center, error, spread.freedom)
     assert ours == pytest.approx(tuple(theirs.confidence_interval()), rel=1e-6, abs=1e-6)
     p = student_p(center, error, spread.freedom)

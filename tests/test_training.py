@@ -396,7 +396,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(script, arguments, undisturbed, tmp_pa
     assert process.wait() == 130
     *before, saved, interrupted = (tmp_path / "log.txt").read_text().splitlines()
     assert (saved, interrupted) == (f"saved; go on with --resume {folder}", "interrupted")
-    assert "stopping after this step; a second Ctrl-C ends at once and saves nothing" in before
+    assert "finishing this step and saving; a second Ctrl-C ends at once without saving" in before
     saved = max(folder.glob("checkpoint_step_*.pt"), key=lambda path: path.stat().st_mtime)
     assert load_model(saved).step >= last_step(folder) - 5
     ended = call(script, "--resume", folder)

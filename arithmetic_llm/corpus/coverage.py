@@ -76,17 +76,22 @@ class Coverage:
         )
 
     def limited_to(self, expressions: Iterable[str]) -> Coverage:
-        """The same without the depths, and the lengths of sums, that no expression has."""
+        """The same without the depths, and the lengths of sums, that no expression has.
+
+        A sum that may be a flat one or a typed tree speaks for its length alone.
+        """
         depths, terms = set(), set()
         for text in expressions:
             with contextlib.suppress(ExpressionError):
                 tree = parse(text)
-                depths.add(tree.depth)
-                terms.add(tree.terms)
+                if "(" in tree.canonical or tree.terms == 2:
+                    depths.add(tree.depth)
+                if "(" not in tree.canonical:
+                    terms.add(tree.terms)
         return replace(
             self,
             depths=tuple(depth for depth in self.depths if depth in depths),
-            flat_terms=tuple(count for count in self.flat_terms if count in terms),
+            flat_terms=tuple(count for count in self.sums if count in terms),
         )
 
     @property

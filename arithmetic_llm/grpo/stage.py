@@ -105,7 +105,7 @@ def _report_too_long(prompts: Sequence[str], checkpoint: Checkpoint) -> None:
     """
     context = checkpoint.model.config.max_seq_length
     solutions = tokenised_solutions(prompts, checkpoint.tokenizer, context)
-    name = "right solutions of prompts tried"
+    name = f"correct solutions of {len(prompts)} prompts drawn"
     report_dropped(solutions, name, context, "will be left out", "ask for shallower problems")
 
 

@@ -332,7 +332,7 @@ def _choose(logits: Tensor, sampling: SamplingParams, uniform: Tensor) -> Choice
     if sampling.greedy:
         tokens = logits.argmax(dim=-1)
     else:
-        # In fp64, which Apple's GPUs have not.
+        # Apple's GPUs have no fp64.
         drawn_on = "cpu" if logits.device.type == "mps" else logits.device
         cumulative = logprobs.to(drawn_on).double().exp().cumsum(dim=-1)
         # Scaled to the last sum, which rounding may leave a little off 1.

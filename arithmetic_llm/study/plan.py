@@ -117,13 +117,13 @@ class Planner:
     def require_rows(self, evaluation: Stage, arm: Arm) -> None:
         """Refuse a row that the arm's test cannot have, before hours are spent on it."""
         test = evaluation.inputs.get("test_file")
-        least, most = (
-            test.effective.get(f"{end}_depth") if test else None for end in ("min", "max")
-        )
+        settings = test.effective if test else {}
+        most = settings.get("max_depth")
+        least = 1 if settings.get("drill_rate") else settings.get("min_depth") or 1
         for row in self.study.judged_by:
             name, _, depth = row.problems.partition(" ")
-            if name == "depth" and most and not (least or 1) <= int(depth) <= most:
-                there = f"the test has depth {least or 1} to {most}"
+            if name == "depth" and most and not least <= int(depth) <= most:
+                there = f"the test has depth {least} to {most}"
                 raise self.refusal(f"arm {arm.name!r}: rows: {row.problems}: {there}")
 
     def resolve(
@@ -171,7 +171,7 @@ class Planner:
     def require(self, file: Path, what: str) -> None:
         """Refuse a file that is not there."""
         try:
-            require_file(file, "file")
+            require_file(file, "config")
         except UserError as error:
             raise self.refusal(f"{what}: {error}") from None
 

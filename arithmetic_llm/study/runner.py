@@ -7,7 +7,6 @@ study that shares it nor by one that was killed and started again. Windows has n
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
@@ -152,8 +151,7 @@ class Runner:
         for job in self.running:
             if os.name != "nt":  # there the console has told it already, and this would kill it
                 job.process.send_signal(signal.SIGINT)
-        with contextlib.suppress(OSError):  # the terminal may be what has gone
-            self.bar.note("saving; the same command goes on from here")
+        self.bar.note("saving; the same command goes on from here")
         until = time.monotonic() + SECONDS_TO_SAVE
         try:
             for job in self.running:

@@ -218,7 +218,7 @@ def _range(start: float, to: float, step: float = 0, times: float = 1) -> Iterat
     """From start to the last value that is not above ``to``, but for rounding."""
     for i in itertools.count():
         value = start * times**i + step * i
-        if value > to + 1e-9 * abs(to):
+        if value > to + 1e-9 * max(abs(start), abs(to)):
             return
         yield value if isinstance(value, int) else round(value, 12)
 

@@ -60,12 +60,9 @@ class Spread(NamedTuple):
     deviation: float
     freedom: int  # degrees of freedom that it is known with
 
-    def error(self, *counts: int) -> float:
-        """Standard error of a mean of so many models, or of the difference of two such means.
-
-        A single model is what it is: no seed would make it another one.
-        """
-        return self.deviation * math.sqrt(sum(1 / count for count in counts if count > 1))
+    def error(self, count: int) -> float:
+        """Standard error of a mean of so many models."""
+        return self.deviation / math.sqrt(count)
 
 
 def pooled_spread(groups: Iterable[Sequence[float]]) -> Spread | None:
@@ -163,8 +160,8 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float]:
 def paired_p(differences: Sequence[float]) -> float:
     """Test of the same difference against 0, which agrees with `paired_interval`.
 
-    For sides of several models each, which may be more on one than on the other: there a count of
-    problems that went this way or that, as `mcnemar` has it, is uneven by itself.
+    Used where a side has several models. McNemar's count will not do there: with one model beside
+    three, most problems favour one side by chance alone.
     """
     mean, error = _paired_mean(differences)
     return math.erfc(abs(mean) / error / math.sqrt(2))

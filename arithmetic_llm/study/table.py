@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -170,8 +171,8 @@ class Difference(NamedTuple):
     low: float
     high: float
     models: tuple[int, int]  # of the arm, and of the other
-    better: int | None  # problems that more models solve; None where the problems are not the
-    worse: int | None  # same, or the models not as many: then it is uneven by itself
+    better: int | None  # problems that more models solve; None if the problems, or the numbers
+    worse: int | None  # of models, differ
     p: float  # by itself
     adjusted: float = 1.0  # among all arms of the row
 
@@ -184,20 +185,20 @@ class Difference(NamedTuple):
         return BETTER if self.mean > 0 else WORSE
 
 
-def spread_of(arms: Sequence[Reached], row: Criterion, *tested_as: Reached) -> Spread | None:
-    """How models vary from seed to seed, by all arms with the problems of one of a few.
+def spread_of(arms: Sequence[Reached], row: Criterion, of: Reached) -> Spread | None:
+    """How models vary from seed to seed, by all arms that were tested on the same problems as one.
 
-    What is hard varies by many points and what is easy by a tenth of one, so arms that are tested
-    on other problems say nothing here. None if no arm has several models.
+    What is hard varies by many points and what is easy by a tenth of one, so arms with another
+    test say nothing here. None if none of these has several models.
     """
-    tests = set().union(*(arm.tests(row) for arm in tested_as))
-    return pooled_spread(arm.shares(row) for arm in arms if arm.tests(row) <= tests)
+    return pooled_spread(arm.shares(row) for arm in arms if arm.tests(row) == of.tests(row))
 
 
 def differences(arms: Sequence[Reached], against: Reached, row: Criterion) -> list[Difference]:
     """Every arm beside one of them; p-values hold for the row as a whole."""
+    spread = spread_of(arms, row, against)
     found = [
-        difference(arm, against, row, spread_of(arms, row, arm, against))
+        difference(arm, against, row, (spread_of(arms, row, arm), spread))
         for arm in arms
         if arm is not against
     ]
@@ -205,20 +206,27 @@ def differences(arms: Sequence[Reached], against: Reached, row: Criterion) -> li
     return [each._replace(adjusted=next(adjusted)) if any(each.models) else each for each in found]
 
 
-def difference(arm: Reached, other: Reached, row: Criterion, spread: Spread | None) -> Difference:
+def difference(
+    arm: Reached, other: Reached, row: Criterion, spreads: tuple[Spread | None, Spread | None]
+) -> Difference:
     """Two arms.
 
     They are told apart if chance is ruled out twice: that other seeds would turn it round, and
     that other problems would. Of two single models only the latter can be said.
+
+    Args:
+        spreads: how models of the arm vary from seed to seed, and models of the other.
     """
     if {m.stage.hash for m in arm.models} == {m.stage.hash for m in other.models}:
         return Difference(arm.arm, 0.0, 0.0, 0.0, (0, 0), None, None, 1.0)
     mean, models = arm.mean(row) - other.mean(row), (len(arm.models), len(other.models))
     p, ends, *better_worse = by_problems(arm, other, row, models)
-    if spread and max(models) > 1:
-        error = spread.error(*models)
-        p = max(p, student_p(mean, error, spread.freedom))
-        ends = hull(ends, student_interval(mean, error, spread.freedom))
+    several = [(s, n) for s, n in zip(spreads, models, strict=True) if s and n > 1]
+    if several:
+        error = math.hypot(*(spread.error(count) for spread, count in several))
+        freedom = min(spread.freedom for spread, _ in several)
+        p = max(p, student_p(mean, error, freedom))
+        ends = hull(ends, student_interval(mean, error, freedom))
     low, high = max(-1.0, ends[0]), min(1.0, ends[1])
     return Difference(arm.arm, mean, low, high, models, *better_worse, p)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -50,7 +51,7 @@ from arithmetic_llm.training.optim import learning_rate_factor, learning_rates
 from arithmetic_llm.training.run import MetricsLog, Run
 
 SHOWN = ("reward", "accuracy")  # of a task's figures, on the bar
-STOPPING = b"\nstopping after this step; a second Ctrl-C ends at once and saves nothing\n"
+STOPPING = b"\nfinishing this step and saving; a second Ctrl-C ends at once without saving\n"
 
 
 class MicroBatch(Protocol):
@@ -112,8 +113,8 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
         The training summary.
 
     Raises:
-        KeyboardInterrupt: on Ctrl-C or SIGTERM, after the step at hand is done and saved; after the
-            last one all that is left is done.
+        KeyboardInterrupt: on Ctrl-C, SIGTERM or a closed terminal, after the step at hand is done
+            and saved; if that was the last one, after all files are written.
         UserError: the loss is not finite.
     """
     config, log = run.config, MetricsLog(run.folder)
@@ -136,7 +137,7 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
                 log.append(**meter.line())
             if run.step % config.eval_every == 0 or last:
                 validate(run, task, log, bar)
-            if last:  # what is left may fail, and all is not to be learned again
+            if last:  # writing the final files may fail, and the training must not be lost
                 run.save(run.step_file, resumable=True)
             elif run.step % config.save_every == 0:
                 run.save_step()
@@ -145,13 +146,17 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
                 raise KeyboardInterrupt
         if witness and witness.before is not None:
             bar.note("warning: no step had an update; the weights are those of the start")
-        return from_main(lambda: finish(run, task, log, meter, more_files))
+        summary = from_main(lambda: finish(run, task, log, meter, more_files))
+        if any(added_up([stop.is_set()])):
+            raise KeyboardInterrupt
+        return summary
 
 
 def save_to_go_on(run: Run) -> None:
     """Save at once, and say how to go on."""
     run.save_step()
-    print(f"saved; go on with --resume {run.folder}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may have gone
+        print(f"saved; go on with --resume {run.folder}", file=sys.stderr)
 
 
 class UpdateResult(NamedTuple):
@@ -387,9 +392,9 @@ def epoch_log(lines: list[dict[str, Any]], steps_per_epoch: int) -> list[dict[st
         epochs.setdefault((line["step"] - 1) // steps_per_epoch + 1, []).append(line)
     log = []
     for epoch, members in epochs.items():
-        told = [line for line in members if line.get("steps")]
-        losses, steps = ([line[key] for line in told] for key in ("loss", "steps"))
-        mean = fmean(losses, steps) if told else None
+        told = [line for line in members if "loss" in line]
+        steps = [line.get("steps", 1) for line in told]  # older runs do not say
+        mean = fmean([line["loss"] for line in told], steps) if any(steps) else None
         held_out = [line for line in members if "loss" not in line]
         log.append({"epoch": epoch, "train_loss": mean, **(held_out[-1] if held_out else {})})
     return log
@@ -481,7 +486,7 @@ def on_request_to_stop() -> Iterator[threading.Event]:
     event = threading.Event()
 
     def handle(signum: int, frame: object) -> None:
-        if event.is_set():
+        if event.is_set() and signum in (signal.SIGINT, signal.SIGTERM):  # not a second SIGHUP
             raise KeyboardInterrupt
         event.set()
         if is_main():  # by no stream of Python's, which may be in the midst of writing

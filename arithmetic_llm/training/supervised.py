@@ -66,7 +66,7 @@ class SupervisedTask:
             rng = np.random.default_rng((config.seed, epoch))
             plan += plan_epoch(train.lengths, config.batch_size, config.batch_tokens, rng)
             epoch += 1
-        self.steps_per_epoch = math.ceil(len(plan) / epoch)  # no epoch has more
+        self.steps_per_epoch = math.ceil(len(plan) / epoch)  # they differ by a few
         self.plan = plan[: config.max_steps or None]
         self.total_steps = len(self.plan)
         tokens = [int(train.lengths[batch].sum()) for batch in self.plan]
@@ -216,7 +216,7 @@ def _task(
 
 
 def report_dropped(
-    samples: TokenisedSamples, name: str, context: int, so: str, remedy: str = MORE_ROOM
+    samples: TokenisedSamples, name: str, context: int, consequence: str, remedy: str = MORE_ROOM
 ) -> None:
     """Say how many samples of each depth are longer than the context, and what follows.
 
@@ -230,7 +230,7 @@ def report_dropped(
         shown = ", ".join(f"{count} of depth {depth}" for depth, count in sorted(depths.items()))
         print(
             f"warning: {len(samples.dropped)} of {len(samples) + len(samples.dropped)} {name} are "
-            f"longer than {context} tokens and {so} ({shown}); {remedy}"
+            f"longer than {context} tokens and {consequence} ({shown}); {remedy}"
         )
 
 
