@@ -838,13 +838,13 @@ MUTANTS = [
     Mutant(
         "study: problems are left out of the verdict",
         "p = max(p, student_p(mean, error, freedom))",
-        "p = student_p(mean, error, spread.freedom)",
+        "p = student_p(mean, error, freedom)",
         "test_study_table.py -k told_apart",
     ),
     Mutant(
         "study: the interval is that of the seeds alone",
         "ends = hull(ends, student_interval(mean, error, freedom))",
-        "ends = student_interval(mean, error, spread.freedom)",
+        "ends = student_interval(mean, error, freedom)",
         "test_study_table.py -k few_problems",
     ),
     Mutant(
