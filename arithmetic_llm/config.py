@@ -146,6 +146,8 @@ def _of_each(name: str) -> Any:
     )
     same = foundational == instruction
     unset = instruction if same else f"{instruction}; in the foundational corpus {foundational}"
+    if name == "drill_rate":
+        unset += ", but in test and validation files 0.0"
     return like(CorpusConfig, name, None, unset=unset)
 
 
@@ -184,6 +186,8 @@ class BothCorporaConfig(CorpusConfig):
     def of(self, kind: type[CorpusConfig]) -> Any:
         """The settings of one kind of corpus, with its own defaults for what is not given."""
         values = {field.name: getattr(self, field.name) for field in fields(kind)}
+        if self.drill_rate is None and self.split != "train":
+            values["drill_rate"] = 0.0  # a test of steps would pass for one of problems
         return kind(**{name: value for name, value in values.items() if value is not None})
 
 

@@ -78,6 +78,15 @@ def test_each_file_has_exactly_the_samples_asked_for(tmp_path):
         assert ("drill" in meta["by_style"]) == drills
 
 
+@pytest.mark.parametrize(("more", "count"), [([], 0), (["--drill-rate", "0.5"], 10)])
+def test_a_test_file_has_no_drills_unless_asked_for(tmp_path, more, count):
+    plain = tmp_path / "f.txt"
+    argv = ["--num-samples", "20", "--foundational-only", "--split", "test", *more]
+    generate_corpus.main([*argv, "--output-foundational", str(plain)])
+    styles = json.loads(Path(f"{plain}.meta.json").read_text())["by_style"]
+    assert styles.get("drill", 0) == count
+
+
 @pytest.mark.parametrize("only", ["foundational", "instruction"])
 def test_only_one_of_the_two(tmp_path, only):
     output = f"--output-{only}={tmp_path / only}"
