@@ -145,9 +145,8 @@ def _of_each(name: str) -> Any:
         for kind in (FoundationalCorpusConfig, CorpusConfig)
     )
     same = foundational == instruction
-    unset = instruction if same else f"{instruction}; in the foundational corpus {foundational}"
-    if name == "drill_rate":
-        unset += ", but in test and validation files 0.0"
+    where = "a foundational corpus to train on" if name == "drill_rate" else "the foundational corpus"
+    unset = instruction if same else f"{instruction}; in {where} {foundational}"
     return like(CorpusConfig, name, None, unset=unset)
 
 
