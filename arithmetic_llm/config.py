@@ -145,8 +145,8 @@ def _of_each(name: str) -> Any:
         for kind in (FoundationalCorpusConfig, CorpusConfig)
     )
     same = foundational == instruction
-    where = "a foundational corpus to train on" if name == "drill_rate" else "the foundational corpus"
-    unset = instruction if same else f"{instruction}; in {where} {foundational}"
+    where = "foundational corpus" + (" to train on" if name == "drill_rate" else "")
+    unset = instruction if same else f"{instruction}; in the {where} {foundational}"
     return like(CorpusConfig, name, None, unset=unset)
 
 
