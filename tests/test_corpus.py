@@ -359,7 +359,7 @@ def test_a_corpus_may_begin_with_a_mark_of_its_encoding(tmp_path):
         (GOOD_PLAIN + "\nEvaluate: 1 + 1\n<think> </think>\n", 4, "Final Result"),
         (GOOD_PLAIN + "\nEvaluate: 1 + 1\n" + GOOD_PLAIN, 4, "no <think>"),
         ("Step 1\n", 1, "neither"),
-        (GOOD_JSON + "\n\ufeff" + GOOD_JSON, 2, "neither"),  # but at the beginning of a file it may be
+        (GOOD_JSON + "\n\ufeff" + GOOD_JSON, 2, "neither"),  # at the beginning it may be
         (GOOD_JSON.encode() + b"\n\xff\xfe\n", 2, "not UTF-8"),
     ],
 )
