@@ -15,7 +15,7 @@ from pathlib import Path
 
 from arithmetic_llm.cli import parse, run_main
 from arithmetic_llm.config import QuickstartConfig
-from arithmetic_llm.runtime import UserError, quoted
+from arithmetic_llm.runtime import UserError, pasted, quoted
 
 TEST = "--tokenizer-path data/tokenizer --test-file data/instruction_corpus_test.txt"
 FOUNDATIONAL = "models/foundational_YYYYMMDD_HHMMSS/best_model.pt"
@@ -126,11 +126,6 @@ def words(command, config):
 def in_processes(config):
     """The flag of training and evaluation, if they are to have several."""
     return ["--processes", str(config.processes)] if config.processes > 1 else []
-
-
-def pasted(arguments):
-    """A script with its arguments as a user types it."""
-    return f"python {quoted(arguments)}"
 
 
 def run(name, arguments):

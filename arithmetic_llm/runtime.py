@@ -230,6 +230,11 @@ def quoted(arguments: Sequence[str]) -> str:
     return subprocess.list2cmdline(arguments) if os.name == "nt" else shlex.join(arguments)
 
 
+def pasted(arguments: Sequence[str]) -> str:
+    """A script with its arguments as a user types it."""
+    return f"python {quoted(arguments)}"
+
+
 def readable_seconds(seconds: float) -> str:
     """``75`` -> ``1m15s``; what a person wants to read, never more than two units."""
     seconds = round(seconds)

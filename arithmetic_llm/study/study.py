@@ -9,7 +9,7 @@ from pathlib import Path
 from arithmetic_llm.config import StudyConfig
 from arithmetic_llm.distributed import cores
 from arithmetic_llm.evaluation.plots import save_picture
-from arithmetic_llm.runtime import UserError, quoted, readable_seconds
+from arithmetic_llm.runtime import UserError, pasted, readable_seconds
 from arithmetic_llm.study import figures
 from arithmetic_llm.study.plan import Trial, plan
 from arithmetic_llm.study.runner import expected_seconds, run_stages
@@ -33,7 +33,7 @@ def study_from(config: StudyConfig) -> int:
     jobs = config.jobs or cores()
     print(outline(trials, stages, jobs))
     if config.dry_run:
-        print("\n".join(f"$ python {quoted(s.words)}" for s in stages if s.kind and not s.done))
+        print("\n".join(f"$ {pasted(s.words)}" for s in stages if s.kind and not s.done))
         return 0
     failures = run_stages(stages, jobs, study.name)
     results = results_of(study, trials)
@@ -81,4 +81,4 @@ def command_of(config: StudyConfig) -> str:
     """The command that repeats the study."""
     base = ["--base", config.base] if config.base else []
     more = [*(["--quick"] if config.quick else []), *base]
-    return f"python {quoted(['run_study.py', Path(config.study).as_posix(), *more])}"
+    return pasted(["run_study.py", Path(config.study).as_posix(), *more])
