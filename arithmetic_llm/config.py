@@ -254,6 +254,9 @@ class ModelConfig:
         "context in tokens; a longer sample is dropped, counted and reported",
         at_least=8,
     )
+    attention_window: int = _shape(
+        0, "tokens that each one looks back over, itself included; 0 = all", at_least=0
+    )
     rope_theta: float = _shape(10000.0, "base of the rotary position frequencies", above=0.0)
     tie_embeddings: bool = _shape(False, "share the input embedding with the output head")
 

@@ -132,6 +132,7 @@ def of_transformers(model: ArithmeticModel):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = model.config
+    window = config.attention_window
     theirs = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=model.vocab_size,
@@ -144,6 +145,9 @@ def of_transformers(model: ArithmeticModel):
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             max_position_embeddings=config.max_seq_length,
             tie_word_embeddings=config.tie_embeddings,
+            use_sliding_window=window > 0,
+            sliding_window=window or None,
+            max_window_layers=0,
             attn_implementation="eager",
         )
     )

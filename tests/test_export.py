@@ -147,6 +147,15 @@ def test_a_tied_head_travels_both_ways(tokenizer, tmp_path):
     assert back.config == model.config
 
 
+def test_a_window_travels_both_ways(tokenizer, tmp_path):
+    model = random_model(tokenizer.vocab_size, attention_window=4)
+    write_hub_folder(tmp_path, checkpoint_of(model, tokenizer))
+    theirs = loaded_by_transformers(tmp_path)[0]
+    close(model, theirs)
+    theirs.save_pretrained(tmp_path)
+    assert read_hub_folder(tmp_path).model.config == model.config
+
+
 def test_an_adapter_is_merged_on_its_way(tokenizer, tmp_path):
     base = checkpoint_of(random_model(tokenizer.vocab_size, seed=8), tokenizer)
     save_checkpoint(tmp_path / "base.pt", base)
@@ -252,7 +261,33 @@ def test_half_precision_becomes_fp32(shelf, export):
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial"),
         ({"rope_parameters": [1]}, "rope"),
-        ({"use_sliding_window": True}, "use_sliding_window is True"),
+        ({"use_sliding_window": True}, "layer_types: full_attention"),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "layer_types": None,
+                "max_window_layers": 1,
+            },
+            "layer_types: full_attention",
+        ),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "layer_types": None,
+                "max_window_layers": ...,
+            },
+            "layer_types: full_attention",
+        ),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": None,
+                "layer_types": ["sliding_attention"] * 2,
+            },
+            "attention_window",
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"layer_types": 5}, "int"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -33,11 +33,14 @@ def test_the_norm_is_pytorchs(rows, features):
 
 
 @pytest.mark.parametrize("length", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 45])
-def test_causal_attention_is_pytorchs(length):
+@pytest.mark.parametrize("window", [0, 1, 50, BLOCK, BLOCK + 60, 1000])
+def test_causal_attention_is_pytorchs(length, window):
     q, k, v = draw(3, 2, 3, length, 8).unbind()
-    ours = value_and_gradients(causal_attention, q, k, v)
+    ours = value_and_gradients(lambda *qkv: causal_attention(*qkv, window), q, k, v)
+    back = torch.arange(length)[:, None] - torch.arange(length)
+    seen = (back >= 0) & (back < (window or length))
     theirs = value_and_gradients(
-        lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True), q, k, v
+        lambda *qkv: F.scaled_dot_product_attention(*qkv, attn_mask=seen), q, k, v
     )
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)

@@ -11,6 +11,7 @@ from arithmetic_llm.runtime import UserError
 
 VOCAB = 61
 MODEL = random_model(VOCAB)
+NARROW = random_model(VOCAB, attention_window=5)
 
 
 def random_ids(rows, tokens, seed=0):
@@ -24,24 +25,27 @@ def random_ids(rows, tokens, seed=0):
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("rope_theta", [10000.0, 500.0])
-def test_logits_equal_those_of_transformers(tied, rope_theta):
-    model = random_model(VOCAB, tie_embeddings=tied, rope_theta=rope_theta)
-    ids = random_ids(3, 50)
+@pytest.mark.parametrize("window", [0, 1, 16, 200])
+def test_logits_equal_those_of_transformers(tied, rope_theta, window):
+    shape = {"tie_embeddings": tied, "rope_theta": rope_theta, "attention_window": window}
+    model = random_model(VOCAB, **shape)
+    ids = random_ids(3, 150)
     ours, theirs = model(ids), of_transformers(model)(ids).logits
     assert ours.std() > 0.5  # else closeness would say little
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
-def test_cached_logits_of_ragged_rows_equal_those_of_transformers():
-    theirs = of_transformers(MODEL)
+@pytest.mark.parametrize("model", [MODEL, NARROW], ids=["whole", "window"])
+def test_cached_logits_of_ragged_rows_equal_those_of_transformers(model):
+    theirs = of_transformers(model)
     lengths, steps = torch.tensor([20, 3, 11]), 6
     ids = random_ids(3, 20 + steps)
-    cache = MODEL.new_cache(3)
-    MODEL.hidden_states(ids[:, :20], cache, lengths)
+    cache = model.new_cache(3)
+    model.hidden_states(ids[:, :20], cache, lengths)
     for step in range(steps):
         at = lengths + step
-        ours = MODEL(ids[torch.arange(3), at][:, None], cache)[:, 0]
+        ours = model(ids[torch.arange(3), at][:, None], cache)[:, 0]
         for row in range(3):
             expected = theirs(ids[row : row + 1, : at[row] + 1]).logits[0, -1]
             torch.testing.assert_close(ours[row], expected, atol=1e-4, rtol=0)
@@ -52,11 +56,22 @@ def test_cached_logits_of_ragged_rows_equal_those_of_transformers():
 
 @torch.no_grad()
 @pytest.mark.parametrize("cuts", [[1] * 12, [5, 7], [4, 1, 1, 6]])
-def test_the_cache_changes_no_logits_however_the_text_is_cut(cuts):
+@pytest.mark.parametrize("model", [MODEL, NARROW], ids=["whole", "window"])
+def test_the_cache_changes_no_logits_however_the_text_is_cut(model, cuts):
     ids = random_ids(2, 12)
-    cache = MODEL.new_cache(2)
-    parts = [MODEL(part, cache) for part in ids.split(cuts, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, 1), MODEL(ids), atol=1e-4, rtol=0)
+    cache = model.new_cache(2)
+    parts = [model(part, cache) for part in ids.split(cuts, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_window_hides_what_lies_further_back_layer_by_layer():
+    ids = random_ids(1, 30)
+    changed = ids.clone()
+    changed[0, 3] = (ids[0, 3] + 1) % VOCAB
+    differs = (NARROW(ids) != NARROW(changed)).any(-1)[0]
+    reach = 3 + (NARROW.config.attention_window - 1) * NARROW.config.num_layers
+    assert differs.nonzero().flatten().tolist() == list(range(3, reach + 1))
 
 
 @torch.no_grad()

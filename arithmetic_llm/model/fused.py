@@ -51,49 +51,66 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
     """``softmax(q k^T / sqrt(D)) v`` where no position sees a later one.
 
     Args:
         q, k, v: (B, H, T, D): rows, heads, positions, features of a head.
+        window: positions that each one sees, itself included; 0 = all before it.
 
     Returns:
         (B, H, T, D).
     """
-    if q.device.type != "cpu":
+    length = q.shape[2]
+    window = min(window or length, length)
+    if q.device.type == "cpu":
+        return _CausalAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), window).view(q.shape)
+    if window == length:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return _CausalAttention.apply(*(x.flatten(0, 1) for x in (q, k, v))).view(q.shape)
+    mask = _mask(q, (0, 0, length), window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class _CausalAttention(Function):
-    """Blocks of queries, each with the keys up to its own end: half of the square is never made."""
+    """Blocks of queries, each with the keys that one of them sees: the rest is never made."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         out, weights = torch.empty_like(q), []
-        for start, end in _blocks(q.shape[1]):
-            mask = q.new_full((end - start, end), -torch.inf).triu_(start + 1)
-            scores = torch.baddbmm(mask, q[:, start:end], k[:, :end].mT, alpha=q.shape[-1] ** -0.5)
+        for first, start, end in _blocks(q.shape[1], window):
+            mask, seen = _mask(q, (first, start, end), window), slice(first, end)
+            scores = torch.baddbmm(mask, q[:, start:end], k[:, seen].mT, alpha=q.shape[-1] ** -0.5)
             weights.append(scores.softmax(-1))
-            out[:, start:end] = weights[-1] @ v[:, :end]
+            out[:, start:end] = weights[-1] @ v[:, seen]
         ctx.save_for_backward(q, k, v, *weights)
+        ctx.window = window
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, *weights = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        scale = q.shape[-1] ** -0.5
-        for (start, end), weight in zip(_blocks(q.shape[1]), weights, strict=True):
-            block, grad_out = slice(start, end), grad[:, start:end]
-            grad_weight = grad_out @ v[:, :end].mT
+        scale, blocks = q.shape[-1] ** -0.5, _blocks(q.shape[1], ctx.window)
+        for (first, start, end), weight in zip(blocks, weights, strict=True):
+            block, seen, grad_out = slice(start, end), slice(first, end), grad[:, start:end]
+            grad_weight = grad_out @ v[:, seen].mT
             grad_scores = torch._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
-            grad_q[:, block] = (grad_scores @ k[:, :end]).mul_(scale)
-            grad_k[:, :end].baddbmm_(grad_scores.mT, q[:, block], alpha=scale)
-            grad_v[:, :end].baddbmm_(weight.mT, grad_out)
-        return grad_q, grad_k, grad_v
+            grad_q[:, block] = (grad_scores @ k[:, seen]).mul_(scale)
+            grad_k[:, seen].baddbmm_(grad_scores.mT, q[:, block], alpha=scale)
+            grad_v[:, seen].baddbmm_(weight.mT, grad_out)
+        return grad_q, grad_k, grad_v, None
 
 
-def _blocks(length: int) -> list[tuple[int, int]]:
-    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
+def _blocks(length: int, window: int) -> list[tuple[int, int, int]]:
+    """First key, first query and end of each block."""
+    starts = range(0, length, BLOCK)
+    return [(max(0, at - window + 1), at, min(at + BLOCK, length)) for at in starts]
+
+
+def _mask(like: Tensor, block: tuple[int, int, int], window: int) -> Tensor:
+    """What is added to a block's scores, (queries, keys): ``-inf`` where a query does not look."""
+    first, start, end = block
+    hidden = like.new_full((end - start, end - first), -torch.inf)
+    later = hidden.triu(start - first + 1)
+    return later if end - first <= window else later + hidden.tril(start - first - window)

@@ -34,13 +34,13 @@ from arithmetic_llm.task.text import SPECIAL_TOKENS
 
 PAST = "arithmetic_llm"  # of config.json, which others keep without reading it
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+_FULL, _SLIDING = "full_attention", "sliding_attention"  # a layer's attention, in their words
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What this toolkit's transformer is and cannot be otherwise. Left out, each is the default there.
 _FIXED = {
     "attention_bias": False,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
-    "use_sliding_window": False,
     "quantization_config": None,
 }
 # In transformers' words, what must be said of the shape.
@@ -102,12 +102,24 @@ def hub_config(model: ArithmeticModel) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **_window(config),
         "tie_word_embeddings": config.tie_embeddings,
         "attention_dropout": 0.0,
         **{name: value for name, value in _FIXED.items() if value is not None},
         **_token_ids(),
         "dtype": "float32",
         "torch_dtype": "float32",
+    }
+
+
+def _window(config: ModelConfig) -> dict[str, Any]:
+    """How far the layers look back, all of them alike."""
+    windowed = config.attention_window > 0
+    return {
+        "use_sliding_window": windowed,
+        "sliding_window": config.attention_window or None,
+        "max_window_layers": 0 if windowed else config.num_layers,
+        "layer_types": [_SLIDING if windowed else _FULL] * config.num_layers,
     }
 
 
@@ -231,6 +243,7 @@ def _shape(said: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(why)
     shape = {ours: said[theirs] for theirs, ours in _SIZES.items()}
     shape["tie_embeddings"] = said.get("tie_word_embeddings", False)
+    shape["attention_window"] = said["sliding_window"] if said.get("use_sliding_window") else 0
     shape["rope_theta"] = _rope(said).get("rope_theta", said.get("rope_theta", 10000.0))
     config = build(ModelConfig, shape, {})  # types and bounds
     if said["head_dim"] != config.head_dim:
@@ -247,12 +260,20 @@ def _misfits(said: dict[str, Any]) -> Iterator[str]:
             yield f"{name} is {said[name]!r}, not {ours!r}"
     if said["num_key_value_heads"] != said["num_attention_heads"]:
         yield "num_key_value_heads is not num_attention_heads: heads that share keys are unknown"
-    if {*(said.get("layer_types") or ())} - {"full_attention"}:
-        yield "layer_types has others than full_attention"
+    windowed = said.get("use_sliding_window", False)
+    if others := {*_layer_types(said)} - {_SLIDING if windowed else _FULL}:
+        yield f"layer_types: {', '.join(others)}, with use_sliding_window {windowed}"
     rope = _rope(said)
     kind, part = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
     if kind != "default" or part != 1.0 or rope.keys() & {"type", "factor"}:
         yield f"rotary positions are scaled or partial, {rope}"
+
+
+def _layer_types(said: dict[str, Any]) -> list[str]:
+    """Each layer's attention; where it is not said, the first layers have no window."""
+    layers = range(said["num_hidden_layers"])
+    first = said.get("max_window_layers", 28) if said.get("use_sliding_window") else len(layers)
+    return said.get("layer_types") or [_FULL if at < first else _SLIDING for at in layers]
 
 
 def _rope(said: dict[str, Any]) -> dict[str, Any]:

@@ -85,6 +85,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         d_model, self.head_dim = config.d_model, config.head_dim
+        self.window = config.attention_window
         self.q_proj = nn.Linear(d_model, d_model, bias=False)
         self.k_proj = nn.Linear(d_model, d_model, bias=False)
         self.v_proj = nn.Linear(d_model, d_model, bias=False)
@@ -98,7 +99,7 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(k), context.cos, context.sin).transpose(1, 2)
         v = v.transpose(1, 2)
         if context.cache is None:
-            out = causal_attention(q, k, v)
+            out = causal_attention(q, k, v, self.window)
         else:
             k, v = context.cache.extend(layer, k, v, context.positions)
             out = self.attend(q, k, v, context.mask)
@@ -224,7 +225,10 @@ class Transformer(nn.Module):
             positions = positions + cache.lengths[:, None]
             slots = torch.arange(cache.reserve(tokens), device=x.device)
             # A query sees the slots up to its own position: causal, and blind to padded slots.
-            hidden = slots > positions[:, None, :, None]
+            own = positions[:, None, :, None]
+            hidden = slots > own
+            if config.attention_window:
+                hidden |= slots <= own - config.attention_window
             mask = x.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
         cos, sin = rotary_angles(positions[..., None], config.head_dim, config.rope_theta)
         return Context(positions, cos.to(x.dtype), sin.to(x.dtype), cache, mask)

@@ -209,12 +209,14 @@ def working_memory(rows: int, width: int, shape: ModelConfig) -> int:
     """Bytes, about, that a training step takes for a micro-batch beside weights and optimizer.
 
     For each position a layer keeps 16 vectors of the model's width, 4 of the feed-forward's and a
-    head's attention weights, of which `causal_attention` makes the blocks up to the diagonal; the
-    backward pass has copies worth about 3 layers more.
+    head's attention weights, of which `causal_attention` makes blocks up to the diagonal, as far as
+    a window reaches; the backward pass has copies worth about 3 layers more.
     In fp32 it is 2 to 40 % above the peak that was measured (64 x 64 to 1 x 1,536 tokens, 3 to 6
     layers); bf16 takes two thirds of that.
     """
     seen = min(width, (width + BLOCK) // 2)  # positions, on average, to the end of one's own block
+    if shape.attention_window:
+        seen = min(seen, shape.attention_window + BLOCK)
     values = 16 * shape.d_model + 4 * shape.dim_feedforward + shape.nhead * seen
     return 4 * rows * width * (shape.num_layers + 3) * values
 
