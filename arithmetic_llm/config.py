@@ -360,6 +360,11 @@ class TrainingConfig(RunConfig):
         "loss weight of a step's result: its digits, its sign and the token that ends it",
         above=0.0,
     )
+    excerpt_tokens: int = opt(
+        0,
+        "learn from a longer sample in excerpts of whole steps, of at most so many tokens; 0 = off",
+        at_least=0,
+    )
     init_from: str = opt("", "start a new run from this checkpoint's weights")
 
 

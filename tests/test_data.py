@@ -1,6 +1,7 @@
 """From records to batches: loss weights by hand, tight batches, gradients whatever the cut."""
 
 import contextlib
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_tokenizer, random_model, records
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from arithmetic_llm.config import FoundationalConfig, LoRAConfig
 from arithmetic_llm.corpus.record import Record
@@ -31,8 +34,16 @@ def record(expression):
     return Record(expression, problem_text(expression), solution.text, solution.answer)
 
 
-def tokenised(given=RECORDS, tokenizer=TOKENIZER, max_seq_length=1000, loss=PLAIN):
-    return TokenisedSamples(given, tokenizer, max_seq_length, loss)
+def tokenised(
+    corpus=RECORDS, tokenizer=TOKENIZER, max_seq_length=1000, loss=PLAIN, excerpt_tokens=0
+):
+    return TokenisedSamples(corpus, tokenizer, max_seq_length, loss, excerpt_tokens)
+
+
+def texts_of(samples):
+    """The text of each sample."""
+    cut = np.split(samples.ids, samples.starts[1:-1])
+    return [TOKENIZER.decode(ids.tolist()) for ids in cut]
 
 
 # ----------------------------------------------------------------------------- loss weights
@@ -92,6 +103,51 @@ def test_token_weights_by_hand():
         ("6", 1.0),
         ("<eos>", 1.0),
     ]
+
+
+# --------------------------------------------------------------------------------- excerpts
+
+
+def test_an_excerpt_begins_where_the_one_before_it_ended():
+    samples = tokenised([record("1 + 2 + 3 - 4")], loss=LossWeights(0.5, 3.0), excerpt_tokens=35)
+    assert texts_of(samples) == [
+        "<bos>Evaluate: 1 + 2 + 3 - 4 <think> Step 1: 1 + 2 = 3 Expression now: 3 + 3 - 4",
+        "<bos> Expression now: 3 + 3 - 4 Step 2: 3 + 3 = 6 Expression now: 6 - 4"
+        " Step 3: 6 - 4 = 2 Expression now: 2 </think> Final Result: 2<eos>",
+    ]
+    first, second = np.split(samples.weights, samples.starts[1:-1])
+    assert first.tolist() == [0, *[0.5] * 10, *[1] * 7, *[3] * 2, *[1] * 5]
+    assert second[:16].tolist() == [0, *[0.5] * 6, *[1] * 7, *[3] * 2]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 700), st.integers(0, 10**6))
+def test_excerpts_have_every_step_once_and_no_more_than_fits(most, seed):
+    drawn = records(1, seed=seed)
+    whole, cut = tokenised(drawn), tokenised(drawn, excerpt_tokens=most)
+    solution = texts_of(whole)[0].partition("<think>")[2]
+    pieces = texts_of(cut)
+    seeds = [re.match(r"<bos>(.*?<think>| Expression now: [^S]*(?= Step ))", t)[0] for t in pieces]
+    rests = [text.removeprefix(seed) for text, seed in zip(pieces, seeds, strict=True)]
+    assert "".join(rests) == solution
+    for piece, rest, length in zip(pieces, rests, cut.lengths, strict=True):
+        assert length <= most or rest.count(" Step ") <= 1 or len(pieces) == 1
+        assert piece.count("<eos>") == (piece is pieces[-1])
+    for before, begin in zip(rests, seeds[1:], strict=False):
+        assert before.endswith(begin.removeprefix("<bos>"))
+
+
+def test_what_has_no_step_is_never_cut():
+    samples = tokenised([record("1 + + 2"), record("1 + 2")], excerpt_tokens=2)
+    assert len(samples) == 2
+    assert texts_of(samples)[0].endswith("Final Result: ERROR<eos>")
+
+
+def test_a_step_longer_than_the_context_drops_its_sample():
+    two = [record("1 + 2 + 3 - 4"), record("1 + 2")]
+    samples = tokenised(two, max_seq_length=23, excerpt_tokens=20)
+    assert samples.dropped == ["1 + 2 + 3 - 4"]
+    assert len(samples) == 1
 
 
 def test_weights_start_anew_with_each_sample():

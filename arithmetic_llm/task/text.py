@@ -27,6 +27,7 @@ ERROR: Literal["ERROR"] = "ERROR"  # the answer to an invalid expression
 Answer = int | Literal["ERROR"]
 
 NEXT_STEP = re.compile(rf"(?={STEP}\s+[0-9]+:)")
+BEFORE_LINE = re.compile(rf"(?= (?:{STEP} [0-9]+:|{NEW_EXPRESSION}) )")  # in a solution on one line
 EQUATION = re.compile(rf"{STEP} ([0-9]+): (-?[0-9]+ [+-] -?[0-9]+) = (-?[0-9]+)")
 FOREIGN = re.compile("|".join([PROBLEM, *_FRAME]))  # what no completion holds
 _RESULT = re.compile(FINAL_RESULT.replace(" ", r"\s+"))

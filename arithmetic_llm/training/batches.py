@@ -14,7 +14,7 @@ from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.model.fused import BLOCK
 from arithmetic_llm.model.tokenizer import BOS, EOS, PAD, THINK, UNK, ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.task.text import OPEN
+from arithmetic_llm.task.text import BEFORE_LINE, OPEN
 
 _CHUNK = 10_000  # records tokenised at a time
 _ROUND_TO = 8  # batch widths are multiples of this: fewer distinct shapes run faster
@@ -65,6 +65,9 @@ class TokenisedSamples:
         weights: the loss weight of each token as a target.
         starts: where each sample begins in ``ids``; one entry more than there are samples.
         dropped: expressions of the samples that were longer than the context.
+
+    Args:
+        excerpt_tokens: a sample with more tokens comes as several, see `excerpts`; 0 = none does.
     """
 
     def __init__(
@@ -73,20 +76,28 @@ class TokenisedSamples:
         tokenizer: ArithmeticTokenizer,
         max_seq_length: int,
         loss: LossWeights,
+        excerpt_tokens: int = 0,
     ):
         parts: list[np.ndarray] = []
+        prompts: list[int] = []  # tokens of each part that its solution begins after
         self.dropped: list[str] = []
         for chunk in _chunks(records, _CHUNK):
             texts = [record.sequence for record in chunk]
             for record, ids in zip(chunk, tokenizer.encode_batch(texts), strict=True):
-                if len(ids) + 2 > max_seq_length:
+                _check(record, ids)
+                pieces = [(ids.index(THINK) + 2, [BOS, *ids, EOS])]
+                if 0 < excerpt_tokens < len(ids) + 2:
+                    pieces = excerpts(record, tokenizer, excerpt_tokens) or pieces
+                if max(len(piece) for _, piece in pieces) > max_seq_length:
                     self.dropped.append(record.expression)
                 else:
-                    _check(record, ids)
-                    parts.append(np.array([BOS, *ids, EOS], dtype=np.int32))
+                    prompts += [prompt for prompt, _ in pieces]
+                    parts += [np.array(piece, dtype=np.int32) for _, piece in pieces]
         self.starts = np.cumsum([0, *map(len, parts)])
         self.ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
-        self.weights = token_weights(self.ids, tokenizer, loss)
+        place = np.arange(len(self.ids)) - np.repeat(self.starts[:-1], self.lengths)
+        in_prompt = place < np.repeat(np.array(prompts, dtype=np.int64), self.lengths)
+        self.weights = token_weights(self.ids, in_prompt, tokenizer, loss)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -109,10 +120,44 @@ class TokenisedSamples:
         return Batch(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(weights)[:, 1:])
 
 
-def token_weights(ids: np.ndarray, tokenizer: ArithmeticTokenizer, loss: LossWeights) -> np.ndarray:
+def excerpts(
+    record: Record, tokenizer: ArithmeticTokenizer, most: int
+) -> list[tuple[int, list[int]]]:
+    """A long sample cut between its steps, as documents are that are longer than a context.
+
+    The first excerpt begins with the problem, each other one with the expression that its first
+    step goes on from, and only the last has an answer and an end:
+
+        <bos> Evaluate: ... <think> Step 1: ... Expression now: ...
+        <bos> Expression now: ... Step 9: ... Expression now: ... </think> Final Result: 7 <eos>
+
+    Args:
+        most: tokens of an excerpt; only a step that is longer by itself makes it longer.
+
+    Returns:
+        Of each how many tokens its first step begins after, and all its tokens; none if there is
+        no step.
+    """
+    problem, *lines = tokenizer.encode_batch(BEFORE_LINE.split(record.sequence))
+    begin, found = [BOS, *problem], []
+    for operation, expression in zip(lines[::2], lines[1::2], strict=True):
+        step = [*operation, *expression]
+        if found and len(found[-1][1]) + len(step) < most:
+            found[-1][1].extend(step)
+        else:
+            found.append((len(begin), [*begin, *step]))
+        begin = [BOS, *expression]
+    if found:
+        found[-1][1].append(EOS)
+    return found
+
+
+def token_weights(
+    ids: np.ndarray, in_prompt: np.ndarray, tokenizer: ArithmeticTokenizer, loss: LossWeights
+) -> np.ndarray:
     """The loss weight of each token of a flat array of samples, fp32.
 
-    A prompt runs from ``<bos>`` to ``<think>``. A result is the run of digits and signs after "=",
+    A result is the run of digits and signs after "=",
     which may be a token of its own or end one, with or without the space that follows; and the
     token behind the run, because how many digits a number has is arithmetic, too. With weights of
     0.05 for the prompt and 3 for a result:
@@ -128,7 +173,6 @@ def token_weights(ids: np.ndarray, tokenizer: ArithmeticTokenizer, loss: LossWei
         """Last place up to each where ``mark`` holds; 0 where none does."""
         return np.maximum.accumulate(np.where(mark, place, 0))
 
-    in_prompt = (latest(ids == BOS) >= latest(ids == THINK)) | (ids == THINK)
     texts = [tokenizer.token(i) for i in range(tokenizer.vocab_size)]
     numeric = np.array([text.isdigit() or text == "-" for text in texts])[ids]
     blank = np.array([text == " " for text in texts])[ids]

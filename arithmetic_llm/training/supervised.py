@@ -200,8 +200,10 @@ def _task(
     config: TrainingConfig, corpus_path: str, beginning: Beginning, loss: LossWeights
 ) -> SupervisedTask:
     model, tokenizer = beginning.checkpoint.model, beginning.checkpoint.tokenizer
-    context = model.config.max_seq_length
-    train = TokenisedSamples(read_corpus(corpus_path), tokenizer, context, loss)
+    context, most = model.config.max_seq_length, config.excerpt_tokens
+    if most > context:
+        raise UserError(f"--excerpt-tokens {most}: is above the context of {context} tokens")
+    train = TokenisedSamples(read_corpus(corpus_path), tokenizer, context, loss, most)
     report_dropped(train, f"samples of {corpus_path}", context, "left out")
     if train.dropped:
         left_out = set(train.dropped)
