@@ -27,12 +27,13 @@ SEVERAL_UPDATES = {"num_iterations": Above(1)}  # in the first, the ratio to cli
 
 SPLITS = ("train", "validation", "test")
 TREE_STYLES = ("nested", "typed", "padded")
-STYLES = (*TREE_STYLES, "flat", "drill", "invalid")
+STYLES = (*TREE_STYLES, "flat", "chain", "drill", "invalid")
 # A solution grows with the square of the numbers in its expression. At these limits there are some
 # 200 numbers, and solutions of 50,000 to 200,000 tokens: more than any context here. Each level of
 # depth doubles that. At depth 20 one solution had 32 million tokens and took 12 GB to encode.
 MAX_DEPTH = 10
 MAX_FLAT_TERMS = 200
+MAX_CHAIN_NUMBERS = 200
 LARGEST_NUMBER = 10**100
 
 
@@ -60,18 +61,33 @@ class SampleSpec:
         0.0,
         "fraction of flat sums without parentheses, 2 to --flat-terms numbers: 7 - 2 + 9 - 1",
     )
+    chain_rate: float = _rate(
+        0.0,
+        "fraction of long sums of trees shallower than --max-depth, with up to --chain-numbers "
+        "numbers in all: 7 - ((2 + 9) - 4) + 1 - (3 - 8)",
+    )
     drill_rate: float = _rate(
         0.0, "fraction of one-step drills: single steps of trees of --max-depth, as 31 - -12"
     )
+    wide_rate: float = _rate(
+        0.0,
+        "fraction, of every style but chains, whose numbers come from --wide-range, longer and "
+        "shorter ones, in place of --num-range",
+    )
     flat_terms: int = opt(20, "most numbers in a flat sum", at_least=2, at_most=MAX_FLAT_TERMS)
+    chain_numbers: int = opt(64, "most numbers in a chain", at_least=3, at_most=MAX_CHAIN_NUMBERS)
+    wide_range: tuple[int, int] = opt((-999, 999), "smallest and largest number of --wide-rate")
 
     def __post_init__(self) -> None:
         check_fields(self)
-        low, high = self.num_range
-        if low > high:
-            raise UserError(f"--num-range {low} {high}: the smaller number comes first")
-        if max(-low, high) > LARGEST_NUMBER:
-            raise UserError("--num-range: numbers of up to 100 digits, please")
+        for flag, (low, high) in (
+            ("--num-range", self.num_range),
+            ("--wide-range", self.wide_range),
+        ):
+            if low > high:
+                raise UserError(f"{flag} {low} {high}: the smaller number comes first")
+            if max(-low, high) > LARGEST_NUMBER:
+                raise UserError(f"{flag}: numbers of up to 100 digits, please")
         if self.min_depth > self.max_depth:
             raise UserError(f"--min-depth {self.min_depth}: is above --max-depth {self.max_depth}")
         rates = {style: self.rate(style) for style in STYLES[1:]}
@@ -108,6 +124,8 @@ class CorpusConfig(SampleSpec):
     min_depth: int = like(SampleSpec, "min_depth", needs=[NOT_FLAT_ALONE])
     max_depth: int = like(SampleSpec, "max_depth", needs=[NOT_FLAT_ALONE])
     flat_terms: int = like(SampleSpec, "flat_terms", needs=[{"flat_rate": Above(0)}])
+    chain_numbers: int = like(SampleSpec, "chain_numbers", needs=[{"chain_rate": Above(0)}])
+    wide_range: tuple[int, int] = like(SampleSpec, "wide_range", needs=[{"wide_rate": Above(0)}])
 
 
 @dataclass(frozen=True, kw_only=True)

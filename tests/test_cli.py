@@ -570,25 +570,24 @@ TRAINING = {
 }
 SUPERVISED = {**TRAINING, "--batch-tokens 2048": "batch_size"}
 INSTRUCTION = {**SUPERVISED, "": "prompt_loss_weight", "--init-from x": "foundational_checkpoint"}
+CORPUS = {
+    "--flat-rate 0": "flat_terms",
+    "--flat-rate 1": "min_depth max_depth",
+    "--chain-rate 0": "chain_numbers",
+    "--wide-rate 0": "wide_range",
+}
 VOID = {
     "generate_corpus": {
-        "--flat-rate 0": "flat_terms",
-        "--flat-rate 1": "min_depth max_depth",
+        **CORPUS,
         "--instruction-only": "output_foundational",
         "--foundational-only": "output_instruction",
     },
-    "generate_foundational_plaintext": {
-        "--flat-rate 0": "flat_terms",
-        "--flat-rate 1": "min_depth max_depth",
-    },
-    "generate_instruction_corpus_mixed": {
-        "--flat-rate 0": "flat_terms",
-        "--flat-rate 1": "min_depth max_depth",
-    },
+    "generate_foundational_plaintext": CORPUS,
+    "generate_instruction_corpus_mixed": CORPUS,
     "run_foundational_training": {
         **SUPERVISED,
         "--init-from x": "d_model nhead num_layers dim_feedforward dropout max_seq_length "
-        "rope_theta tie_embeddings",
+        "attention_window rope_theta tie_embeddings",
     },
     "run_instruction_training": INSTRUCTION,
     "run_instruction_training_lora": {

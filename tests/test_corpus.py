@@ -7,6 +7,7 @@ import random
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -14,6 +15,7 @@ from arithmetic_llm.config import SPLITS, STYLES, TREE_STYLES, CorpusConfig, Sam
 from arithmetic_llm.corpus import files as corpus
 from arithmetic_llm.corpus.draw import distinct_samples, draw_samples, shuffled
 from arithmetic_llm.corpus.files import json_line, make_corpus, plain_lines, read_corpus
+from arithmetic_llm.corpus.record import record_of
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.expression import parse
 from arithmetic_llm.task.problem import split_of
@@ -103,9 +105,69 @@ def test_samples_are_of_their_split_and_style(style, split):
 
 def test_counts_are_exact_in_any_order():
     styles = [sample.style for sample in draw_samples(MIXED, 1000, seed=5)]
-    assert Counter(styles) == MIXED.style_counts(1000)
+    assert Counter(styles) == Counter(MIXED.style_counts(1000))
     assert Counter(styles)["invalid"] == 100
     assert 20 < styles[:300].count("invalid") < 45  # spread all over, not in one place
+
+
+LONG = SampleSpec(max_depth=3, chain_rate=1.0, chain_numbers=30, typed_rate=0.0, invalid_rate=0.0)
+
+
+def test_chains_are_long_sums_whose_parentheses_nest_no_deeper_than_in_trees():
+    sizes = []
+    for sample in draw_samples(LONG, 400, seed=2):
+        text = sample.record.expression
+        nesting = itertools.accumulate((char == "(") - (char == ")") for char in text)
+        assert max(nesting) in (1, 2)  # a tree of depth 2, and the pair around it
+        assert parse(text).terms == sample.terms
+        assert parse(text).canonical == text
+        assert sample.record == record_of(text, solve(text))
+        sizes.append(sample.terms)
+    assert 3 <= min(sizes) < 6
+    assert 30 <= max(sizes) < 30 + 2**2  # the last tree may begin at the last but one
+    assert sum(sizes) / len(sizes) == pytest.approx(18, abs=2)
+
+
+def test_a_chain_of_trees_of_one_level_has_parentheses_too():
+    spec = replace(LONG, max_depth=1, chain_numbers=3)
+    assert all("(" in s.record.expression for s in draw_samples(spec, 100, seed=1))
+
+
+@pytest.mark.parametrize("draw", [draw_samples, partial(distinct_samples, split="train")])
+def test_wide_numbers_are_of_all_lengths_and_of_either_sign(draw):
+    spec = SampleSpec(
+        wide_rate=0.5, wide_range=(-999, 500), flat_rate=0.3, drill_rate=0.3, invalid_rate=0.1
+    )
+    samples = [s for s in draw(spec, 2000, seed=4) if s.style not in ("invalid", "drill")]
+    numbers = [[n for n in tree_of(s) if isinstance(n, int)] for s in samples]
+    wide = [sample for sample in numbers if not all(1 <= n <= 20 for n in sample)]
+    assert len(wide) / len(samples) == pytest.approx(0.5, abs=0.05)
+    each = list(itertools.chain(*wide))
+    assert -999 <= min(each) < -950 < 450 < max(each) <= 500
+    lengths = Counter(len(str(abs(n))) for n in each)
+    assert lengths[2] > lengths[3] > lengths[1] > 0.1 * len(each)
+    assert sum(n < 0 for n in each) / len(each) == pytest.approx(0.52, abs=0.05)
+    narrow = list(itertools.chain(*(n for n in numbers if n not in wide)))
+    assert {*narrow} == {*range(1, 21)}
+
+
+@pytest.mark.parametrize(
+    "wide", [(5, 5), (100, 200), (-7, -3), (0, 0), (-3, 250), (10**60, 10**60 + 5)], ids=str
+)
+def test_any_range_will_do_for_wide_numbers(wide):
+    spec = SampleSpec(max_depth=4, invalid_rate=0.0, wide_rate=1.0, wide_range=wide)
+    numbers = {
+        n for s in draw_samples(spec, 100, seed=4) for n in tree_of(s) if n not in ("+", "-")
+    }
+    assert all(wide[0] <= number <= wide[1] for number in numbers)
+    assert len(numbers) > min(5, wide[1] - wide[0])
+
+
+def test_without_wide_numbers_nothing_changes():
+    plain, none = draw_samples(MIXED, 200, 9), draw_samples(replace(MIXED, wide_rate=0.0), 200, 9)
+    assert [*plain] == [*none]
+    chains = replace(LONG, wide_rate=1.0)
+    assert [*draw_samples(chains, 50, 9)] == [*draw_samples(LONG, 50, 9)]
 
 
 def test_shuffled_is_uniform():
@@ -172,6 +234,7 @@ def test_test_problems_are_distinct_and_of_the_test_split():
         {"num_range": (0, 5), "flat_rate": 0.3, "drill_rate": 0.2, "flat_terms": 3},
         {"num_range": (-2, 2), "max_depth": 2, "padded_rate": 0.2, "drill_rate": 0.5},
         {"max_depth": 1, "flat_rate": 0.5, "flat_terms": 3, "num_range": (-9, 9)},
+        {"chain_rate": 0.4, "chain_numbers": 5, "num_range": (1, 3), "wide_rate": 0.3},
     ],
 )
 def test_no_problem_is_in_a_file_twice_in_whatever_styles(settings, split):

@@ -14,6 +14,7 @@ from arithmetic_llm.corpus.files import json_line
 from arithmetic_llm.corpus.record import solved
 from arithmetic_llm.corpus.trees import exact_tree, write
 from arithmetic_llm.task.expression import parse
+from arithmetic_llm.task.problem import problem_from
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,9 @@ def test_a_recipes_corpus_needs_no_sidecar_for_its_held_out_problems(tmp_path, c
         (["(1 + 2) + 3 - 4"], {"typed": 1}, (3,), (), (1, 4)),
         (["((1 + 2)) - 3", "(1 - (2 + 3))"], {"padded": 2}, (2,), (), (1, 3)),
         (["(1+2)-(3)", "1-( 2+3 )"], {"nested": 2}, (2,), (), (1, 3)),
+        # Deeper than all that is nested: a chain, which is of no depth.
+        (["(1 + 2) - 3", "1 - (2 + 3) + 4"], {"nested": 1, "chain": 1}, (2,), (), (1, 4)),
+        (["1 - ((2 + 3) - 4)", "1 - (2 + 3) + 4"], {"nested": 1, "typed": 1}, (3,), (), (1, 4)),
         (["7", "12"], {"nested": 2}, (0,), (), (7, 12)),
         (["1 +", "+"], {"invalid": 2}, (), (), (0, 0)),
         ([], {}, (), (), (0, 0)),
@@ -165,7 +169,7 @@ def test_held_out_problems_are_like_those_of_the_corpus(corpus):
     assert spec.num_range == (-9, 9)
 
 
-@pytest.mark.parametrize("style", ["flat", "invalid"])
+@pytest.mark.parametrize("style", ["flat", "chain", "invalid"])
 def test_a_corpus_without_trees_is_judged_on_what_it_has(style):
     rates = {"typed_rate": 0.0, "padded_rate": 0.0, "drill_rate": 0.0}
     rates |= {"flat_rate": 0.0, "invalid_rate": 0.0} | {f"{style}_rate": 1.0}
@@ -173,6 +177,8 @@ def test_a_corpus_without_trees_is_judged_on_what_it_has(style):
     # "1 + 2" is a tree as well
     without_trees = [r for r in drawn if style != "flat" or r.expression.count(" ") > 2]
     spec = survey(without_trees).held_out_spec()
+    if style == "chain":  # by its text it is a typed tree of some depth, unless there are others
+        spec = Coverage({"chain": 100}, (), (), (1, 20), {"train": 100}).held_out_spec()
     samples = draw_test_set(spec, 20, 0, "validation")
     assert {sample.style for sample in samples} == {style}
 
@@ -202,6 +208,33 @@ def test_a_file_states_a_coverage_in_plain_values():
     assert to_dict(LATER) == said
     assert from_dict(said) == LATER
     assert from_dict(to_dict(None)) is None
+
+
+WIDE = replace(EARLIER, wide_range=(-99, 99))
+
+
+def test_wide_numbers_are_covered_drawn_and_stated():
+    assert from_dict(to_dict(WIDE)) == WIDE
+    assert EARLIER.merge(WIDE).wide_range == WIDE.merge(LATER).wide_range == (-99, 99)
+    assert WIDE.merge(replace(LATER, wide_range=(-5, 300))).wide_range == (-99, 300)
+    for text, seen in (("1 + 20", True), ("-99 - 99", True), ("1 - 100", False)):
+        assert WIDE.covers(problem_from(text)) == seen
+    assert not EARLIER.covers(problem_from("-99 - 99"))
+    assert (WIDE.held_out_spec().wide_rate, WIDE.held_out_spec().wide_range) == (0.5, (-99, 99))
+    assert EARLIER.held_out_spec().wide_rate == 0
+
+
+def test_a_sidecar_tells_of_wide_numbers_and_chains(tmp_path):
+    made = call(
+        "generate_instruction_corpus_mixed.py",
+        *("--num-samples", 100, "--max-depth", 2, "--wide-rate", 0.2, "--wide-range", -50, 70),
+        *("--chain-rate", 0.3, "--chain-numbers", 9, "--output-mixed", tmp_path / "c.txt"),
+    )
+    assert made.code == 0
+    told = coverage_of(tmp_path / "c.txt")
+    assert (told.num_range, told.wide_range) == ((1, 20), (-50, 70))
+    assert told.styles["chain"] == 30
+    assert told.depths == (1, 2)
 
 
 def test_a_coverage_is_limited_to_what_some_expression_has():

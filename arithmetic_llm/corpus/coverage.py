@@ -36,6 +36,8 @@ class Coverage:
         flat_terms: how many numbers its flat sums have, ascending.
         num_range: smallest and largest number, drills not counted.
         splits: split to number of samples.
+        wide_range: smallest and largest number of the samples that are not limited to
+            ``num_range``, if there are any.
     """
 
     styles: dict[str, int]
@@ -43,12 +45,18 @@ class Coverage:
     flat_terms: tuple[int, ...]
     num_range: tuple[int, int]
     splits: dict[str, int]
+    wide_range: tuple[int, int] | None = None
+
+    @property
+    def all_numbers(self) -> tuple[int, int]:
+        """Smallest and largest number, drills not counted."""
+        return _union(self.num_range, self.wide_range)
 
     def covers(self, problem: Problem) -> bool:
         """Whether there are problems of this one's kind: its row, its numbers and its style."""
         if problem.row.kind == "invalid":
             return "invalid" in self.styles
-        low, high = self.num_range
+        low, high = self.all_numbers
         in_style = problem.style is None or problem.style in self.styles
         return in_style and self._has_row(problem) and low <= problem.low <= problem.high <= high
 
@@ -66,13 +74,14 @@ class Coverage:
 
     def merge(self, later: Coverage) -> Coverage:
         """Union with a later stage: all that a model has seen after both."""
-        lows, highs = zip(self.num_range, later.num_range, strict=True)
+        wide = self.wide_range or later.wide_range
         return Coverage(
             styles=dict(Counter(self.styles) + Counter(later.styles)),
             depths=tuple(sorted({*self.depths, *later.depths})),
             flat_terms=tuple(sorted({*self.flat_terms, *later.flat_terms})),
-            num_range=(min(lows), max(highs)),
+            num_range=_union(self.num_range, later.num_range),
             splits=dict(Counter(self.splits) + Counter(later.splits)),
+            wide_range=wide and _union(wide, later.wide_range),
         )
 
     def limited_to(self, expressions: Iterable[str]) -> Coverage:
@@ -110,10 +119,10 @@ class Coverage:
 
         What lies beyond the sampler's limits is replaced by the limit.
         """
-        only = {}
+        only, kinds = {}, ("flat", "chain", "drill")
         if not self.depths:
-            only = {next((s for s in ("flat", "drill") if s in self.styles), "invalid"): 1.0}
-        rates = {f"{style}_rate": only.get(style, 0.0) for style in ("flat", "drill", "invalid")}
+            only = {next((style for style in kinds if style in self.styles), "invalid"): 1.0}
+        rates = {f"{style}_rate": only.get(style, 0.0) for style in (*kinds, "invalid")}
         return SampleSpec(
             num_range=tuple(_within(-LARGEST_NUMBER, n, LARGEST_NUMBER) for n in self.num_range),
             min_depth=_within(1, min(self.depths, default=1), MAX_DEPTH),
@@ -121,6 +130,8 @@ class Coverage:
             flat_terms=_within(2, max(self.flat_terms, default=2), MAX_FLAT_TERMS),
             typed_rate=0.0,
             padded_rate=0.0,
+            wide_rate=0.5 if self.wide_range else 0.0,
+            wide_range=self.wide_range or SampleSpec().wide_range,
             **rates,
         )
 
@@ -136,7 +147,12 @@ _FORM = {  # of what a file says of a coverage
 
 def to_dict(coverage: Coverage | None) -> dict[str, Any]:
     """Plain lists and numbers for a file, which calls them ``trained_on``; empty if unknown."""
-    return json.loads(json.dumps(asdict(coverage))) if coverage else {}
+    if coverage is None:
+        return {}
+    said = asdict(coverage)
+    if coverage.wide_range is None:  # as files had it before there were wide numbers
+        del said["wide_range"]
+    return json.loads(json.dumps(said))
 
 
 def from_dict(said: dict[str, Any]) -> Coverage | None:
@@ -147,7 +163,8 @@ def from_dict(said: dict[str, Any]) -> Coverage | None:
     """
     if not said:
         return None
-    parts = {key: checked(form, said[key], f"trained_on {key}") for key, form in _FORM.items()}
+    form = _FORM | ({"wide_range": tuple[int, int]} if said.get("wide_range") else {})
+    parts = {key: checked(kind, said[key], f"trained_on {key}") for key, kind in form.items()}
     plain = {key: tuple(part) if isinstance(part, list) else part for key, part in parts.items()}
     return Coverage(**plain)
 
@@ -183,6 +200,11 @@ def _told_by_sidecar(corpus_path: str | Path) -> Coverage | None:
     return None
 
 
+def _union(one: tuple[int, int], other: tuple[int, int] | None) -> tuple[int, int]:
+    """The smallest range that has both."""
+    return (min(one[0], other[0]), max(one[1], other[1])) if other else one
+
+
 def _within(least: int, value: int, most: int) -> int:
     return max(least, min(value, most))
 
@@ -203,12 +225,14 @@ class _Texts:
     - A pair, ``31 - -12``, is a drill if its numbers leave the range of all other expressions and
       are in reach of their results. A drill within that range counts as a tree of depth 1.
     - A sum of two numbers is a flat sum if the corpus has flat sums and no trees but pairs.
+    - What lacks parentheses, but not all, and is deeper than every nested tree, is a chain.
     """
 
     def __init__(self) -> None:
         self.styles: Counter[str] = Counter()
         self.splits: Counter[str] = Counter()
         self.depths: set[int] = set()
+        self.typed: Counter[int] = Counter()  # those with parentheses, by depth
         self.sums: Counter[int] = Counter()  # by terms
         self.pairs: Counter[tuple[int, int]] = Counter()  # by numbers, the smaller first
         self.numbers: set[int] = set()  # of all but the pairs
@@ -229,15 +253,21 @@ class _Texts:
         self.numbers.update(numbers)
         if tree.is_flat:
             self.sums[tree.terms] += 1
+        elif (style := _style(tree)) == "typed":
+            self.typed[tree.depth] += 1
         else:
-            self.styles[_style(tree)] += 1
+            self.styles[style] += 1
             self.depths.add(tree.depth)
 
     def coverage(self) -> Coverage:
         """Coverage of all that was added; sums and pairs get the style that fits the rest."""
         styles, depths, flat_terms = self.styles.copy(), {*self.depths}, set()
+        deepest = max(self.depths or self.typed, default=0)
+        for depth, count in self.typed.items():
+            styles["typed" if depth <= deepest else "chain"] += count
+            depths |= {depth} if depth <= deepest else set()
         for terms, count in self.sums.items():
-            typed = "typed" in self.styles and terms - 1 in self.depths
+            typed = "typed" in styles and terms - 1 in depths
             styles["typed" if typed else "flat"] += count
             flat_terms |= set() if typed else {terms}
         num_range = self._num_range()
@@ -254,7 +284,7 @@ class _Texts:
 
     def _num_range(self) -> tuple[int, int]:
         """Smallest and largest number of all but the drills."""
-        deepest = max({*self.depths, *(terms - 1 for terms in self.sums)}, default=0)
+        deepest = max({*self.depths, *self.typed, *(t - 1 for t in self.sums)}, default=0)
         largest = max(map(abs, self.numbers), default=0)
         # The steps of a tree of depth 1 are that tree: no drills can be told from it.
         reach = largest * 2 ** (deepest - 1) if deepest > 1 else -1
@@ -299,4 +329,5 @@ def _from_sidecar(meta: dict[str, Any]) -> Coverage:
         tuple(int(terms) for terms in meta["flat_by_terms"]),
         tuple(meta["settings"]["num_range"]),
         {meta["settings"]["split"]: meta["samples"]},
+        tuple(meta["settings"]["wide_range"]) if meta["settings"].get("wide_rate") else None,
     )

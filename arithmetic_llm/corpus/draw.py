@@ -10,16 +10,18 @@ from collections.abc import Callable, Collection, Iterator
 from random import Random
 from typing import NamedTuple
 
-from arithmetic_llm.config import TREE_STYLES, SampleSpec
+from arithmetic_llm.config import STYLES, TREE_STYLES, SampleSpec
 from arithmetic_llm.corpus.corruption import corrupt
 from arithmetic_llm.corpus.record import Sample, record_of, solved
 from arithmetic_llm.corpus.trees import (
     all_flat_sums,
     all_trees,
+    chain,
     count_flat_sums,
     count_trees,
     exact_tree,
     flat_sum,
+    widened,
     write,
 )
 from arithmetic_llm.runtime import UserError
@@ -68,7 +70,7 @@ def distinct_samples(
     counts = spec.style_counts(num_samples)
     samples: list[Sample] = []
     taken: set[Drawn] = set()
-    for styles in (TREE_STYLES, ("flat",), ("drill",), ("invalid",)):
+    for styles in (TREE_STYLES, *((style,) for style in STYLES if style not in TREE_STYLES)):
         order = [*shuffled({style: counts[style] for style in styles}, rng)]
         problems = draw_distinct(spec, styles[0], len(order), split, rng, taken)
         taken.update(problems)
@@ -109,12 +111,23 @@ def _key_at(counts: dict[str, int], place: int) -> str:
 
 def draw(spec: SampleSpec, style: str, rng: Random) -> Postfix | str:
     """A tree to be written in a style; for ``"invalid"``, the text of an invalid expression."""
+    if style == "chain":
+        numbers, depth = rng.randint(3, spec.chain_numbers), max(1, spec.max_depth - 1)
+        return chain(numbers, depth, spec.num_range, rng)
     if style == "flat":
-        return flat_sum(rng.randint(2, spec.flat_terms), spec.num_range, rng)
-    if style == "drill":
-        return drill(spec, rng)
-    tree = exact_tree(rng.randint(spec.min_depth, spec.max_depth), spec.num_range, rng)
+        tree = flat_sum(rng.randint(2, spec.flat_terms), spec.num_range, rng)
+    elif style == "drill":
+        tree = drill(spec, rng)
+    else:
+        tree = exact_tree(rng.randint(spec.min_depth, spec.max_depth), spec.num_range, rng)
+    tree = maybe_widened(tree, spec, rng)
     return corrupt(spell(tree), rng) if style == "invalid" else tree
+
+
+def maybe_widened(tree: Postfix, spec: SampleSpec, rng: Random) -> Postfix:
+    """The tree, or with `wide_rate` for a chance one with wide numbers."""
+    wide = spec.wide_rate and rng.random() < spec.wide_rate
+    return widened(tree, spec.wide_range, rng) if wide else tree
 
 
 def drill(spec: SampleSpec, rng: Random) -> Postfix:
@@ -188,30 +201,29 @@ class _Stratum(NamedTuple):
 
 def _strata(spec: SampleSpec, style: str) -> list[_Stratum]:
     if style == "flat":
-        return [_flat_stratum(terms, spec.num_range) for terms in range(2, spec.flat_terms + 1)]
-    if style in ("drill", "invalid"):
+        return [_flat_stratum(terms, spec) for terms in range(2, spec.flat_terms + 1)]
+    if style not in TREE_STYLES:
         return [_Stratum(f"{style} style", spec.num_range, lambda rng: draw(spec, style, rng))]
-    depths = range(spec.min_depth, spec.max_depth + 1)
-    return [_depth_stratum(depth, spec.num_range) for depth in depths]
+    return [_depth_stratum(depth, spec) for depth in range(spec.min_depth, spec.max_depth + 1)]
 
 
-def _depth_stratum(depth: int, num_range: tuple[int, int]) -> _Stratum:
+def _depth_stratum(depth: int, spec: SampleSpec) -> _Stratum:
     return _Stratum(
         f"depth {depth}",
-        num_range,
-        lambda rng: exact_tree(depth, num_range, rng),
-        count_trees(depth, num_range),
-        lambda: all_trees(depth, num_range),
+        spec.num_range,
+        lambda rng: maybe_widened(exact_tree(depth, spec.num_range, rng), spec, rng),
+        None if spec.wide_rate else count_trees(depth, spec.num_range),
+        lambda: all_trees(depth, spec.num_range),
     )
 
 
-def _flat_stratum(terms: int, num_range: tuple[int, int]) -> _Stratum:
+def _flat_stratum(terms: int, spec: SampleSpec) -> _Stratum:
     return _Stratum(
         f"{terms} numbers in a flat sum",
-        num_range,
-        lambda rng: flat_sum(terms, num_range, rng),
-        count_flat_sums(terms, num_range),
-        lambda: all_flat_sums(terms, num_range),
+        spec.num_range,
+        lambda rng: maybe_widened(flat_sum(terms, spec.num_range, rng), spec, rng),
+        None if spec.wide_rate else count_flat_sums(terms, spec.num_range),
+        lambda: all_flat_sums(terms, spec.num_range),
     )
 
 

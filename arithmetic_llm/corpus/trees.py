@@ -45,6 +45,47 @@ def flat_sum(terms: int, num_range: tuple[int, int], rng: Random) -> Postfix:
     return tuple(tree)
 
 
+def chain(numbers: int, depth: int, num_range: tuple[int, int], rng: Random) -> Postfix:
+    """The tree of ``a + (b - c) - ...``: at least so many numbers, at least one in parentheses.
+
+    Args:
+        depth: of the trees that are added and subtracted, at most; at least 1.
+    """
+    tree = [*exact_tree(rng.randint(0, depth), num_range, rng)]
+    grouped = False
+    while len(tree) // 2 + 1 < numbers or not grouped:
+        added = exact_tree(rng.randint(0, depth), num_range, rng)
+        grouped |= len(added) > 1
+        tree += (*added, _operator(rng))
+    return tuple(tree)
+
+
+def widened(tree: Postfix, num_range: tuple[int, int], rng: Random) -> Postfix:
+    """The same operations on other numbers, of all lengths that the range has.
+
+    How long they are at most is decided for the tree as a whole; then a length is as likely as it
+    is long. In 900 of 999 numbers drawn evenly there would be three digits.
+    """
+    low, high = num_range
+    shortest = len(str(max(low, -high, 0)))
+    longest = len(str(max(-low, high)))
+    lengths = range(shortest, rng.randint(min(max(shortest, 2), longest), longest) + 1)
+
+    def number() -> int:
+        (digits,) = rng.choices(lengths, lengths)
+        return _number_of(digits, num_range, rng)
+
+    return tuple(number() if isinstance(symbol, int) else symbol for symbol in tree)
+
+
+def _number_of(digits: int, num_range: tuple[int, int], rng: Random) -> int:
+    """A number of the range with so many digits, of either sign if there are such."""
+    least, most = 10 ** (digits - 1) if digits > 1 else 0, 10**digits - 1
+    low, high = num_range
+    signs = ((max(low, least), min(high, most)), (max(low, -most), min(high, -least)))
+    return rng.randint(*rng.choice([(start, end) for start, end in signs if start <= end]))
+
+
 def _number(num_range: tuple[int, int], rng: Random) -> int:
     return rng.randrange(num_range[0], num_range[1] + 1)
 
@@ -100,8 +141,30 @@ def write(tree: Postfix, style: str, rng: Random) -> str:
     """The tree as text in a style; the text always parses back to the same tree."""
     if style in ("typed", "flat"):
         return spell(tree, wrap_left=str)
+    if style == "chain":
+        return _chained(tree)
     nested = spell(tree)
     return _padded(tree, nested, rng) if style == "padded" else nested
+
+
+def _chained(tree: Postfix) -> str:
+    """The outermost sum without parentheses, and what it adds or subtracts as nested text."""
+    added = ""
+    while len(tree) > 1:
+        start = _right_operand(tree)
+        right = spell(tree[start:-1])
+        added = f" {tree[-1]} {f'({right})' if ' ' in right else right}{added}"
+        tree = tree[:start]
+    return f"{tree[0]}{added}"
+
+
+def _right_operand(tree: Postfix) -> int:
+    """Where the right operand of the last operation begins."""
+    place, missing = len(tree) - 1, 1
+    while missing:
+        place -= 1
+        missing += 1 if isinstance(tree[place], str) else -1
+    return place
 
 
 def _padded(tree: Postfix, nested: str, rng: Random) -> str:

@@ -167,7 +167,7 @@ class ArithmeticSolver:
             found.append(f"depth {problem.depth}; trained on depth {_span(seen.depths)}")
         elif problem.terms is not None and problem.terms not in seen.sums:
             found.append(f"a sum of {problem.terms} numbers; trained on {_span(seen.sums)}")
-        low, high = seen.num_range
+        low, high = seen.all_numbers
         if problem.low < low or problem.high > high:
             found.append(f"numbers {problem.low} to {problem.high}; trained on {low} to {high}")
         return found

@@ -81,7 +81,7 @@ def _training(checkpoint: Checkpoint) -> str:
 
 
 def _seen(seen: Coverage) -> Iterator[str]:
-    low, high = seen.num_range
+    low, high = seen.all_numbers
     yield f"- numbers {low} to {high}"
     if seen.depths:
         yield f"- expression trees of depth {_listed(seen.depths)}"
