@@ -376,8 +376,8 @@ MUTANTS = [
     ),
     Mutant(
         "data: no end of text",
-        "np.array([BOS, *ids, EOS], dtype=np.int32)",
-        "np.array([BOS, *ids], dtype=np.int32)",
+        "[BOS, *ids, EOS])]",
+        "[BOS, *ids])]",
         "test_data.py",
     ),
     Mutant(
@@ -388,8 +388,8 @@ MUTANTS = [
     ),
     Mutant(
         "data: a sample of just the context is dropped",
-        "if len(ids) + 2 > max_seq_length:",
-        "if len(ids) + 2 >= max_seq_length:",
+        "if max(len(piece) for _, piece in pieces) > max_seq_length:",
+        "if max(len(piece) for _, piece in pieces) >= max_seq_length:",
         "test_data.py",
     ),
     # -------------------------------------------------------------------------------------- model
@@ -401,9 +401,75 @@ MUTANTS = [
     ),
     Mutant(
         "model: a position sees the next one",
-        "hidden = slots > positions[:, None, :, None]",
-        "hidden = slots > positions[:, None, :, None] + 1",
+        "hidden = slots > own\n",
+        "hidden = slots > own + 1\n",
         "test_model.py -k later",
+    ),
+    Mutant(
+        "model: a window that is one too wide with a cache",
+        "hidden |= slots <= own - config.attention_window",
+        "hidden |= slots < own - config.attention_window",
+        "test_model.py -k window",
+    ),
+    Mutant(
+        "attention: a window that is one too narrow",
+        "hidden.tril(start - first - window)",
+        "hidden.tril(start - first - window + 1)",
+        "test_fused.py -k causal",
+    ),
+    Mutant(
+        "attention: blocks with too few keys for their window",
+        "max(0, at - window + 1)",
+        "max(0, at - window + 2)",
+        "test_fused.py -k causal",
+    ),
+    Mutant(
+        "export: the window is left out",
+        '"use_sliding_window": windowed,',
+        '"use_sliding_window": False,',
+        "test_export.py -k window",
+    ),
+    Mutant(
+        "data: every excerpt begins with the problem",
+        "        begin = [BOS, *expression]",
+        "        begin = [BOS, *problem]",
+        "test_data.py -k excerpt",
+    ),
+    Mutant(
+        "data: excerpts too long by one token",
+        "len(found[-1][1]) + len(step) < most",
+        "len(found[-1][1]) + len(step) <= most",
+        "test_data.py -k excerpt",
+    ),
+    Mutant(
+        "data: an excerpt's first expression counts like its steps",
+        "in_prompt = place < np.repeat(",
+        "in_prompt = place + 5 < np.repeat(",
+        "test_data.py -k excerpt",
+    ),
+    Mutant(
+        "stage: no excerpts",
+        "TokenisedSamples(read_corpus(corpus_path), tokenizer, context, loss, most)",
+        "TokenisedSamples(read_corpus(corpus_path), tokenizer, context, loss)",
+        f"{STAGE} -k excerpt",
+    ),
+    Mutant(
+        "corpus: chains as deep as trees",
+        "max(1, spec.max_depth - 1)",
+        "max(1, spec.max_depth)",
+        "test_corpus.py -k chain",
+    ),
+    Mutant(
+        "corpus: wide numbers drawn evenly",
+        "(digits,) = rng.choices(lengths, lengths)",
+        "digits = lengths[-1]",
+        "test_corpus.py -k wide",
+    ),
+    Mutant(
+        "coverage: wide numbers are unknown",
+        "low, high = self.all_numbers\n        in_style",
+        "low, high = self.num_range\n        in_style",
+        "test_coverage.py -k wide",
     ),
     Mutant(
         "model: rotation the other way",
@@ -953,8 +1019,8 @@ MUTANTS = [
     # ------------------------------------------------------------------ gradients written by hand
     Mutant(
         "attention: a position sees the one behind it",
-        "triu_(start + 1)",
-        "triu_(start + 2)",
+        "triu(start - first + 1)",
+        "triu(start - first + 2)",
         "test_fused.py -k causal",
     ),
     Mutant(

@@ -137,6 +137,12 @@ def test_excerpts_have_every_step_once_and_no_more_than_fits(most, seed):
         assert before.endswith(begin.removeprefix("<bos>"))
 
 
+def test_an_excerpt_has_room_for_its_end_too():
+    long = record("1 + 2 + 3 - 4 + (5 - 6) + 7 - 8")
+    for most in range(50, 200):  # two of these steps and what they go on from are shorter
+        assert max(tokenised([long], excerpt_tokens=most).lengths) <= most
+
+
 def test_what_has_no_step_is_never_cut():
     samples = tokenised([record("1 + + 2"), record("1 + 2")], excerpt_tokens=2)
     assert len(samples) == 2

@@ -5,6 +5,7 @@ model (PEFT's for an adapter) one sample at a time, and takes torch's optimizers
 nothing but the plan of which samples are in which step.
 """
 
+import itertools
 import json
 import math
 import re
@@ -158,7 +159,7 @@ def token_weights(text, offsets, prompt, result):
 
     The number after each step's "=" counts ``result``, and so does the token that ends it.
     """
-    end_of_prompt = text.index("<think>") + len("<think>")
+    end_of_prompt = re.search("<think>|(?= Step )", text).end()
     results = [match.span(1) for match in re.finditer(r" = (-?[0-9]+)", text)]
 
     def weight(start, end):
@@ -175,10 +176,31 @@ def samples_of(world, stage, settings):
     prompt = settings["prompt_loss_weight"] if stage == "foundational" else 0.0
     samples = []
     for text in corpus_texts(world.corpora[stage]):
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-        weights = token_weights(text, encoding.offsets, prompt, settings["result_loss_weight"])
-        samples.append((torch.tensor([BOS, *encoding.ids, EOS]), torch.tensor([*weights, 1.0])))
+        for piece in cut(text, tokenizer, settings.get("excerpt_tokens", 0)):
+            encoding = tokenizer.encode(piece, add_special_tokens=False)
+            weights = token_weights(piece, encoding.offsets, prompt, settings["result_loss_weight"])
+            end = [EOS] if "Final Result" in piece else []
+            ids, weights = [BOS, *encoding.ids, *end], [*weights, *(1.0 for _ in end)]
+            samples.append((torch.tensor(ids), torch.tensor(weights)))
     return samples
+
+
+def cut(text, tokenizer, most):
+    """The excerpts of a text, by its words: as many whole steps as `most` tokens have room for."""
+
+    def size(piece):
+        return len(tokenizer.encode(piece, add_special_tokens=False).ids) + 1
+
+    first, *steps = re.split("(?= Step )", text)
+    if not most or not steps or size(text) + 1 <= most:
+        return [text]
+    pieces = [first + steps[0]]
+    for before, step in itertools.pairwise(steps):
+        if size(pieces[-1] + step) <= most:
+            pieces[-1] += step
+        else:
+            pieces.append(before[before.index(" Expression now:") :] + step)
+    return pieces
 
 
 def optimizers_of(model, settings):
@@ -320,6 +342,20 @@ KINDS = {
 @pytest.mark.parametrize("stage", ["foundational", "instruction"])
 def test_a_stages_steps_are_those_of_a_plain_loop(world, tmp_path, stage, kind):
     assert_like_plain_loop(world, stage, tmp_path, **KINDS[kind])
+
+
+@pytest.mark.usefixtures("in_fp32")
+@pytest.mark.parametrize("stage", ["foundational", "instruction"])
+def test_the_steps_of_excerpts_are_those_of_a_plain_loop(world, tmp_path, stage):
+    samples = samples_of(world, stage, {**SETTINGS, "excerpt_tokens": 30})
+    assert len(samples) > 1.3 * len(samples_of(world, stage, SETTINGS))
+    assert_like_plain_loop(world, stage, tmp_path, excerpt_tokens=30)
+
+
+def test_excerpts_longer_than_the_context_are_refused(world, tmp_path):
+    ended = start(world, "foundational", tmp_path, excerpt_tokens=99_999)
+    assert ended.code == 2
+    assert ended.err.startswith("error: --excerpt-tokens 99999: is above the context of ")
 
 
 @pytest.mark.usefixtures("in_fp32")
