@@ -43,11 +43,11 @@ def test_the_sidecar_and_the_text_tell_the_same(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_recipes_corpus_needs_no_sidecar_for_its_held_out_problems(tmp_path, capsys, seed):
+def test_a_foundational_corpus_needs_no_sidecar_for_its_held_out_problems(tmp_path, capsys, seed):
     made = call(
         "generate_foundational_plaintext.py",
-        *("--config", ROOT / "configs" / "cpu" / "foundational_corpus.json"),
-        *("--num-samples", 3000, "--seed", seed, "--output-txt", tmp_path / "c.txt"),
+        *("--num-samples", 3000, "--max-depth", 4, "--invalid-rate", 0.05, "--seed", seed),
+        *("--output-txt", tmp_path / "c.txt"),
     )
     assert made.code == 0
     told = coverage_of(tmp_path / "c.txt")
@@ -66,6 +66,22 @@ def test_a_recipes_corpus_needs_no_sidecar_for_its_held_out_problems(tmp_path, c
     assert read.styles["padded"] == told.styles["padded"]
     assert read.styles["invalid"] == told.styles["invalid"]
     assert 0.35 * told.styles["drill"] < read.styles["drill"] < told.styles["drill"]
+
+
+def test_of_a_recipes_corpus_only_its_two_ranges_are_one_without_a_sidecar(tmp_path):
+    made = call(
+        "generate_foundational_plaintext.py",
+        *("--config", ROOT / "configs" / "cpu" / "foundational_corpus.json"),
+        *("--num-samples", 3000, "--output-txt", tmp_path / "c.txt"),
+    )
+    assert made.code == 0
+    told = coverage_of(tmp_path / "c.txt")
+    (tmp_path / "c.txt.meta.json").unlink()
+    read = coverage_of(tmp_path / "c.txt")
+    assert (told.num_range, told.wide_range, read.wide_range) == ((1, 20), (-999, 999), None)
+    assert read.num_range[0] < -900 < 900 < read.num_range[1]
+    assert (read.depths, read.splits) == (told.depths, told.splits)
+    assert {*read.styles} | {"drill"} == {*told.styles}  # all numbers are in reach of the trees
 
 
 @pytest.mark.parametrize(
