@@ -2,20 +2,24 @@
 
     make quickstart                                      (sets up a virtual environment first)
     python quickstart.py                                 (inside one)
-    python quickstart.py --processes 2                   where other programs keep the cores busy
+    python quickstart.py --processes 1                   as README.md has its figures
     python quickstart.py --recipe configs/gpu
 
 Each stage is one command, printed before it runs; paste it to run that stage alone.
 """
 
+import json
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from arithmetic_llm.cli import parse, run_main
 from arithmetic_llm.config import QuickstartConfig
-from arithmetic_llm.runtime import UserError, pasted, quoted
+from arithmetic_llm.distributed import cores
+from arithmetic_llm.runtime import UserError, pasted, quoted, resolve_device
 
 TEST = "--tokenizer-path data/tokenizer --test-file data/instruction_corpus_test.txt"
 FOUNDATIONAL = "models/foundational_YYYYMMDD_HHMMSS/best_model.pt"
@@ -95,6 +99,8 @@ def main(argv=None):
     config = parse(QuickstartConfig, argv, __doc__)
     done = []
     for name, command, results in STAGES:
+        if command.startswith("run_") and not config.processes:
+            config = replace(config, processes=fastest(config.recipe))
         arguments = words(command, config)
         seconds = run(name, arguments)
         done.append((name, pasted(arguments), seconds, results and newest_metrics(results)))
@@ -108,7 +114,7 @@ def finish(done, config):
 
     stages = [StageRecord(*values) for values in done]
     print("\n" + stage_table([(stage.name, stage.metrics, stage.seconds) for stage in stages]))
-    command = ["quickstart.py", "--recipe", config.recipe, *in_processes(config)]
+    command = ["quickstart.py", "--recipe", config.recipe, "--processes", str(config.processes)]
     write_report(stages, pasted(command), config.recipe, REPORT)
     if why := missing_pictures():
         print(f"note: the report has no pictures: {why}", file=sys.stderr)
@@ -126,6 +132,59 @@ def words(command, config):
 def in_processes(config):
     """The flag of training and evaluation, if they are to have several."""
     return ["--processes", str(config.processes)] if config.processes > 1 else []
+
+
+# --------------------------------------------------------------- how many processes are faster
+
+PAYS = 1.1  # times as fast: one process has fewer ways to fail
+SAMPLE = (
+    "generate_foundational_plaintext.py --config {recipe}/foundational_corpus.json "
+    "--num-samples 3000 --output-txt {folder}/corpus.txt"
+)
+TRIAL = (
+    "run_foundational_training.py --config {recipe}/foundational.json "
+    "--model-config {recipe}/model.json --corpus-path {folder}/corpus.txt "
+    "--tokenizer-path data/tokenizer --output-dir {folder}/{count} --processes {count} "
+    "--max-steps 60 --log-every 20 --eval-every 60 --eval-samples 4"
+)
+
+
+def fastest(recipe):
+    """One process, or one for each core if that trains faster on this machine as it is now.
+
+    How many there are decides the last bits of the weights, so it is printed, and each run and the
+    report store it. A GPU is one process's.
+    """
+    if cores() == 1 or resolve_device("auto").type != "cpu":
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        quietly(SAMPLE, recipe=recipe, folder=folder)
+        rates = {n: rate(recipe=recipe, folder=folder, count=n) for n in (1, cores())}
+    chosen = cores() if rates[cores()] > PAYS * rates[1] else 1
+    tried = ", ".join(f"{count}: {speed:,.0f} tokens/s" for count, speed in rates.items())
+    print(f"\n== processes\n{tried}; --processes {chosen} from here on", flush=True)
+    return chosen
+
+
+def rate(**values):
+    """Tokens a second at the end of a short training; 0 if it fails."""
+    if quietly(TRIAL, **values):
+        return 0.0
+    (metrics,) = Path(values["folder"], str(values["count"])).glob("*/metrics.jsonl")
+    lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
+    return [line["tokens_per_second"] for line in lines if "tokens_per_second" in line][-1]
+
+
+def quietly(command, **values):
+    """Run a command without its lines; returns the exit code."""
+    script, *flags = (word.format(**values) for word in command.split())
+    here = Path(__file__).resolve().parent
+    return subprocess.run(
+        [sys.executable, str(here / script), *flags], capture_output=True
+    ).returncode
+
+
+# -------------------------------------------------------------------------------- a stage
 
 
 def run(name, arguments):

@@ -783,7 +783,12 @@ class QuickstartConfig:
     """Quickstart."""
 
     recipe: str = opt("configs/cpu", "folder with the configs of the stages")
-    processes: int = PROCESSES
+    processes: int = opt(
+        0,
+        "processes that share the work of training and evaluation; 0 = one, or one for each CPU "
+        "core if a short trial says that this is faster",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def quickstart(monkeypatch):
         return 1.0
 
     monkeypatch.setattr(script, "run", run)
-    script.main(["--recipe", "recipe"])
+    script.main(["--recipe", "recipe", "--processes", "1"])
 
 
 @pytest.fixture

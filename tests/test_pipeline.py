@@ -14,6 +14,7 @@ from browser import look_at
 from helpers import ROOT, load_script, one_thread, recipe, run
 
 from arithmetic_llm.config import QuickstartConfig
+from arithmetic_llm.distributed import cores
 
 # The manual's quick start, steps 1 to 4.1, word for word.
 MANUAL = r"""
@@ -213,6 +214,10 @@ def test_the_quickstart_ends_with_a_table_of_results_and_a_report(tmp_path):
     ended = run("quickstart.py", "--recipe", recipe(folder), cwd=tmp_path)
     assert ended.code == 0, ended.err
     printed = re.findall(r"^\$ python (.*)$", ended.out, re.MULTILINE)
+    tried = r"== processes\n1: ([\d,]+) tokens/s, \d+: [\d,]+ tokens/s; --processes (\d+) from"
+    speed, chosen = re.search(tried, ended.out).groups() if cores() > 1 else ("1", "1")
+    assert int(speed.replace(",", "")) > 0
+    assert all((f"--processes {chosen}" in line) == (chosen != "1") for line in printed[4:])
     assert os.name == "nt" or f"{folder}/lora.json" in shlex.split(printed[8])
     *_, table, hint = ended.out.split("\n\n")
     for stage in ("1 foundational corpus", "2 tokenizer", "5 LoRA adapter", "6 GRPO model"):
@@ -256,6 +261,33 @@ def test_ctrl_c_in_the_quickstart_leaves_the_stage_time_to_save():
     os.killpg(process.pid, signal.SIGINT)
     assert process.communicate(timeout=60)[0] == "saved\n"
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("speeds", "chosen"),
+    [({1: 100.0, 4: 111.0}, 4), ({1: 100.0, 4: 109.0}, 1), ({1: 100.0, 4: 0.0}, 1)],
+    ids=str,
+)
+def test_several_processes_are_taken_if_they_pay(monkeypatch, capsys, speeds, chosen):
+    quickstart, commands = load_script("quickstart.py"), []
+    monkeypatch.setattr(quickstart, "cores", lambda: 4)
+    monkeypatch.setattr(quickstart, "quietly", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(quickstart, "rate", lambda recipe, folder, count: speeds[count])
+    assert quickstart.fastest("r") == chosen
+    assert f"; --processes {chosen} from here on\n" in capsys.readouterr().out
+    assert commands == [quickstart.SAMPLE]
+
+
+def test_a_trial_that_fails_is_no_speed(tmp_path):
+    quickstart = load_script("quickstart.py")
+    assert quickstart.rate(recipe="nowhere", folder=str(tmp_path), count=1) == 0.0
+
+
+def test_one_core_is_not_tried(monkeypatch):
+    quickstart = load_script("quickstart.py")
+    monkeypatch.setattr(quickstart, "cores", lambda: 1)
+    monkeypatch.setattr(quickstart, "quietly", None)
+    assert quickstart.fastest("r") == 1
 
 
 def test_the_quickstart_hands_its_processes_to_training_and_evaluation_alone():
