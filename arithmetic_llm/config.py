@@ -63,8 +63,8 @@ class SampleSpec:
     )
     chain_rate: float = _rate(
         0.0,
-        "fraction of long sums of trees shallower than --max-depth, with up to --chain-numbers "
-        "numbers in all: 7 - ((2 + 9) - 4) + 1 - (3 - 8)",
+        "fraction of long sums of trees shallower than --max-depth, with 3 to --chain-numbers "
+        "numbers in all, the last tree kept whole: 7 - ((2 + 9) - 4) + 1 - (3 - 8)",
     )
     drill_rate: float = _rate(
         0.0, "fraction of one-step drills: single steps of trees of --max-depth, as 31 - -12"
@@ -75,7 +75,9 @@ class SampleSpec:
         "shorter ones, in place of --num-range",
     )
     flat_terms: int = opt(20, "most numbers in a flat sum", at_least=2, at_most=MAX_FLAT_TERMS)
-    chain_numbers: int = opt(64, "most numbers in a chain", at_least=3, at_most=MAX_CHAIN_NUMBERS)
+    chain_numbers: int = opt(
+        64, "most numbers in a chain, about", at_least=3, at_most=MAX_CHAIN_NUMBERS
+    )
     wide_range: tuple[int, int] = opt((-999, 999), "smallest and largest number of --wide-rate")
 
     def __post_init__(self) -> None:
@@ -269,7 +271,8 @@ class ModelConfig:
     dropout: float = _shape(0.1, "dropout on each residual branch", at_least=0.0, at_most=0.99)
     max_seq_length: int = _shape(
         1536,
-        "context in tokens; a longer sample is dropped, counted and reported",
+        "context in tokens; a longer sample is dropped, counted and reported (unless it is learned "
+        "in excerpts)",
         at_least=8,
     )
     attention_window: int = _shape(

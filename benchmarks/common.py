@@ -38,7 +38,7 @@ from arithmetic_llm.runtime import (  # noqa: E402
     versions,
 )
 
-RECIPE = ROOT / "configs" / "cpu"
+RECIPE = ROOT / "configs" / "narrow"  # the CPU recipe's model on whole samples, as peers learn
 PEERS = ("transformers", "trl", "peft", "accelerate")
 GIB = 2**30
 Rate = Callable[[], float]  # measures once

@@ -33,7 +33,8 @@ def measure(config):
     """The rows of one run; the quickstart's own table is printed before."""
     folder = Materials(config).folder / f"quickstart_{Path(config.recipe).name}"
     folder.mkdir(parents=True, exist_ok=True)
-    ended = run(["quickstart.py", "--recipe", (ROOT / config.recipe).resolve()], folder)
+    recipe = (ROOT / config.recipe).resolve()
+    ended = run(["quickstart.py", "--recipe", recipe, "--processes", 1], folder)
     (folder / "output.txt").write_text(ended.out, encoding="utf-8")
     print(ended.out[ended.out.rindex("\nstage ") :])
     newest = [max(folder.glob(f"models/{stage}_2*")) for stage in SUPERVISED]

@@ -164,7 +164,10 @@ def test_any_range_will_do_for_wide_numbers(wide):
 
 
 def test_without_wide_numbers_nothing_changes():
-    plain, none = draw_samples(MIXED, 200, 9), draw_samples(replace(MIXED, wide_rate=0.0), 200, 9)
+    plain, none = (
+        draw_samples(MIXED, 200, 9),
+        draw_samples(replace(MIXED, wide_range=(-5, 5)), 200, 9),
+    )
     assert [*plain] == [*none]
     chains = replace(LONG, wide_rate=1.0)
     assert [*draw_samples(chains, 50, 9)] == [*draw_samples(LONG, 50, 9)]

@@ -199,6 +199,11 @@ def test_a_corpus_without_trees_is_judged_on_what_it_has(style):
     assert {sample.style for sample in samples} == {style}
 
 
+def test_a_corpus_of_chains_is_judged_on_chains_as_long():
+    spec = Coverage({"chain": 9}, (), (), (1, 20), {"train": 9}, None, 7).held_out_spec()
+    assert (spec.chain_rate, spec.chain_numbers) == (1.0, 7)
+
+
 EARLIER = Coverage({"nested": 3, "drill": 1}, (1, 2), (), (1, 20), {"train": 4})
 LATER = Coverage({"nested": 2, "flat": 5}, (2, 4), (3,), (-5, 9), {"train": 6, "test": 1})
 
@@ -240,6 +245,28 @@ def test_wide_numbers_are_covered_drawn_and_stated():
     assert EARLIER.held_out_spec().wide_rate == 0
 
 
+def test_chains_are_covered_as_long_and_as_nested_as_they_were():
+    seen = replace(EARLIER, styles={"nested": 3, "chain": 2}, depths=(1, 2, 3), chain_numbers=6)
+    assert from_dict(to_dict(seen)) == seen
+    assert EARLIER.merge(seen).chain_numbers == seen.merge(EARLIER).chain_numbers == 6
+    for text, covered in (
+        ("1 + (2 - 3) + 4 + 5 - 6", True),
+        ("1 + (2 - 3) + 4 + 5 - 6 + 7", False),  # seven numbers
+        ("1 + (2 - (3 + 4)) + 5", True),
+        ("1 + (2 - (3 + (4 - 5)))", False),  # depth 4
+        ("1 + 2 + 3 + 4 + 5", False),  # a flat sum
+        ("1 + (2 - 3) + 4 + 5 - 21", False),
+    ):
+        assert seen.covers(problem_from(text)) == covered, text
+    assert not replace(seen, chain_numbers=0).covers(problem_from("1 + (2 - 3) + 4 + 5 - 6"))
+
+
+def test_ranges_with_a_gap_do_not_cover_it():
+    apart = replace(EARLIER, wide_range=(1000, 2000))
+    expected = {"5 + 6": True, "1000 - 2000": True, "500 + 600": False, "5 + 1000": False}
+    assert {text: apart.covers(problem_from(text)) for text in expected} == expected
+
+
 def test_a_sidecar_tells_of_wide_numbers_and_chains(tmp_path):
     made = call(
         "generate_instruction_corpus_mixed.py",
@@ -249,7 +276,7 @@ def test_a_sidecar_tells_of_wide_numbers_and_chains(tmp_path):
     assert made.code == 0
     told = coverage_of(tmp_path / "c.txt")
     assert (told.num_range, told.wide_range) == ((1, 20), (-50, 70))
-    assert told.styles["chain"] == 30
+    assert (told.styles["chain"], told.chain_numbers) == (30, 9)
     assert told.depths == (1, 2)
 
 

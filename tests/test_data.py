@@ -149,6 +149,24 @@ def test_what_has_no_step_is_never_cut():
     assert texts_of(samples)[0].endswith("Final Result: ERROR<eos>")
 
 
+@pytest.mark.parametrize(
+    "trace",
+    [
+        "Step 1: 1 + 2 = 3 Expression now: 3 - 4 Step 2: 3 - 4 = -1",
+        "Expression now: 1 + 2 - 4 Step 1: 1 + 2 = 3 Expression now: 3 - 4 Step 2: 3 - 4 = -1",
+        "Expression now: 3 - 4",
+    ],
+)
+def test_a_solution_in_which_steps_and_expressions_take_no_turns_stays_whole(trace):
+    odd = record("1 + 2 - 4")._replace(solution=f"<think> {trace} </think> Final Result: -1")
+    assert texts_of(tokenised([odd], excerpt_tokens=20)) == texts_of(tokenised([odd]))
+
+
+def test_records_are_counted_not_their_excerpts():
+    samples = tokenised([record("1 + 2 + 3 - 4"), record("1 + 2")], excerpt_tokens=20)
+    assert len(samples) > samples.kept == 2
+
+
 def test_a_step_longer_than_the_context_drops_its_sample():
     two = [record("1 + 2 + 3 - 4"), record("1 + 2")]
     samples = tokenised(two, max_seq_length=23, excerpt_tokens=20)

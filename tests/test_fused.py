@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from arithmetic_llm.model import fused
 from arithmetic_llm.model.fused import BLOCK, causal_attention, rms_norm
 
 
@@ -44,6 +45,30 @@ def test_causal_attention_is_pytorchs(length, window):
     )
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("window", [1, 9, 40, 41, 1000])
+def test_elsewhere_pytorchs_own_attention_gets_the_same_mask(monkeypatch, window):
+    q, k, v = draw(3, 2, 3, 40, 8).unbind()
+    here = causal_attention(q, k, v, window)
+    monkeypatch.setattr(fused, "_CausalAttention", None)
+    elsewhere = causal_attention(*(Elsewhere.of(x) for x in (q, k, v)), window)
+    torch.testing.assert_close(elsewhere.as_subclass(Tensor), here)
+
+
+class Elsewhere(Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    @classmethod
+    def of(cls, x):
+        return x.as_subclass(cls)
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+    def new_full(self, *args):
+        return self.as_subclass(Tensor).new_full(*args)
 
 
 @pytest.mark.parametrize("length", [20, BLOCK + 30])

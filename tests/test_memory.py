@@ -139,8 +139,9 @@ def kept_for_the_backward_pass(model, ids):
         {"d_model": 128, "nhead": 4, "num_layers": 3, "dim_feedforward": 512},
         {"d_model": 64, "nhead": 8, "num_layers": 6, "dim_feedforward": 64},
         {"d_model": 64, "nhead": 2, "num_layers": 2, "dim_feedforward": 1024},
+        {"d_model": 64, "nhead": 8, "num_layers": 6, "dim_feedforward": 64, "attention_window": 96},
     ],
-    ids=["default-like", "attention", "feed-forward"],
+    ids=["default-like", "attention", "feed-forward", "window"],
 )
 def test_the_estimate_is_what_autograd_keeps_and_three_layers(shape, tokens):
     model = random_model(100, **shape, dropout=0.1).train()

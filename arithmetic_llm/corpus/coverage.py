@@ -8,11 +8,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from arithmetic_llm.config import (
     LARGEST_NUMBER,
+    MAX_CHAIN_NUMBERS,
     MAX_DEPTH,
     MAX_FLAT_TERMS,
     STYLES,
@@ -31,13 +33,14 @@ class Coverage:
     """The kinds of problems in a corpus.
 
     Attributes:
-        styles: style to number of samples (nested, typed, padded, flat, drill, invalid).
+        styles: style to number of samples (nested, typed, padded, flat, chain, drill, invalid).
         depths: exact depths of its trees, ascending.
         flat_terms: how many numbers its flat sums have, ascending.
         num_range: smallest and largest number, drills not counted.
         splits: split to number of samples.
         wide_range: smallest and largest number of the samples that are not limited to
             ``num_range``, if there are any.
+        chain_numbers: most numbers in its chains; 0 if it has none.
     """
 
     styles: dict[str, int]
@@ -46,6 +49,7 @@ class Coverage:
     num_range: tuple[int, int]
     splits: dict[str, int]
     wide_range: tuple[int, int] | None = None
+    chain_numbers: int = 0
 
     @property
     def all_numbers(self) -> tuple[int, int]:
@@ -56,9 +60,10 @@ class Coverage:
         """Whether there are problems of this one's kind: its row, its numbers and its style."""
         if problem.row.kind == "invalid":
             return "invalid" in self.styles
-        low, high = self.all_numbers
         in_style = problem.style is None or problem.style in self.styles
-        return in_style and self._has_row(problem) and low <= problem.low <= problem.high <= high
+        in_row = self._has_row(problem) or self._has_chain(problem)
+        ranges = (self.num_range, self.wide_range or self.num_range)
+        return in_style and in_row and any(_holds(numbers, problem) for numbers in ranges)
 
     @property
     def sums(self) -> tuple[int, ...]:
@@ -72,6 +77,13 @@ class Coverage:
     def _has_row(self, problem: Problem) -> bool:
         return problem.depth in self.depths if problem.terms is None else problem.terms in self.sums
 
+    def _has_chain(self, problem: Problem) -> bool:
+        """Whether there are chains as long, whose parentheses nest as deep."""
+        text = problem.expression
+        nesting = accumulate((symbol == "(") - (symbol == ")") for symbol in text)
+        long_enough = text.count(" ") // 2 < self.chain_numbers
+        return long_enough and problem.terms is None and max(nesting) < max(self.depths, default=0)
+
     def merge(self, later: Coverage) -> Coverage:
         """Union with a later stage: all that a model has seen after both."""
         wide = self.wide_range or later.wide_range
@@ -82,6 +94,7 @@ class Coverage:
             num_range=_union(self.num_range, later.num_range),
             splits=dict(Counter(self.splits) + Counter(later.splits)),
             wide_range=wide and _union(wide, later.wide_range),
+            chain_numbers=max(self.chain_numbers, later.chain_numbers),
         )
 
     def limited_to(self, expressions: Iterable[str]) -> Coverage:
@@ -130,6 +143,7 @@ class Coverage:
             flat_terms=_within(2, max(self.flat_terms, default=2), MAX_FLAT_TERMS),
             typed_rate=0.0,
             padded_rate=0.0,
+            chain_numbers=_within(3, self.chain_numbers or 3, MAX_CHAIN_NUMBERS),
             wide_rate=0.5 if self.wide_range else 0.0,
             wide_range=self.wide_range or SampleSpec().wide_range,
             **rates,
@@ -143,15 +157,14 @@ _FORM = {  # of what a file says of a coverage
     "num_range": tuple[int, int],
     "splits": dict[str, int],
 }
+_MAY_BE_LEFT_OUT = {"wide_range": tuple[int, int], "chain_numbers": int}  # older files know neither
 
 
 def to_dict(coverage: Coverage | None) -> dict[str, Any]:
     """Plain lists and numbers for a file, which calls them ``trained_on``; empty if unknown."""
     if coverage is None:
         return {}
-    said = asdict(coverage)
-    if coverage.wide_range is None:  # as files had it before there were wide numbers
-        del said["wide_range"]
+    said = {key: value for key, value in asdict(coverage).items() if key in _FORM or value}
     return json.loads(json.dumps(said))
 
 
@@ -163,7 +176,7 @@ def from_dict(said: dict[str, Any]) -> Coverage | None:
     """
     if not said:
         return None
-    form = _FORM | ({"wide_range": tuple[int, int]} if said.get("wide_range") else {})
+    form = _FORM | {key: kind for key, kind in _MAY_BE_LEFT_OUT.items() if key in said}
     parts = {key: checked(kind, said[key], f"trained_on {key}") for key, kind in form.items()}
     plain = {key: tuple(part) if isinstance(part, list) else part for key, part in parts.items()}
     return Coverage(**plain)
@@ -200,6 +213,10 @@ def _told_by_sidecar(corpus_path: str | Path) -> Coverage | None:
     return None
 
 
+def _holds(numbers: tuple[int, int], problem: Problem) -> bool:
+    return numbers[0] <= problem.low and problem.high <= numbers[1]
+
+
 def _union(one: tuple[int, int], other: tuple[int, int] | None) -> tuple[int, int]:
     """The smallest range that has both."""
     return (min(one[0], other[0]), max(one[1], other[1])) if other else one
@@ -232,7 +249,7 @@ class _Texts:
         self.styles: Counter[str] = Counter()
         self.splits: Counter[str] = Counter()
         self.depths: set[int] = set()
-        self.typed: Counter[int] = Counter()  # those with parentheses, by depth
+        self.typed: Counter[tuple[int, int]] = Counter()  # with parentheses, by depth and terms
         self.sums: Counter[int] = Counter()  # by terms
         self.pairs: Counter[tuple[int, int]] = Counter()  # by numbers, the smaller first
         self.numbers: set[int] = set()  # of all but the pairs
@@ -254,7 +271,7 @@ class _Texts:
         if tree.is_flat:
             self.sums[tree.terms] += 1
         elif (style := _style(tree)) == "typed":
-            self.typed[tree.depth] += 1
+            self.typed[tree.depth, tree.terms] += 1
         else:
             self.styles[style] += 1
             self.depths.add(tree.depth)
@@ -262,10 +279,11 @@ class _Texts:
     def coverage(self) -> Coverage:
         """Coverage of all that was added; sums and pairs get the style that fits the rest."""
         styles, depths, flat_terms = self.styles.copy(), {*self.depths}, set()
-        deepest = max(self.depths or self.typed, default=0)
-        for depth, count in self.typed.items():
+        deepest, chain_numbers = self._deepest(), 0
+        for (depth, terms), count in self.typed.items():
             styles["typed" if depth <= deepest else "chain"] += count
             depths |= {depth} if depth <= deepest else set()
+            chain_numbers = max(chain_numbers, terms if depth > deepest else 0)
         for terms, count in self.sums.items():
             typed = "typed" in styles and terms - 1 in depths
             styles["typed" if typed else "flat"] += count
@@ -277,14 +295,22 @@ class _Texts:
             styles["flat" if flat else "nested"] += pairs
             (flat_terms if flat else depths).add(2 if flat else 1)
         styles["drill"] += drills
-        in_order = {style: styles[style] for style in STYLES if styles[style]}
         return Coverage(
-            in_order, tuple(sorted(depths)), tuple(sorted(flat_terms)), num_range, dict(self.splits)
+            {style: styles[style] for style in STYLES if styles[style]},
+            tuple(sorted(depths)),
+            tuple(sorted(flat_terms)),
+            num_range,
+            dict(self.splits),
+            chain_numbers=chain_numbers,
         )
+
+    def _deepest(self) -> int:
+        """The greatest depth of a nested tree, which only chains pass; of typed ones if none is."""
+        return max(self.depths, default=max((depth for depth, _ in self.typed), default=0))
 
     def _num_range(self) -> tuple[int, int]:
         """Smallest and largest number of all but the drills."""
-        deepest = max({*self.depths, *self.typed, *(t - 1 for t in self.sums)}, default=0)
+        deepest = max(self._deepest(), *(terms - 1 for terms in self.sums), 0)
         largest = max(map(abs, self.numbers), default=0)
         # The steps of a tree of depth 1 are that tree: no drills can be told from it.
         reach = largest * 2 ** (deepest - 1) if deepest > 1 else -1
@@ -330,4 +356,5 @@ def _from_sidecar(meta: dict[str, Any]) -> Coverage:
         tuple(meta["settings"]["num_range"]),
         {meta["settings"]["split"]: meta["samples"]},
         tuple(meta["settings"]["wide_range"]) if meta["settings"].get("wide_rate") else None,
+        meta["settings"]["chain_numbers"] if "chain" in styles else 0,
     )

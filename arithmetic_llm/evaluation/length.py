@@ -14,6 +14,7 @@ from arithmetic_llm.task.text import one_line
 
 MOST_NUMBERS = 2**MAX_DEPTH  # in a problem; a solution grows with the square of them
 CONTEXTS_TO_WRITE = 4  # how far beyond the trained context decoding goes by default
+MOST_TO_WRITE = 2**14  # but not further: 64 rows of the CPU recipe's then have a cache of 4 GiB
 
 
 def answer_lengths(problems: Sequence[Problem], tokenizer: ArithmeticTokenizer) -> list[int]:
@@ -28,11 +29,12 @@ def room_to_answer(
 ) -> int:
     """New tokens that a policy may write: those of the longest right answer and a quarter more.
 
-    At most `CONTEXTS_TO_WRITE` contexts, which cuts off no trained depth: a training sample, prompt
-    and all, fits into one.
+    At most `CONTEXTS_TO_WRITE` contexts or `MOST_TO_WRITE` tokens, which cuts off no depth whose
+    solutions were trained whole: such a sample, prompt and all, fits into a context.
     """
     longest = max(answer_lengths(problems, tokenizer), default=0)
-    return min(longest + max(32, longest // 4), CONTEXTS_TO_WRITE * context)
+    most = max(context, min(CONTEXTS_TO_WRITE * context, MOST_TO_WRITE))
+    return min(longest + max(32, longest // 4), most)
 
 
 def warn_if_too_short(

@@ -18,7 +18,7 @@ from arithmetic_llm.config import InteractiveConfig
 from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.evaluation.draft import right_continuations
 from arithmetic_llm.evaluation.judge import Outcome, judge
-from arithmetic_llm.evaluation.length import room_to_answer
+from arithmetic_llm.evaluation.length import MOST_NUMBERS, room_to_answer
 from arithmetic_llm.folders import resolve_stamp
 from arithmetic_llm.model.decode import GREEDY, Completion, SamplingParams, decode, generate
 from arithmetic_llm.model.load import check_tokenizer, load_model
@@ -86,7 +86,7 @@ class ArithmeticSolver:
 
     @property
     def context(self) -> int:
-        """The most tokens that a training sample could have."""
+        """Tokens that the model is made for, prompt and solution together."""
         return self.model.config.max_seq_length
 
     @overload
@@ -148,7 +148,8 @@ class ArithmeticSolver:
         Raises:
             UserError: it leaves no room for an answer within the context.
         """
-        if len(expression) <= 20 * self.context:  # a longer one is not worth tokenising
+        numbers = expression.count(" ") // 2 + 1
+        if len(expression) <= 20 * self.context and numbers <= MOST_NUMBERS:  # else not worth it
             ids = self.tokenizer.prompt_ids(expression)
             if len(ids) < self.context:
                 return ids

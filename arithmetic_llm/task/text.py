@@ -96,6 +96,15 @@ def read_answer(text: str) -> Answer | None:
     return ERROR if answer[1] == ERROR else int(answer[1])
 
 
+def in_turn(lines: list[str]) -> bool:
+    """Whether the lines of a trace, cut by `BEFORE_LINE`, are a step, its expression, and so on."""
+    steps, expressions = lines[::2], lines[1::2]
+    return len(steps) == len(expressions) > 0 and all(
+        step.startswith(f" {STEP}") and expression.startswith(f" {NEW_EXPRESSION}")
+        for step, expression in zip(steps, expressions, strict=True)
+    )
+
+
 def one_spaced(text: str) -> str:
     """The words of a text, one space apart."""
     return " ".join(text.split())

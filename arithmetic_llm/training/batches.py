@@ -14,7 +14,7 @@ from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.model.fused import BLOCK
 from arithmetic_llm.model.tokenizer import BOS, EOS, PAD, THINK, UNK, ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.task.text import BEFORE_LINE, OPEN
+from arithmetic_llm.task.text import BEFORE_LINE, OPEN, in_turn
 
 _CHUNK = 10_000  # records tokenised at a time
 _ROUND_TO = 8  # batch widths are multiples of this: fewer distinct shapes run faster
@@ -64,7 +64,8 @@ class TokenisedSamples:
         ids: all token ids, one sample after the other.
         weights: the loss weight of each token as a target.
         starts: where each sample begins in ``ids``; one entry more than there are samples.
-        dropped: expressions of the samples that were longer than the context.
+        kept: how many of the records are in it, in one sample or, as excerpts, in several.
+        dropped: expressions of the records of which a sample would be longer than the context.
 
     Args:
         excerpt_tokens: a sample with more tokens comes as several, see `excerpts`; 0 = none does.
@@ -80,7 +81,7 @@ class TokenisedSamples:
     ):
         parts: list[np.ndarray] = []
         prompts: list[int] = []  # tokens of each part that its solution begins after
-        self.dropped: list[str] = []
+        self.kept, self.dropped = 0, []
         for chunk in _chunks(records, _CHUNK):
             texts = [record.sequence for record in chunk]
             for record, ids in zip(chunk, tokenizer.encode_batch(texts), strict=True):
@@ -91,6 +92,7 @@ class TokenisedSamples:
                 if max(len(piece) for _, piece in pieces) > max_seq_length:
                     self.dropped.append(record.expression)
                 else:
+                    self.kept += 1
                     prompts += [prompt for prompt, _ in pieces]
                     parts += [np.array(piece, dtype=np.int32) for _, piece in pieces]
         self.starts = np.cumsum([0, *map(len, parts)])
@@ -136,9 +138,12 @@ def excerpts(
 
     Returns:
         Of each how many tokens its first step begins after, and all its tokens; none if there is
-        no step.
+        no step, or if steps and expressions do not take turns.
     """
-    problem, *lines = tokenizer.encode_batch(BEFORE_LINE.split(record.sequence))
+    parts = BEFORE_LINE.split(record.sequence)
+    if not in_turn(parts[1:]):
+        return []
+    problem, *lines = tokenizer.encode_batch(parts)
     begin, found = [BOS, *problem], []
     for operation, expression in zip(lines[::2], lines[1::2], strict=True):
         step = [*operation, *expression]
@@ -147,8 +152,7 @@ def excerpts(
         else:
             found.append((len(begin), [*begin, *step]))
         begin = [BOS, *expression]
-    if found:
-        found[-1][1].append(EOS)
+    found[-1][1].append(EOS)
     return found
 
 

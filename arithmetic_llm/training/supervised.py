@@ -231,7 +231,7 @@ def report_dropped(
         depths = Counter(_depth_name(expression) for expression in samples.dropped)
         shown = ", ".join(f"{count} of depth {depth}" for depth, count in sorted(depths.items()))
         print(
-            f"warning: {len(samples.dropped)} of {len(samples) + len(samples.dropped)} {name} are "
+            f"warning: {len(samples.dropped)} of {samples.kept + len(samples.dropped)} {name} are "
             f"longer than {context} tokens and {consequence} ({shown}); {remedy}"
         )
 
@@ -247,7 +247,7 @@ def _describe(run: Run, task: SupervisedTask) -> None:
     config, model = run.config, run.model
     print(
         f"{run.checkpoint.stage}: {parameter_summary(model)} on {model.device} "
-        f"in {str(run.precision).removeprefix('torch.')}, {len(task.train):,} samples, "
+        f"in {str(run.precision).removeprefix('torch.')}, {task.train.kept:,} samples, "
         f"{task.work(task.total_steps):,} tokens in {task.total_steps:,} steps, "
         f"seed {config.seed}\nrun folder {run.folder}"
     )
