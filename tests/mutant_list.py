@@ -467,8 +467,8 @@ MUTANTS = [
     ),
     Mutant(
         "coverage: wide numbers are unknown",
-        "low, high = self.all_numbers\n        in_style",
-        "low, high = self.num_range\n        in_style",
+        "ranges = (self.num_range, self.wide_range or self.num_range)",
+        "ranges = (self.num_range, self.num_range)",
         "test_coverage.py -k wide",
     ),
     Mutant(
@@ -738,14 +738,14 @@ MUTANTS = [
     ),
     Mutant(
         "evaluation: every row counts as trained",
-        "return in_style and self._has_row(problem) and low <= problem.low <= problem.high <= high",
+        "return in_style and in_row and any(_holds(numbers, problem) for numbers in ranges)",
         "return True",
         "test_evaluate.py -k covered",
     ),
     Mutant(
         "evaluation: the length limit leaves no room",
-        "return min(longest + max(32, longest // 4), CONTEXTS_TO_WRITE * context)",
-        "return min(longest // 2, CONTEXTS_TO_WRITE * context)",
+        "return min(longest + max(32, longest // 4), most)",
+        "return min(longest // 2, most)",
         "test_evaluate.py -k limit",
     ),
     # ------------------------------------------------------------------------- pages and pictures
