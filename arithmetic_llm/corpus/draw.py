@@ -57,7 +57,7 @@ def distinct_samples(
     """Draw distinct problems of a split, as many of each depth (and length of flat sum) as of any.
 
     No tree occurs twice, in whatever styles: a flat sum or a drill can be a tree that another style
-    has, so trees are drawn first, then flat sums, then drills, each from what is left.
+    has, so trees are drawn first, then flat sums, chains and drills, each from what is left.
 
     Where a depth has fewer problems than its share, all are used, and deeper ones take up the
     rest; so a style has fewer samples than its rate asks for only when all its depths or lengths
@@ -120,11 +120,11 @@ def draw(spec: SampleSpec, style: str, rng: Random) -> Postfix | str:
         tree = drill(spec, rng)
     else:
         tree = exact_tree(rng.randint(spec.min_depth, spec.max_depth), spec.num_range, rng)
-    tree = maybe_widened(tree, spec, rng)
+    tree = _maybe_widened(tree, spec, rng)
     return corrupt(spell(tree), rng) if style == "invalid" else tree
 
 
-def maybe_widened(tree: Postfix, spec: SampleSpec, rng: Random) -> Postfix:
+def _maybe_widened(tree: Postfix, spec: SampleSpec, rng: Random) -> Postfix:
     """The tree, or with `wide_rate` for a chance one with wide numbers."""
     wide = spec.wide_rate and rng.random() < spec.wide_rate
     return widened(tree, spec.wide_range, rng) if wide else tree
@@ -211,7 +211,7 @@ def _depth_stratum(depth: int, spec: SampleSpec) -> _Stratum:
     return _Stratum(
         f"depth {depth}",
         spec.num_range,
-        lambda rng: maybe_widened(exact_tree(depth, spec.num_range, rng), spec, rng),
+        lambda rng: _maybe_widened(exact_tree(depth, spec.num_range, rng), spec, rng),
         None if spec.wide_rate else count_trees(depth, spec.num_range),
         lambda: all_trees(depth, spec.num_range),
     )
@@ -221,7 +221,7 @@ def _flat_stratum(terms: int, spec: SampleSpec) -> _Stratum:
     return _Stratum(
         f"{terms} numbers in a flat sum",
         spec.num_range,
-        lambda rng: maybe_widened(flat_sum(terms, spec.num_range, rng), spec, rng),
+        lambda rng: _maybe_widened(flat_sum(terms, spec.num_range, rng), spec, rng),
         None if spec.wide_rate else count_flat_sums(terms, spec.num_range),
         lambda: all_flat_sums(terms, spec.num_range),
     )

@@ -161,13 +161,15 @@ def token_weights(
 ) -> np.ndarray:
     """The loss weight of each token of a flat array of samples, fp32.
 
-    A result is the run of digits and signs after "=",
-    which may be a token of its own or end one, with or without the space that follows; and the
-    token behind the run, because how many digits a number has is arithmetic, too. With weights of
-    0.05 for the prompt and 3 for a result:
+    A result is the run of digits and signs after "=", which may be a token of its own or end one,
+    with or without the space that follows; and the token behind the run, because how many digits a
+    number has is arithmetic, too. With weights of 0.05 for the prompt and 3 for a result:
 
         <bos> Evaluate: ... <think> " Step " 1 ": " 7 " + " 5 " = " 1 2 " Expression now: " ...
           0     0.05        0.05      1     1  1   1   1   1   1    3 3         3           1
+
+    Args:
+        in_prompt: of each token whether it stands before its sample's first step.
     """
     if not len(ids):
         return np.zeros(0, dtype=np.float32)
