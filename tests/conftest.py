@@ -17,8 +17,11 @@ from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, plan_
 from arithmetic_llm.training.optim import build_optimizer, learning_rate_factor
 from arithmetic_llm.training.supervised import counted_logits
 
-# A shell's background jobs ignore Ctrl-C, and so would all that the tests start from there.
+# A shell's background jobs ignore Ctrl-C, what nohup starts a closed terminal, and so would all
+# that the tests start from there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SMALL_WORLD = SampleSpec(max_depth=2, num_range=(1, 9), invalid_rate=0.0, typed_rate=0.0)
 
