@@ -123,7 +123,7 @@ def padded(samples, indices):
 
 
 def quickstart_case(materials):
-    """The CPU recipe: its model on its mix of samples, some seconds' worth of them."""
+    """The recipe: its model on its mix of samples, some seconds' worth of them."""
     samples = materials.config.size(1500, 100)
     command = (*materials.corpus_command[:3], "--num-samples", samples, "--output-txt")
     recipe = read_json(RECIPE / "foundational.json")
