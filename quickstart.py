@@ -180,11 +180,8 @@ def rate(**values):
 
 def quietly(command, **values):
     """Run a command without its lines; returns the exit code."""
-    script, *flags = (word.format(**values) for word in command.split())
-    here = Path(__file__).resolve().parent
-    return subprocess.run(
-        [sys.executable, str(here / script), *flags], capture_output=True
-    ).returncode
+    arguments = [word.format(**values) for word in command.split()]
+    return subprocess.run(as_process(arguments), capture_output=True).returncode
 
 
 # -------------------------------------------------------------------------------- a stage
@@ -193,15 +190,19 @@ def quietly(command, **values):
 def run(name, arguments):
     """One stage as a process of its own; returns its seconds."""
     print(f"\n== {name}\n$ {pasted(arguments)}", flush=True)
-    script, *flags = arguments
     started = time.monotonic()
-    here = Path(__file__).resolve().parent
-    code = exit_code(subprocess.Popen([sys.executable, str(here / script), *flags]))
+    code = exit_code(subprocess.Popen(as_process(arguments)))
     if code == 130:
         raise KeyboardInterrupt
     if code:
         raise UserError(f"stage '{name}' ended with exit code {code}; its message is above")
     return time.monotonic() - started
+
+
+def as_process(arguments):
+    """A script of this folder and its arguments, as this Python runs them."""
+    script, *flags = arguments
+    return [sys.executable, str(Path(__file__).resolve().parent / script), *flags]
 
 
 def exit_code(process):

@@ -24,7 +24,7 @@ from arithmetic_llm.config import (
 from arithmetic_llm.corpus.files import read_corpus
 from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.runtime import checked, sha256_file
-from arithmetic_llm.task.expression import Expression, ExpressionError, parse, spell
+from arithmetic_llm.task.expression import Expression, ExpressionError, count_numbers, parse, spell
 from arithmetic_llm.task.problem import Problem, split_of_drawn
 
 
@@ -81,7 +81,7 @@ class Coverage:
         """Whether there are chains as long, whose parentheses nest as deep."""
         text = problem.expression
         nesting = accumulate((symbol == "(") - (symbol == ")") for symbol in text)
-        long_enough = text.count(" ") // 2 < self.chain_numbers
+        long_enough = count_numbers(text) <= self.chain_numbers
         return long_enough and problem.terms is None and max(nesting) < max(self.depths, default=0)
 
     def merge(self, later: Coverage) -> Coverage:

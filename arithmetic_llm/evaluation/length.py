@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from arithmetic_llm.config import MAX_DEPTH
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError
+from arithmetic_llm.task.expression import count_numbers
 from arithmetic_llm.task.problem import Problem
 from arithmetic_llm.task.solution import solve
 from arithmetic_llm.task.text import one_line
@@ -57,7 +58,7 @@ def check_sizes(problems: Iterable[Problem], path: str) -> None:
         UserError: a problem of the file has more numbers than a full tree of the greatest depth.
     """
     valid = (problem for problem in problems if problem.row.kind != "invalid")
-    largest = max((problem.expression.count(" ") // 2 + 1 for problem in valid), default=0)
+    largest = max((count_numbers(problem.expression) for problem in valid), default=0)
     if largest > MOST_NUMBERS:
         raise UserError(
             f"{path}: has a problem of {largest:,} numbers, but at most {MOST_NUMBERS:,} can be "

@@ -25,6 +25,7 @@ from arithmetic_llm.model.load import check_tokenizer, load_model
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError, resolve_device
+from arithmetic_llm.task.expression import count_numbers
 from arithmetic_llm.task.problem import Problem, problem_from
 
 
@@ -148,7 +149,7 @@ class ArithmeticSolver:
         Raises:
             UserError: it leaves no room for an answer within the context.
         """
-        numbers = expression.count(" ") // 2 + 1
+        numbers = count_numbers(expression)
         if len(expression) <= 20 * self.context and numbers <= MOST_NUMBERS:  # else not worth it
             ids = self.tokenizer.prompt_ids(expression)
             if len(ids) < self.context:

@@ -107,6 +107,11 @@ def tree_depth(postfix: Iterable[int | str]) -> int:
     return stack.pop()
 
 
+def count_numbers(canonical: str) -> int:
+    """How many numbers a canonical expression has, each operator between two spaces."""
+    return canonical.count(" ") // 2 + 1
+
+
 def spell(
     postfix: Iterable[int | str],
     wrap_left: Callable[[str], str] = "({})".format,
