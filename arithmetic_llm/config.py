@@ -27,7 +27,7 @@ SEVERAL_UPDATES = {"num_iterations": Above(1)}  # in the first, the ratio to cli
 
 SPLITS = ("train", "validation", "test")
 TREE_STYLES = ("nested", "typed", "padded")
-STYLES = (*TREE_STYLES, "flat", "chain", "drill", "invalid")
+STYLES = (*TREE_STYLES, "flat", "chain", "drill", "rewrite", "invalid")
 # A solution grows with the square of the numbers in its expression. At these limits there are some
 # 200 numbers, and solutions of 50,000 to 200,000 tokens: more than any context here. Each level of
 # depth doubles that. At depth 20 one solution had 32 million tokens and took 12 GB to encode.
@@ -69,6 +69,11 @@ class SampleSpec:
     drill_rate: float = _rate(
         0.0, "fraction of one-step drills: single steps of trees of --max-depth, as 31 - -12"
     )
+    rewrite_rate: float = _rate(
+        0.0,
+        "fraction of rewritings: single steps from the midst of trees deeper than --max-depth, up "
+        "to --rewrite-depth, as expression, step and next expression; neither problem nor answer",
+    )
     wide_rate: float = _rate(
         0.0,
         "fraction, of every style but chains, whose numbers come from --wide-range, longer and "
@@ -77,6 +82,9 @@ class SampleSpec:
     flat_terms: int = opt(20, "most numbers in a flat sum", at_least=2, at_most=MAX_FLAT_TERMS)
     chain_numbers: int = opt(
         64, "most numbers in a chain, about", at_least=3, at_most=MAX_CHAIN_NUMBERS
+    )
+    rewrite_depth: int = opt(
+        6, "greatest depth of the trees of --rewrite-rate", at_least=1, at_most=MAX_DEPTH
     )
     wide_range: tuple[int, int] = opt((-999, 999), "smallest and largest number of --wide-rate")
 
@@ -92,6 +100,10 @@ class SampleSpec:
                 raise UserError(f"{flag}: numbers of up to 100 digits, please")
         if self.min_depth > self.max_depth:
             raise UserError(f"--min-depth {self.min_depth}: is above --max-depth {self.max_depth}")
+        if self.rewrite_rate and self.rewrite_depth <= self.max_depth:
+            raise UserError(
+                f"--rewrite-depth {self.rewrite_depth}: is not above --max-depth {self.max_depth}"
+            )
         rates = {style: self.rate(style) for style in STYLES[1:]}
         if sum(rates.values()) > 1 + 1e-9:
             shown = ", ".join(f"{style} {rate:g}" for style, rate in rates.items() if rate)
@@ -127,6 +139,7 @@ class CorpusConfig(SampleSpec):
     max_depth: int = like(SampleSpec, "max_depth", needs=[NOT_FLAT_ALONE])
     flat_terms: int = like(SampleSpec, "flat_terms", needs=[{"flat_rate": Above(0)}])
     chain_numbers: int = like(SampleSpec, "chain_numbers", needs=[{"chain_rate": Above(0)}])
+    rewrite_depth: int = like(SampleSpec, "rewrite_depth", needs=[{"rewrite_rate": Above(0)}])
     wide_range: tuple[int, int] = like(SampleSpec, "wide_range", needs=[{"wide_rate": Above(0)}])
 
 

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import random
+import re
 import tracemalloc
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +15,13 @@ import pytest
 from arithmetic_llm.config import SPLITS, STYLES, TREE_STYLES, CorpusConfig, SampleSpec
 from arithmetic_llm.corpus import files as corpus
 from arithmetic_llm.corpus.draw import distinct_samples, draw_samples, shuffled
-from arithmetic_llm.corpus.files import json_line, make_corpus, plain_lines, read_corpus
+from arithmetic_llm.corpus.files import (
+    json_line,
+    make_corpus,
+    plain_lines,
+    read_corpus,
+    read_problems,
+)
 from arithmetic_llm.corpus.record import record_of
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.expression import parse
@@ -90,7 +97,7 @@ def test_any_text_has_a_split():
     assert {split_of(text) for text in ("", "\ud800", "\n", "(" * 50_000)} <= set(SPLITS)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", [style for style in STYLES if style != "rewrite"])
 @pytest.mark.parametrize("split", SPLITS)
 def test_samples_are_of_their_split_and_style(style, split):
     rates = dict.fromkeys((f"{other}_rate" for other in STYLES[1:]), 0.0)
@@ -133,6 +140,44 @@ def test_a_chain_of_trees_of_one_level_has_parentheses_too():
     assert all("(" in s.record.expression for s in draw_samples(spec, 100, seed=1))
 
 
+STEPS = SampleSpec(max_depth=3, rewrite_rate=1.0, rewrite_depth=5, typed_rate=0.0, invalid_rate=0.0)
+
+
+@pytest.mark.parametrize("draw", [draw_samples, partial(distinct_samples, split="train")])
+def test_a_rewriting_is_one_right_step_of_a_deeper_solution(draw):
+    numbers, depths = [], Counter()
+    for sample in draw(STEPS, 400, seed=2):
+        expression, problem, solution, answer = sample.record
+        assert (sample.style, answer) == ("rewrite", None)
+        assert problem == f"Expression now: {expression}"
+        step, line = solution.split("\n")
+        number, left, right = re.fullmatch(r"Step (\d+): (.*) = (-?\d+)", step).groups()
+        assert eval(left) == int(right)
+        rewritten = line.removeprefix("Expression now: ")
+        assert eval(rewritten) == eval(expression)
+        assert rewritten.count(" ") == expression.count(" ") - 2  # one operation fewer
+        assert solve(expression).steps[0].text(int(number)) == solution  # and the one that is due
+        numbers.append(int(number))
+        depths[parse(expression).depth] += 1
+    assert {*depths} == {4, 5}  # deeper than any that is solved
+    assert min(numbers) == 1
+    assert max(numbers) > 10
+
+
+def test_rewritings_come_from_trees_of_their_split():
+    """The expression before a step may be another tree, whatever split that belongs to."""
+    for split in SPLITS:
+        for sample in draw_samples(STEPS, 100, seed=3, split=split):
+            if sample.record.solution.startswith("Step 1:"):
+                assert split_of(sample.record.expression) == split
+
+
+def test_rewritings_are_deeper_than_what_is_solved():
+    with pytest.raises(UserError, match="--rewrite-depth 3: is not above --max-depth 3"):
+        replace(STEPS, rewrite_depth=3)
+    replace(STEPS, rewrite_depth=3, rewrite_rate=0.0)
+
+
 @pytest.mark.parametrize("draw", [draw_samples, partial(distinct_samples, split="train")])
 def test_wide_numbers_are_of_all_lengths_and_of_either_sign(draw):
     spec = SampleSpec(
@@ -149,6 +194,15 @@ def test_wide_numbers_are_of_all_lengths_and_of_either_sign(draw):
     assert sum(n < 0 for n in each) / len(each) == pytest.approx(0.52, abs=0.05)
     narrow = list(itertools.chain(*(n for n in numbers if n not in wide)))
     assert {*narrow} == {*range(1, 21)}
+
+
+def test_wide_numbers_cancel_as_often_as_not():
+    spec = SampleSpec(drill_rate=1.0, wide_rate=1.0, typed_rate=0.0, invalid_rate=0.0)
+    pairs = [tree_of(sample)[:2] for sample in draw_samples(spec, 4000, seed=4)]
+    # Neither sign nor operator matters here: where one number is longer, nothing is said.
+    alike = [(a, b) for a, b in pairs if len(str(abs(a))) == len(str(abs(b))) == 3]
+    nearly_gone = sum(abs(abs(a) - abs(b)) < 100 for a, b in alike) / len(alike)
+    assert nearly_gone > 0.3  # of two that are drawn evenly 0.21
 
 
 @pytest.mark.parametrize(
@@ -327,7 +381,7 @@ def config():
 
 @pytest.mark.parametrize("as_text", [json_line, plain_lines])
 def test_what_is_written_is_read_back(tmp_path, config, as_text, capsys):
-    path = tmp_path / "new" / "corpus.txt"
+    path, config = tmp_path / "new" / "corpus.txt", replace(config, rewrite_rate=0.1)
     make_corpus(config, path, as_text)
     written = [sample.record for sample in draw_samples(config, 200, seed=42)]
     if as_text is plain_lines:
@@ -395,6 +449,12 @@ ONE = {
     "solution": solve("2 - 1").text,
     "answer": 1,
 }
+REWRITING = {
+    "expression": "1 - 2",
+    "problem": "Expression now: 1 - 2",
+    "solution": "Step 7: 1 - 2 = -1\nExpression now: -1",
+    "answer": None,
+}
 
 
 def test_a_corpus_may_begin_with_a_mark_of_its_encoding(tmp_path):
@@ -419,6 +479,13 @@ def test_a_corpus_may_begin_with_a_mark_of_its_encoding(tmp_path):
         (json.dumps({**ONE, "answer": 1.0}), 1, "is not the final result"),
         (json.dumps({**FIELDS, "problem": "Evaluate: 1"}), 1, "the problem is not"),
         (json.dumps({**FIELDS, "expression": 5}), 1, "'expression' is not a string"),
+        (json.dumps({**REWRITING, "expression": "2 - 1"}), 1, "not 'Expression now: 2 - 1'"),
+        (json.dumps({**REWRITING, "problem": "Evaluate: 1 - 2"}), 1, "no <think>"),
+        (json.dumps({**REWRITING, "solution": "Step 1: 1 - 2 = -1"}), 1, "the problem is not"),
+        (json.dumps({**REWRITING, "answer": -1}), 1, "the problem is not"),
+        (json.dumps({**ONE, "answer": None}), 1, "is not the final result"),
+        ("Expression now: 1 - 2\n", 1, "no solution line"),
+        (f"Expression now: 1 - 2\n{ONE['solution'].replace(chr(10), ' ')}\n", 2, "the problem"),
         (json.dumps({**FIELDS, "solution": "Final Result: 1"}), 1, "no <think>"),
         (json.dumps({k: v for k, v in FIELDS.items() if k != "answer"}), 1, "'answer' is missing"),
         (GOOD_PLAIN + "\nEvaluate: 1 + 1", 3, "no solution line"),
@@ -444,6 +511,16 @@ def test_no_file_a_directory_and_an_empty_file(tmp_path):
     for path in (tmp_path / "nothing", tmp_path, tmp_path / "empty"):
         with pytest.raises(UserError, match=str(path)):
             read_corpus(path)
+
+
+def test_problems_are_all_but_the_rewritings(tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text(f"{GOOD_JSON}\n{json.dumps(REWRITING)}\n{GOOD_JSON}\n")
+    assert len([*read_corpus(path)]) == 3
+    assert [json_line(problem) for problem in read_problems(path)] == [GOOD_JSON + "\n"] * 2
+    path.write_text(json.dumps(REWRITING) + "\n")
+    with pytest.raises(UserError, match="rewritings alone and no problem; lower --rewrite-rate"):
+        read_problems(path)
 
 
 def test_windows_line_ends_are_read(tmp_path):

@@ -10,11 +10,13 @@ from helpers import ROOT, call, records
 from arithmetic_llm.config import MAX_DEPTH, MAX_FLAT_TERMS
 from arithmetic_llm.corpus.coverage import Coverage, coverage_of, from_dict, survey, to_dict
 from arithmetic_llm.corpus.draw import distinct_samples as draw_test_set
-from arithmetic_llm.corpus.files import json_line
-from arithmetic_llm.corpus.record import solved
+from arithmetic_llm.corpus.files import json_line, read_corpus
+from arithmetic_llm.corpus.record import rewriting, solved
 from arithmetic_llm.corpus.trees import exact_tree, write
+from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.expression import parse
 from arithmetic_llm.task.problem import problem_from
+from arithmetic_llm.task.solution import solve
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_of_a_recipes_corpus_only_its_two_ranges_are_one_without_a_sidecar(tmp_p
     read = coverage_of(tmp_path / "c.txt")
     assert (told.num_range, told.wide_range, read.wide_range) == ((1, 20), (-999, 999), None)
     assert read.num_range[0] < -900 < 900 < read.num_range[1]
-    assert (read.depths, read.splits) == (told.depths, told.splits)
+    assert (read.depths, {*read.splits}) == (told.depths, {*told.splits})
     assert {*read.styles} | {"drill"} == {*told.styles}  # all numbers are in reach of the trees
 
 
@@ -278,6 +280,28 @@ def test_a_sidecar_tells_of_wide_numbers_and_chains(tmp_path):
     assert (told.num_range, told.wide_range) == ((1, 20), (-50, 70))
     assert (told.styles["chain"], told.chain_numbers) == (30, 9)
     assert told.depths == (1, 2)
+
+
+def test_rewritings_are_counted_and_cover_nothing(tmp_path):
+    path = tmp_path / "c.txt"
+    made = call(
+        "generate_foundational_plaintext.py",
+        *("--num-samples", 100, "--max-depth", 2, "--rewrite-rate", 0.25, "--rewrite-depth", 3),
+        *("--drill-rate", 0, "--output-txt", path),
+    )
+    assert made.code == 0
+    told, read = coverage_of(path), survey(read_corpus(path))
+    assert told.styles["rewrite"] == read.styles["rewrite"] == 25
+    assert told.depths == read.depths == (1, 2)
+    assert not told.covers(problem_from("((1 + 2) - 3) + 4"))
+    assert told.held_out_spec().rewrite_rate == 0
+
+
+def test_a_corpus_of_rewritings_alone_is_refused(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text(json_line(rewriting("1 - 2", 3, solve("1 - 2").steps[0])))
+    with pytest.raises(UserError, match=r"c\.jsonl: has rewritings alone"):
+        coverage_of(path)
 
 
 def test_a_coverage_is_limited_to_what_some_expression_has():

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arithmetic_llm.config import FoundationalConfig, LoRAConfig
-from arithmetic_llm.corpus.record import Record
+from arithmetic_llm.corpus.record import Record, rewriting
 from arithmetic_llm.model.lora import add_lora
 from arithmetic_llm.model.tokenizer import PAD, SMALLEST_VOCAB
 from arithmetic_llm.runtime import UserError
@@ -160,6 +160,20 @@ def test_what_has_no_step_is_never_cut():
 def test_a_solution_in_which_steps_and_expressions_take_no_turns_stays_whole(trace):
     odd = record("1 + 2 - 4")._replace(solution=f"<think> {trace} </think> Final Result: -1")
     assert texts_of(tokenised([odd], excerpt_tokens=20)) == texts_of(tokenised([odd]))
+
+
+def test_a_rewriting_is_like_the_excerpt_of_one_step():
+    """Its expression stands there like a prompt, and nothing ends with it."""
+    long, loss = record("1 + 2 + 3 - 4"), LossWeights(0.5, 3.0)
+    cut = tokenised([long], loss=loss, excerpt_tokens=2)  # a step each
+    step = rewriting("3 + 3 - 4", 2, solve("3 + 3 - 4").steps[0])
+    alone = tokenised([step], loss=loss, excerpt_tokens=2)
+    middle = slice(cut.starts[1], cut.starts[2])
+    assert alone.ids.tolist() == cut.ids[middle].tolist()
+    assert alone.weights.tolist() == cut.weights[middle].tolist()
+    assert texts_of(alone) == [
+        "<bos> Expression now: 3 + 3 - 4 Step 2: 3 + 3 = 6 Expression now: 6 - 4"
+    ]
 
 
 def test_records_are_counted_not_their_excerpts():

@@ -20,6 +20,7 @@ from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.corpus.draw import draw_samples as draw
 from arithmetic_llm.corpus.files import json_line
+from arithmetic_llm.corpus.record import rewriting
 from arithmetic_llm.evaluation import evaluate as evaluation
 from arithmetic_llm.evaluation.evaluate import evaluate, problems_for, problems_from, save
 from arithmetic_llm.evaluation.judge import judge
@@ -29,6 +30,7 @@ from arithmetic_llm.model.decode import Completion, SamplingParams
 from arithmetic_llm.model.tokenizer import END_THINK, EOS, ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError, atomic_write_text
 from arithmetic_llm.task.problem import problem_from, split_of
+from arithmetic_llm.task.solution import solve
 from arithmetic_llm.task.text import SPECIAL_TOKENS
 
 SEEN = Coverage(
@@ -446,9 +448,10 @@ def test_problems_are_of_the_test_split_and_of_the_style_asked_for():
 
 def test_a_test_file_is_used_whole_and_its_train_problems_are_counted(tmp_path):
     train = [sample.record for sample in draw(SPEC, 30, seed=1, split="train")]
+    step = rewriting("1 - 2", 3, solve("1 - 2").steps[0])  # no problem, so passed over
     held_out = [sample.record for sample in distinct_samples(SPEC, 20, seed=1, split="test")]
     path = tmp_path / "corpus.jsonl"
-    path.write_text("".join(map(json_line, train + held_out)))
+    path.write_text("".join(map(json_line, [*train, step, *held_out])))
     problems, source = problems_for(EvaluationConfig(test_file=str(path), num_samples=5))
     assert [p.expression for p in problems] == [r.expression for r in train + held_out]
     assert source["in_train_split"] == 30

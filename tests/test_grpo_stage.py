@@ -20,7 +20,7 @@ from arithmetic_llm.config import GRPOConfig
 from arithmetic_llm.corpus.coverage import coverage_of
 from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.corpus.files import json_line
-from arithmetic_llm.corpus.record import solved
+from arithmetic_llm.corpus.record import rewriting, solved
 from arithmetic_llm.evaluation.evaluate import evaluate, problems_from
 from arithmetic_llm.evaluation.judge import Outcome, judge
 from arithmetic_llm.folders import FINISHED
@@ -36,6 +36,7 @@ from arithmetic_llm.model.decode import GREEDY, Completion
 from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.tokenizer import BOS, EOS, PAD
 from arithmetic_llm.task.problem import Problem, Row, problem_from, split_of
+from arithmetic_llm.task.solution import solve
 from arithmetic_llm.task.verifier import verify
 
 SCRIPT = "run_grpo_training.py"
@@ -855,6 +856,12 @@ def test_an_epoch_asks_each_prompt_once_in_an_order_of_its_own(world):
     everything = Counter(record.expression for record in source.corpus)
     assert all(Counter(epoch) == everything for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_rewritings_are_not_asked(world, tmp_path):
+    step = rewriting("1 - 2", 3, solve("1 - 2").steps[0])
+    (tmp_path / "i.jsonl").write_text((world / "i.jsonl").read_text() + json_line(step))
+    assert corpus_source(tmp_path).corpus == corpus_source(world).corpus
 
 
 def test_num_samples_is_the_number_of_prompts_an_epoch(world):

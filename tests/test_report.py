@@ -58,7 +58,7 @@ def test_summary_has_a_line_for_every_row_and_marks_the_untrained(metrics):
     ]
     assert len(table_rows(text, "6 terms *")) == 1
     assert len(table_rows(text, "invalid *")) == 1
-    assert "* never seen in training" in text
+    assert "* never solved in training" in text
     assert "trained depths   100.00 %" in text
 
 

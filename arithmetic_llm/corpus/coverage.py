@@ -21,9 +21,9 @@ from arithmetic_llm.config import (
     TREE_STYLES,
     SampleSpec,
 )
-from arithmetic_llm.corpus.files import read_corpus
+from arithmetic_llm.corpus.files import NO_PROBLEM, read_corpus
 from arithmetic_llm.corpus.record import Record
-from arithmetic_llm.runtime import checked, sha256_file
+from arithmetic_llm.runtime import UserError, checked, sha256_file
 from arithmetic_llm.task.expression import Expression, ExpressionError, count_numbers, parse, spell
 from arithmetic_llm.task.problem import Problem, split_of_drawn
 
@@ -33,7 +33,8 @@ class Coverage:
     """The kinds of problems in a corpus.
 
     Attributes:
-        styles: style to number of samples (nested, typed, padded, flat, chain, drill, invalid).
+        styles: style to number of samples (nested, typed, padded, flat, chain, drill, rewrite,
+            invalid).
         depths: exact depths of its trees, ascending.
         flat_terms: how many numbers its flat sums have, ascending.
         num_range: smallest and largest number, drills not counted.
@@ -189,6 +190,8 @@ def coverage_of(corpus_path: str | Path) -> Coverage:
     """
     records = read_corpus(corpus_path)  # refuses what is no file
     covered = _told_by_sidecar(corpus_path) or survey(records)
+    if {*covered.styles} == {"rewrite"}:
+        raise UserError(f"{corpus_path}: {NO_PROBLEM}")
     if covered.exceeds_sampler:
         print(
             f"{corpus_path}: has problems that the sampler does not draw; held-out problems have "
@@ -230,7 +233,10 @@ def survey(records: Iterable[Record]) -> Coverage:
     """Coverage by parsing every expression, see `_Texts` for what its text cannot tell."""
     texts = _Texts()
     for record in records:
-        texts.add(record.expression)
+        if record.is_problem:
+            texts.add(record.expression)
+        else:
+            texts.styles["rewrite"] += 1  # which split its tree is of, a single step does not tell
     return texts.coverage()
 
 

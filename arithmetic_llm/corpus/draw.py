@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from arithmetic_llm.config import STYLES, TREE_STYLES, SampleSpec
 from arithmetic_llm.corpus.corruption import corrupt
-from arithmetic_llm.corpus.record import Sample, record_of, solved
+from arithmetic_llm.corpus.record import Record, Sample, record_of, rewriting, solved
 from arithmetic_llm.corpus.trees import (
     all_flat_sums,
     all_trees,
@@ -25,9 +25,9 @@ from arithmetic_llm.corpus.trees import (
     write,
 )
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.task.expression import Postfix, apply, spell, tree_depth
+from arithmetic_llm.task.expression import Postfix, apply, parse, spell, tree_depth
 from arithmetic_llm.task.problem import Drawn, split_of_drawn
-from arithmetic_llm.task.solution import solve_canonical
+from arithmetic_llm.task.solution import Solution, solve_canonical
 
 _MAX_DRAWS = 20_000  # a split without a hit in so many draws (0.95 ** 20,000) has no such problem
 
@@ -45,7 +45,7 @@ def draw_samples(
     """
     rng = Random(seed)
     for style in shuffled(spec.style_counts(num_samples), rng):
-        yield _sample(draw_any(spec, style, split, rng), style, rng)
+        yield _sample(draw_any(spec, style, split, rng), style, spec, rng)
 
 
 def distinct_samples(
@@ -75,18 +75,32 @@ def distinct_samples(
         problems = draw_distinct(spec, styles[0], len(order), split, rng, taken)
         taken.update(problems)
         samples += [
-            _sample(problem, style, rng) for problem, style in zip(problems, order, strict=False)
+            _sample(problem, style, spec, rng)
+            for problem, style in zip(problems, order, strict=False)
         ]
     rng.shuffle(samples)
     return samples
 
 
-def _sample(problem: Drawn, style: str, rng: Random) -> Sample:
+def _sample(problem: Drawn, style: str, spec: SampleSpec, rng: Random) -> Sample:
     if isinstance(problem, str):
         return Sample(solved(problem), style, None, None)
     expression = write(problem, style, rng)
-    record = record_of(expression, solve_canonical(expression))
+    solution = solve_canonical(expression)
+    if style == "rewrite":
+        record = _one_step(expression, solution, spec.max_depth, rng)
+    else:
+        record = record_of(expression, solution)
     return Sample(record, style, tree_depth(problem), len(problem) // 2 + 1)
+
+
+def _one_step(expression: str, solution: Solution, deeper_than: int, rng: Random) -> Record:
+    """One of the steps that begin with an expression deeper than trees are solved in training."""
+    before = [expression, *(step.expression for step in solution.steps)]
+    while True:
+        place = rng.randrange(len(solution.steps))
+        if parse(before[place]).depth > deeper_than:
+            return rewriting(before[place], place + 1, solution.steps[place])
 
 
 def shuffled(counts: dict[str, int], rng: Random) -> Iterator[str]:
@@ -117,17 +131,24 @@ def draw(spec: SampleSpec, style: str, rng: Random) -> Postfix | str:
     if style == "flat":
         tree = flat_sum(rng.randint(2, spec.flat_terms), spec.num_range, rng)
     elif style == "drill":
-        tree = drill(spec, rng)
+        # Steps meet results, of either sign and with a digit more than the numbers of a problem.
+        reach = 10 * max(map(abs, spec.wide_range)) + 9
+        return _maybe_widened(drill(spec, rng), spec, rng, (-reach, reach))
+    elif style == "rewrite":
+        depth = rng.randint(spec.max_depth + 1, spec.rewrite_depth)
+        tree = exact_tree(depth, spec.num_range, rng)
     else:
         tree = exact_tree(rng.randint(spec.min_depth, spec.max_depth), spec.num_range, rng)
     tree = _maybe_widened(tree, spec, rng)
     return corrupt(spell(tree), rng) if style == "invalid" else tree
 
 
-def _maybe_widened(tree: Postfix, spec: SampleSpec, rng: Random) -> Postfix:
+def _maybe_widened(
+    tree: Postfix, spec: SampleSpec, rng: Random, wide_range: tuple[int, int] | None = None
+) -> Postfix:
     """The tree, or with `wide_rate` for a chance one with wide numbers."""
     wide = spec.wide_rate and rng.random() < spec.wide_rate
-    return widened(tree, spec.wide_range, rng) if wide else tree
+    return widened(tree, wide_range or spec.wide_range, rng) if wide else tree
 
 
 def drill(spec: SampleSpec, rng: Random) -> Postfix:

@@ -26,12 +26,16 @@ from arithmetic_llm.runtime import (
 from arithmetic_llm.task.text import (
     CLOSE,
     OPEN,
+    expression_text,
+    is_rewriting,
     is_solution,
     one_line,
     problem_text,
     read_answer,
     result_text,
 )
+
+NO_PROBLEM = "has rewritings alone and no problem; lower --rewrite-rate and make it anew"
 
 # ------------------------------------------------------------------------------- writing
 
@@ -131,6 +135,18 @@ def read_corpus(path: str | Path) -> Iterator[Record]:
     return _records(require_file(path, "corpus"))
 
 
+def read_problems(path: str | Path) -> list[Record]:
+    """The records of a corpus file that can be put to a model: all but rewritings.
+
+    Raises:
+        UserError: as `read_corpus`, or there are none.
+    """
+    problems = [record for record in read_corpus(path) if record.is_problem]
+    if not problems:
+        raise UserError(f"{path}: {NO_PROBLEM}")
+    return problems
+
+
 def _records(path: Path) -> Iterator[Record]:
     lines = _numbered_lines(path)
     for number, line in lines:
@@ -138,9 +154,9 @@ def _records(path: Path) -> Iterator[Record]:
             if line.startswith("{"):
                 record = _from_json(line)
             else:
-                expression = _plain_expression(line)
+                _check_plain_problem(line)
                 number, solution = next(lines, (number, None))
-                record = _from_plain(expression, solution)
+                record = _from_plain(line, solution)
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}") from None
         yield record
@@ -167,16 +183,16 @@ def _from_json(line: str) -> Record:
     return _checked(Record(*(fields[key] for key in Record._fields)))
 
 
-def _plain_expression(line: str) -> str:
-    if not line.startswith(problem_text("")):
+def _check_plain_problem(line: str) -> None:
+    if not line.startswith((problem_text(""), expression_text(""))):
         raise ValueError(f"neither a JSON object nor a problem ({problem_text('...')!r})")
-    return line.removeprefix(problem_text(""))
 
 
-def _from_plain(expression: str, solution: str | None) -> Record:
+def _from_plain(problem: str, solution: str | None) -> Record:
     if solution is None:
         raise ValueError("the problem has no solution line after it")
-    return _checked(Record(expression, problem_text(expression), solution, read_answer(solution)))
+    expression = problem.removeprefix(problem_text("")).removeprefix(expression_text(""))
+    return _checked(Record(expression, problem, solution, read_answer(solution)))
 
 
 def _checked(record: Record) -> Record:
@@ -184,6 +200,10 @@ def _checked(record: Record) -> Record:
     for name, value in zip(Record._fields[:3], record, strict=False):
         if not isinstance(value, str):
             raise ValueError(f"{name!r} is not a string")
+    if record.answer is None and is_rewriting(record.problem, record.solution):
+        if record.problem != expression_text(record.expression):
+            raise ValueError(f"the problem is not {expression_text(record.expression)!r}")
+        return record
     if record.problem != problem_text(record.expression):
         raise ValueError(f"the problem is not {problem_text(record.expression)!r}")
     if not is_solution(record.solution):

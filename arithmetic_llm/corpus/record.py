@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from arithmetic_llm.task.solution import Solution, solve
-from arithmetic_llm.task.text import Answer, problem_text, sequence_text
+from arithmetic_llm.task.solution import Solution, Step, solve
+from arithmetic_llm.task.text import Answer, expression_text, problem_text, sequence_text
 
 
 class Record(NamedTuple):
-    """One line of a corpus; the fields are its JSON keys, in their order."""
+    """One line of a corpus; the fields are its JSON keys, in their order.
+
+    A rewriting has ``Expression now: E`` for its problem, one step for its solution and no answer.
+    """
 
     expression: str
     problem: str
     solution: str
-    answer: Answer
+    answer: Answer | None
+
+    @property
+    def is_problem(self) -> bool:
+        """Whether it can be put to a model; a rewriting cannot."""
+        return self.answer is not None
 
     @property
     def sequence(self) -> str:
@@ -34,6 +42,11 @@ class Sample(NamedTuple):
 def solved(expression: str) -> Record:
     """The record of an expression, whatever its spelling; that of an invalid one says ERROR."""
     return record_of(expression, solve(expression))
+
+
+def rewriting(expression: str, number: int, step: Step) -> Record:
+    """The record of a single step, the ``number``-th of a solution, from an expression."""
+    return Record(expression, expression_text(expression), step.text(number), None)
 
 
 def record_of(expression: str, solution: Solution) -> Record:

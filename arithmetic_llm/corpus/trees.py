@@ -7,10 +7,10 @@ A tree is held in postfix (see `task.expression.Expression.postfix`). Every func
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
 
-from arithmetic_llm.task.expression import Postfix, spell
+from arithmetic_llm.task.expression import Postfix, apply, spell
 
 LEAF_PROBABILITY = 0.3  # that the free side of an operation stops growing, at every level
 MANY = 10**15
@@ -64,8 +64,30 @@ def widened(tree: Postfix, num_range: tuple[int, int], rng: Random) -> Postfix:
     """The same operations on other numbers, of all lengths that the range has.
 
     How long they are at most is decided for the tree as a whole; then a length is as likely as it
-    is long. In 900 of 999 numbers drawn evenly there would be three digits.
+    is long. In 900 of 999 numbers drawn evenly there would be three digits. The second number of an
+    operation is as often drawn itself as it follows from a result that is drawn so: otherwise
+    numbers would seldom cancel, and results shorter than both operands are what is hardest.
     """
+    number = _of_all_lengths(num_range, rng)
+    values: list[int] = []  # of the subtrees that still wait for their operation
+    other: list[int | str] = []
+    for place, symbol in enumerate(tree):
+        if isinstance(symbol, str):
+            right = values.pop()
+            values[-1] = apply(values[-1], symbol, right)
+        else:
+            symbol, follows = number(), tree[place + 1 : place + 2]
+            if follows and isinstance(follows[0], str) and rng.random() < 0.5:
+                left, operator = values[-1], follows[0]
+                needed = symbol - left if operator == "+" else left - symbol
+                symbol = needed if num_range[0] <= needed <= num_range[1] else symbol
+            values.append(symbol)
+        other.append(symbol)
+    return tuple(other)
+
+
+def _of_all_lengths(num_range: tuple[int, int], rng: Random) -> Callable[[], int]:
+    """Draws numbers of lengths that the range has, up to one that is drawn first."""
     low, high = num_range
     shortest = len(str(max(low, -high, 0)))
     longest = len(str(max(-low, high)))
@@ -75,7 +97,7 @@ def widened(tree: Postfix, num_range: tuple[int, int], rng: Random) -> Postfix:
         (digits,) = rng.choices(lengths, lengths)
         return _number_of(digits, num_range, rng)
 
-    return tuple(number() if isinstance(symbol, int) else symbol for symbol in tree)
+    return number
 
 
 def _number_of(digits: int, num_range: tuple[int, int], rng: Random) -> int:

@@ -16,7 +16,7 @@ import torch
 from arithmetic_llm.config import EvaluationConfig, SampleSpec
 from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.corpus.draw import distinct_samples
-from arithmetic_llm.corpus.files import read_corpus
+from arithmetic_llm.corpus.files import read_problems
 from arithmetic_llm.corpus.record import Sample
 from arithmetic_llm.distributed import gather_shares, share, world_size
 from arithmetic_llm.evaluation.draft import right_continuations
@@ -89,7 +89,7 @@ def problems_for(config: EvaluationConfig) -> tuple[list[Problem], dict[str, Any
 
 def _from_file(path: str) -> tuple[list[Problem], dict[str, Any]]:
     path = resolve_stamp(path)
-    problems = [problem_from(record.expression) for record in read_corpus(path)]
+    problems = [problem_from(record.expression) for record in read_problems(path)]
     check_sizes(problems, path)
     seen = in_train_split(problems)
     return problems, {"test_file": path, "sha256": sha256_file(path), "in_train_split": seen}

@@ -308,7 +308,7 @@ class Point(NamedTuple):
     rate: float
     low: float
     high: float
-    trained: bool  # False: never seen in training; what is not known counts as trained
+    trained: bool  # False: never solved in training; what is not known counts as trained
 
 
 class Accuracies(NamedTuple):

@@ -175,7 +175,7 @@ def draw_evaluations(
         return figure
 
 
-UNTRAINED = "hollow: never seen in training (depth, numbers or style)"
+UNTRAINED = "hollow: never solved in training (depth, numbers or style)"
 
 
 def _letter(index: int) -> str:

@@ -227,7 +227,7 @@ def named_rows(metrics: Metrics) -> list[tuple[str, dict[str, Any]]]:
 def footnote(rows: Sequence[Sequence[str]], column: int = 0) -> str:
     """Meaning of the star, on a line of its own, if a row of a table has one."""
     starred = any(row[column].endswith("*") for row in rows)
-    return "\n* never seen in training (depth, numbers or style)" if starred else ""
+    return "\n* never solved in training (depth, numbers or style)" if starred else ""
 
 
 def _share(metrics: dict[str, Any], correct: int, samples: int) -> str:

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from arithmetic_llm.config import GRPOConfig, SampleSpec
 from arithmetic_llm.corpus.draw import draw_any
-from arithmetic_llm.corpus.files import read_corpus
+from arithmetic_llm.corpus.files import read_problems
 from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.evaluation.judge import Outcome
 from arithmetic_llm.evaluation.length import check_sizes
@@ -62,7 +62,7 @@ class PromptSource:
         self.config, self.pass_rates = config, pass_rates
         self.corpus: list[Record] = []
         if config.data_mode == "instruction":
-            self.corpus = [*read_corpus(config.instruction_corpus)]
+            self.corpus = read_problems(config.instruction_corpus)
             asked = (problem_from(record.expression) for record in self.corpus)
             check_sizes(asked, config.instruction_corpus)
         available = len(self.corpus) or config.num_samples

@@ -133,7 +133,7 @@ def _evaluation(metrics: Metrics | None) -> str:
 _MEANING = """\
 Exact match: the text ends by itself with one result, and it is the right one; parse: it ends so,
 right or wrong; steps: of the steps needed, those right before the first wrong one. A star marks
-problems of a kind that was never seen in training."""
+problems of a kind that was never solved in training."""
 
 
 def _test(metrics: Metrics) -> str:

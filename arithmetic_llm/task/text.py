@@ -58,9 +58,14 @@ def step_label(number: int) -> str:
     return f"{STEP} {number}"
 
 
+def expression_text(expression: str) -> str:
+    """``Expression now: E``."""
+    return f"{NEW_EXPRESSION} {expression}"
+
+
 def step_text(number: int, operation: str, result: int, expression: str) -> str:
     """The two lines that state a step."""
-    return f"{step_label(number)}: {operation} = {result}\n{NEW_EXPRESSION} {expression}"
+    return f"{step_label(number)}: {operation} = {result}\n{expression_text(expression)}"
 
 
 def refusal_text(reason: str) -> str:
@@ -103,6 +108,12 @@ def in_turn(lines: list[str]) -> bool:
         step.startswith(f" {STEP}") and expression.startswith(f" {NEW_EXPRESSION}")
         for step, expression in zip(steps, expressions, strict=True)
     )
+
+
+def is_rewriting(problem: str, solution: str) -> bool:
+    """Whether a sample is one step from the midst of a solution: ``Expression now: E``, a step."""
+    _, *lines = BEFORE_LINE.split(f" {one_line(solution)}")
+    return problem.startswith(NEW_EXPRESSION) and len(lines) == 2 and in_turn(lines)
 
 
 def one_spaced(text: str) -> str:

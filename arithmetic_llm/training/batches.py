@@ -14,7 +14,7 @@ from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.model.fused import BLOCK
 from arithmetic_llm.model.tokenizer import BOS, EOS, PAD, THINK, UNK, ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.task.text import BEFORE_LINE, OPEN, in_turn
+from arithmetic_llm.task.text import BEFORE_LINE, OPEN, in_turn, one_line
 
 _CHUNK = 10_000  # records tokenised at a time
 _ROUND_TO = 8  # batch widths are multiples of this: fewer distinct shapes run faster
@@ -86,9 +86,7 @@ class TokenisedSamples:
             texts = [record.sequence for record in chunk]
             for record, ids in zip(chunk, tokenizer.encode_batch(texts), strict=True):
                 _check(record, ids)
-                pieces = [(ids.index(THINK) + 2, [BOS, *ids, EOS])]
-                if 0 < excerpt_tokens < len(ids) + 2:
-                    pieces = excerpts(record, tokenizer, excerpt_tokens) or pieces
+                pieces = _pieces(record, ids, tokenizer, excerpt_tokens)
                 if max(len(piece) for _, piece in pieces) > max_seq_length:
                     self.dropped.append(record.expression)
                 else:
@@ -122,9 +120,27 @@ class TokenisedSamples:
         return Batch(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(weights)[:, 1:])
 
 
-def excerpts(
-    record: Record, tokenizer: ArithmeticTokenizer, most: int
-) -> list[tuple[int, list[int]]]:
+Piece = tuple[int, list[int]]  # how many tokens its first step begins after, and all tokens
+
+
+def _pieces(
+    record: Record, ids: list[int], tokenizer: ArithmeticTokenizer, most: int
+) -> list[Piece]:
+    """A record as one sample or, if it has more than ``most`` tokens, as its `excerpts`."""
+    if not record.is_problem:
+        return [_rewriting(record, tokenizer)]
+    whole = [(ids.index(THINK) + 2, [BOS, *ids, EOS])]
+    too_long = 0 < most < len(ids) + 2
+    return (excerpts(record, tokenizer, most) if too_long else []) or whole
+
+
+def _rewriting(record: Record, tokenizer: ArithmeticTokenizer) -> Piece:
+    """A single step, with the same tokens that it has in the midst of a solution."""
+    before, step = tokenizer.encode_batch([f" {record.problem}", f" {one_line(record.solution)}"])
+    return len(before) + 1, [BOS, *before, *step]
+
+
+def excerpts(record: Record, tokenizer: ArithmeticTokenizer, most: int) -> list[Piece]:
     """A long sample cut between its steps, as documents are that are longer than a context.
 
     The first excerpt begins with the problem, each other one with the expression that its first
@@ -137,8 +153,7 @@ def excerpts(
         most: tokens of an excerpt; only a step that is longer by itself makes it longer.
 
     Returns:
-        Of each how many tokens its first step begins after, and all its tokens; none if there is
-        no step, or if steps and expressions do not take turns.
+        None if there is no step, or if steps and expressions do not take turns.
     """
     parts = BEFORE_LINE.split(record.sequence)
     if not in_turn(parts[1:]):
@@ -298,7 +313,7 @@ def _check(record: Record, ids: list[int]) -> None:
             f"the tokenizer has no token for a character of {record.expression!r}; "
             "train it on this corpus with train_tokenizer.py"
         )
-    if THINK not in ids:
+    if record.is_problem and THINK not in ids:
         raise UserError(f"{record.expression!r}: its solution has no {OPEN}; make the corpus anew")
 
 

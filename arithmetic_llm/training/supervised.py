@@ -19,7 +19,7 @@ from arithmetic_llm.config import (
     ModelConfig,
     TrainingConfig,
 )
-from arithmetic_llm.corpus.files import read_corpus
+from arithmetic_llm.corpus.files import read_corpus, read_problems
 from arithmetic_llm.distributed import gather_shares, share, world_size
 from arithmetic_llm.folders import resolve_paths
 from arithmetic_llm.model.lora import parameter_summary
@@ -207,7 +207,7 @@ def _task(
     report_dropped(train, f"samples of {corpus_path}", context, "left out")
     if train.dropped:
         left_out = set(train.dropped)
-        kept = (r.expression for r in read_corpus(corpus_path) if r.expression not in left_out)
+        kept = (r.expression for r in read_problems(corpus_path) if r.expression not in left_out)
         seen = beginning.seen_after(beginning.covered.limited_to(kept))
         beginning.checkpoint.trained_on = seen
     records = held_out_records(beginning.covered.held_out_spec(), config)
