@@ -466,6 +466,56 @@ MUTANTS = [
         "test_corpus.py -k wide",
     ),
     Mutant(
+        "corpus: wide numbers never cancel",
+        "isinstance(follower, str) and rng.random() < 0.5",
+        "isinstance(follower, str) and rng.random() < 0.0",
+        "test_corpus.py -k cancel",
+    ),
+    Mutant(
+        "corpus: the operand of another result",
+        'return result - left if operator == "+" else left - result',
+        'return result + left if operator == "+" else left + result',
+        "test_corpus.py -k cancel",
+    ),
+    Mutant(
+        "corpus: wide drills no longer than problems",
+        "reach = 10 * max(map(abs, spec.wide_range)) + 9",
+        "reach = max(map(abs, spec.wide_range))",
+        "test_corpus.py -k drill",
+    ),
+    Mutant(
+        "corpus: rewritings of what is solved anyway",
+        "if parse(before[place]).depth > deeper_than:",
+        "if True:",
+        "test_corpus.py -k rewriting",
+    ),
+    Mutant(
+        "corpus: rewritings numbered from 0",
+        "rewriting(before[place], place + 1, solution.steps[place])",
+        "rewriting(before[place], place, solution.steps[place])",
+        "test_corpus.py -k rewriting",
+    ),
+    Mutant(
+        "corpus: rewritings count as problems",
+        "for record in read_corpus(path) if record.is_problem]",
+        "for record in read_corpus(path)]",
+        "test_corpus.py -k rewriting",
+    ),
+    Mutant(
+        "coverage: rewritings count as problems",
+        """        if record.is_problem:
+            texts.add(""",
+        """        if True:
+            texts.add(""",
+        "test_coverage.py -k rewriting",
+    ),
+    Mutant(
+        "data: a rewriting ends with <eos>",
+        "[BOS, *before, *step]",
+        "[BOS, *before, *step, EOS]",
+        "test_data.py -k rewriting",
+    ),
+    Mutant(
         "coverage: wide numbers are unknown",
         "ranges = (self.num_range, self.wide_range or self.num_range)",
         "ranges = (self.num_range, self.num_range)",

@@ -196,8 +196,17 @@ def test_wide_numbers_are_of_all_lengths_and_of_either_sign(draw):
     assert {*narrow} == {*range(1, 21)}
 
 
+WIDE_DRILLS = SampleSpec(drill_rate=1.0, wide_rate=1.0, typed_rate=0.0, invalid_rate=0.0)
+
+
+def test_wide_drills_have_a_digit_more_than_problems_and_either_sign():
+    spec = replace(WIDE_DRILLS, wide_range=(1, 50))
+    numbers = [n for s in draw_samples(spec, 500, seed=4) for n in tree_of(s)[:2]]
+    assert -509 <= min(numbers) < -400 < 400 < max(numbers) <= 509
+
+
 def test_wide_numbers_cancel_as_often_as_not():
-    spec = SampleSpec(drill_rate=1.0, wide_rate=1.0, typed_rate=0.0, invalid_rate=0.0)
+    spec = WIDE_DRILLS
     pairs = [tree_of(sample)[:2] for sample in draw_samples(spec, 4000, seed=4)]
     # Neither sign nor operator matters here: where one number is longer, nothing is said.
     alike = [(a, b) for a, b in pairs if len(str(abs(a))) == len(str(abs(b))) == 3]

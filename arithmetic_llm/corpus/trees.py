@@ -64,26 +64,30 @@ def widened(tree: Postfix, num_range: tuple[int, int], rng: Random) -> Postfix:
     """The same operations on other numbers, of all lengths that the range has.
 
     How long they are at most is decided for the tree as a whole; then a length is as likely as it
-    is long. In 900 of 999 numbers drawn evenly there would be three digits. The second number of an
-    operation is as often drawn itself as it follows from a result that is drawn so: otherwise
-    numbers would seldom cancel, and results shorter than both operands are what is hardest.
+    is long. In 900 of 999 numbers drawn evenly there would be three digits. Where an operation ends
+    with a number, as often the result is drawn so and the number follows from it: or numbers would
+    seldom cancel, and results that are shorter than both operands are what is hardest to learn.
     """
     number = _of_all_lengths(num_range, rng)
-    values: list[int] = []  # of the subtrees that still wait for their operation
-    other: list[int | str] = []
-    for place, symbol in enumerate(tree):
+    wide: list[int | str] = []
+    values: list[int] = []  # of what waits for its operation
+    for symbol, follower in zip(tree, (*tree[1:], 0), strict=True):
         if isinstance(symbol, str):
             right = values.pop()
             values[-1] = apply(values[-1], symbol, right)
         else:
-            symbol, follows = number(), tree[place + 1 : place + 2]
-            if follows and isinstance(follows[0], str) and rng.random() < 0.5:
-                left, operator = values[-1], follows[0]
-                needed = symbol - left if operator == "+" else left - symbol
+            symbol = number()
+            if isinstance(follower, str) and rng.random() < 0.5:
+                needed = _operand(values[-1], follower, symbol)
                 symbol = needed if num_range[0] <= needed <= num_range[1] else symbol
             values.append(symbol)
-        other.append(symbol)
-    return tuple(other)
+        wide.append(symbol)
+    return tuple(wide)
+
+
+def _operand(left: int, operator: str, result: int) -> int:
+    """The second operand with which an operation has that result."""
+    return result - left if operator == "+" else left - result
 
 
 def _of_all_lengths(num_range: tuple[int, int], rng: Random) -> Callable[[], int]:
