@@ -406,6 +406,24 @@ MUTANTS = [
         "test_model.py -k later",
     ),
     Mutant(
+        "cache: a slot too few is read behind a window",
+        "int(self.lengths.min()) - self.window + 1",
+        "int(self.lengths.min()) - self.window + 2",
+        "test_model.py -k window",
+    ),
+    Mutant(
+        "cache: all slots are read whatever the window",
+        "range(max(0, behind), int(self.lengths.max()) + tokens)",
+        "range(0, int(self.lengths.max()) + tokens)",
+        "test_model.py -k window",
+    ),
+    Mutant(
+        "trace: places count from the first slot that is read",
+        "places + cache.in_use.start",
+        "places + 0",
+        "test_trace.py -k window",
+    ),
+    Mutant(
         "model: a window that is one too wide with a cache",
         "hidden |= slots <= own - config.attention_window",
         "hidden |= slots < own - config.attention_window",

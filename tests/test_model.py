@@ -118,6 +118,20 @@ def test_garbage_in_unused_slots_of_the_cache_changes_no_bit():
 
 
 @torch.no_grad()
+def test_what_lies_behind_all_windows_is_not_read():
+    """With 20 and 17 tokens in it and a window of 5, the next ones see nothing before slot 13."""
+    lengths, ids, following = torch.tensor([20, 17]), random_ids(2, 20), random_ids(2, 1, seed=9)
+    results = []
+    for garbage in (0.0, torch.nan):  # masked, it would make its row nan
+        cache = NARROW.new_cache(2)
+        NARROW.hidden_states(ids, cache, lengths)
+        cache.keys[..., :13, :] = cache.values[..., :13, :] = garbage
+        results.append(NARROW(following, cache))
+        assert cache.in_use == range(13, 21)
+    assert torch.equal(*results)
+
+
+@torch.no_grad()
 def test_no_position_sees_a_later_one():
     ids = random_ids(2, 12)
     changed = ids.clone()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from browser import find_browser, look_at
-from helpers import call, make_tokenizer, of_transformers
+from helpers import call, make_tokenizer, of_transformers, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import right_answer
@@ -108,6 +108,19 @@ def test_the_figures_are_those_of_transformers(shown, solver):
     largest = -np.sort(-rows, axis=-1)[..., :kept]
     np.testing.assert_allclose(weights / 255, largest, atol=0.51 / 255)
     np.testing.assert_allclose(weights / 255, np.take_along_axis(rows, places, -1), atol=0.51 / 255)
+
+
+@torch.no_grad()
+def test_with_a_window_the_places_are_still_those_of_the_text(monkeypatch):
+    """Of what lies behind the window not even a slot is read."""
+    monkeypatch.setattr(tracing, "CHUNK", 7)
+    model, ids = random_model(50, attention_window=5), torch.randint(50, (30,)).tolist()
+    _, gaze = tracing.read_closely(model, ids, last=20, kept=5)
+    theirs = of_transformers(model)(torch.tensor([ids]), output_attentions=True).attentions
+    rows = torch.cat(theirs, dim=1)[0, :, -20:].transpose(0, 1)  # (places, heads, all places)
+    sources = gaze.sources.flatten(1, 2).long()
+    torch.testing.assert_close(gaze.weights.flatten(1, 2), rows.gather(-1, sources))
+    assert (gaze.weights.sum(-1) > 0.999).all()
 
 
 def test_text_is_read_in_parts_without_a_difference(solver, monkeypatch):

@@ -121,10 +121,12 @@ def read_closely(
     """
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(model.config.num_layers)]
 
-    def see(layer: int, weights: Tensor) -> None:
-        seen[layer].append(_largest(weights[0].transpose(0, 1), kept))
-
     logits, cache = [], model.new_cache(1)
+
+    def see(layer: int, weights: Tensor) -> None:
+        values, places = _largest(weights[0].transpose(0, 1), kept)
+        seen[layer].append((values, places + cache.in_use.start))
+
     with evaluating(model), observed(model, see):
         for chunk in torch.tensor([ids], device=model.device).split(CHUNK, dim=1):
             logits.append(model(chunk, cache)[0].float())

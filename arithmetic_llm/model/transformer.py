@@ -143,7 +143,7 @@ class KVCache:
 
     Rows are left-aligned: token ``i`` of a row lives in slot ``i``, so a row's length is all that
     masks and positions need, and nothing that another row holds, padding included, can matter.
-    The cache grows as it fills.
+    The cache grows as it fills, and what lies behind the windows of all rows is not read again.
     """
 
     def __init__(self, config: ModelConfig, rows: int, device: torch.device):
@@ -151,19 +151,22 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device)
         self.values = torch.zeros(shape, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.in_use = 0
+        self.window = config.attention_window
+        self.in_use = range(0)  # the slots that the pass at hand may look at
 
     def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``k``, ``v`` (B, H, T, D) at ``positions`` (B, T); return all slots in use."""
+        """Store ``k``, ``v`` (B, H, T, D) at ``positions`` (B, T); return those of slots in use."""
         rows = torch.arange(len(k), device=k.device)[:, None]
         self.keys[layer][rows, :, positions] = k.transpose(1, 2)
         self.values[layer][rows, :, positions] = v.transpose(1, 2)
-        return self.keys[layer, :, :, : self.in_use], self.values[layer, :, :, : self.in_use]
+        used = slice(self.in_use.start, self.in_use.stop)
+        return self.keys[layer, :, :, used], self.values[layer, :, :, used]
 
-    def reserve(self, tokens: int) -> int:
-        """Make room for ``tokens`` more in each row; return how many slots are then in use."""
-        self.in_use = int(self.lengths.max()) + tokens
-        missing = self.in_use - self.keys.shape[3]
+    def reserve(self, tokens: int) -> range:
+        """Make room for ``tokens`` more in each row; return the slots that one of them may see."""
+        behind = int(self.lengths.min()) - self.window + 1 if self.window else 0
+        self.in_use = range(max(0, behind), int(self.lengths.max()) + tokens)
+        missing = self.in_use.stop - self.keys.shape[3]
         if missing > 0:  # grow by half, so that copying stays a small share of decoding
             room = (0, 0, 0, max(missing, self.keys.shape[3] // 2))
             self.keys, self.values = F.pad(self.keys, room), F.pad(self.values, room)
@@ -178,7 +181,7 @@ class KVCache:
         """Drop one row; the last one moves into its place, so that little is copied."""
         last = len(self.lengths) - 1
         for tensor in (self.keys, self.values):
-            tensor[:, row, :, : self.in_use] = tensor[:, last, :, : self.in_use]
+            tensor[:, row, :, : self.in_use.stop] = tensor[:, last, :, : self.in_use.stop]
         self.lengths[row] = self.lengths[last]
         self.keys, self.values = self.keys[:, :last], self.values[:, :last]
         self.lengths = self.lengths[:last]
@@ -223,7 +226,8 @@ class Transformer(nn.Module):
         mask = None
         if cache is not None:
             positions = positions + cache.lengths[:, None]
-            slots = torch.arange(cache.reserve(tokens), device=x.device)
+            seen = cache.reserve(tokens)
+            slots = torch.arange(seen.start, seen.stop, device=x.device)
             # A query sees the slots up to its own position: causal, and blind to padded slots.
             own = positions[:, None, :, None]
             hidden = slots > own
