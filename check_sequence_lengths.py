@@ -21,15 +21,18 @@ def main(argv=None):
 
 
 def lengths_by_depth(corpus_path, tokenizer_path):
-    """Depth (or "invalid") -> token counts, ``<bos>`` and ``<eos>`` included."""
+    """Depth (or "invalid", "rewrite") -> token counts, ``<bos>`` and ``<eos>`` included."""
     from arithmetic_llm.corpus.files import read_corpus
     from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 
     tokenizer = ArithmeticTokenizer.load(tokenizer_path)
     lengths = defaultdict(list)
     for record in read_corpus(corpus_path):
-        tokens = len(tokenizer.encode(record.sequence)) + 2
-        lengths[row_name(record.expression)].append(tokens)
+        tokens = len(tokenizer.encode(record.sequence))
+        if record.is_problem:
+            lengths[row_name(record.expression)].append(tokens + 2)
+        else:
+            lengths["rewrite"].append(tokens + 1)  # nothing ends with it
     return lengths
 
 

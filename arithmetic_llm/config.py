@@ -77,7 +77,7 @@ class SampleSpec:
     wide_rate: float = _rate(
         0.0,
         "fraction, of every style but chains, whose numbers come from --wide-range, longer and "
-        "shorter ones, in place of --num-range",
+        "shorter ones, in place of --num-range; drills have a digit more and either sign",
     )
     flat_terms: int = opt(20, "most numbers in a flat sum", at_least=2, at_most=MAX_FLAT_TERMS)
     chain_numbers: int = opt(
@@ -102,7 +102,8 @@ class SampleSpec:
             raise UserError(f"--min-depth {self.min_depth}: is above --max-depth {self.max_depth}")
         if self.rewrite_rate and self.rewrite_depth <= self.max_depth:
             raise UserError(
-                f"--rewrite-depth {self.rewrite_depth}: is not above --max-depth {self.max_depth}"
+                f"--rewrite-depth {self.rewrite_depth}: is not above --max-depth {self.max_depth}; "
+                "change one of them, or set --rewrite-rate 0"
             )
         rates = {style: self.rate(style) for style in STYLES[1:]}
         if sum(rates.values()) > 1 + 1e-9:

@@ -166,10 +166,13 @@ def test_a_rewriting_is_one_right_step_of_a_deeper_solution(draw):
 
 def test_rewritings_come_from_trees_of_their_split():
     """The expression before a step may be another tree, whatever split that belongs to."""
+    checked = 0
     for split in SPLITS:
         for sample in draw_samples(STEPS, 100, seed=3, split=split):
             if sample.record.solution.startswith("Step 1:"):
                 assert split_of(sample.record.expression) == split
+                checked += 1
+    assert checked > 10
 
 
 def test_rewritings_are_deeper_than_what_is_solved():
@@ -489,13 +492,22 @@ def test_a_corpus_may_begin_with_a_mark_of_its_encoding(tmp_path):
         (json.dumps({**ONE, "answer": 1.0}), 1, "is not the final result"),
         (json.dumps({**FIELDS, "problem": "Evaluate: 1"}), 1, "the problem is not"),
         (json.dumps({**FIELDS, "expression": 5}), 1, "'expression' is not a string"),
-        (json.dumps({**REWRITING, "expression": "2 - 1"}), 1, "not 'Expression now: 2 - 1'"),
+        (json.dumps({**REWRITING, "expression": "2 - 1"}), 1, "not 'Evaluate: 2 - 1'"),
         (json.dumps({**REWRITING, "problem": "Evaluate: 1 - 2"}), 1, "no <think>"),
-        (json.dumps({**REWRITING, "solution": "Step 1: 1 - 2 = -1"}), 1, "the problem is not"),
-        (json.dumps({**REWRITING, "answer": -1}), 1, "the problem is not"),
+        (json.dumps({**REWRITING, "solution": "Step 1: 1 - 2 = -1"}), 1, "not one step"),
+        (json.dumps({**REWRITING, "answer": -1}), 1, "not one step"),
+        *[
+            (json.dumps({**REWRITING, "solution": odd}), 1, "not one step")
+            for odd in (
+                "garbage " + REWRITING["solution"],
+                REWRITING["solution"] + " <eos>",
+                "<think>\n" + REWRITING["solution"],
+                REWRITING["solution"] + "\n</think>\nFinal Result: -1",
+            )
+        ],
         (json.dumps({**ONE, "answer": None}), 1, "is not the final result"),
         ("Expression now: 1 - 2\n", 1, "no solution line"),
-        (f"Expression now: 1 - 2\n{ONE['solution'].replace(chr(10), ' ')}\n", 2, "the problem"),
+        (f"Expression now: 1 - 2\n{ONE['solution'].replace(chr(10), ' ')}\n", 2, "not one step"),
         (json.dumps({**FIELDS, "solution": "Final Result: 1"}), 1, "no <think>"),
         (json.dumps({k: v for k, v in FIELDS.items() if k != "answer"}), 1, "'answer' is missing"),
         (GOOD_PLAIN + "\nEvaluate: 1 + 1", 3, "no solution line"),

@@ -38,7 +38,7 @@ class Coverage:
         depths: exact depths of its trees, ascending.
         flat_terms: how many numbers its flat sums have, ascending.
         num_range: smallest and largest number, drills not counted.
-        splits: split to number of samples.
+        splits: split to number of samples, rewritings not counted.
         wide_range: smallest and largest number of the samples that are not limited to
             ``num_range``, if there are any.
         chain_numbers: most numbers in its chains; 0 if it has none.
@@ -246,7 +246,8 @@ class _Texts:
     - A sum of three or more numbers without parentheses is a typed tree if the corpus has other
       typed trees and trees of its depth, else a flat sum.
     - A pair, ``31 - -12``, is a drill if its numbers leave the range of all other expressions and
-      are in reach of their results. A drill within that range counts as a tree of depth 1.
+      are in reach of their results, or have a digit more where there are negative numbers. A
+      drill within that range counts as a tree of depth 1.
     - A sum of two numbers is a flat sum if the corpus has flat sums and no trees but pairs.
     - What lacks parentheses, but not all, and is deeper than every nested tree, is a chain.
     """
@@ -320,6 +321,8 @@ class _Texts:
         largest = max(map(abs, self.numbers), default=0)
         # The steps of a tree of depth 1 are that tree: no drills can be told from it.
         reach = largest * 2 ** (deepest - 1) if deepest > 1 else -1
+        if deepest > 1 and min(self.numbers) < 0:  # perhaps wide: then drills have a digit more
+            reach = max(reach, 10 ** (len(str(largest)) + 1) - 1)
         out_of_reach = (pair for pair in self.pairs if max(map(abs, pair)) > reach)
         numbers = self.numbers.union(*out_of_reach)
         return min(numbers, default=0), max(numbers, default=0)
@@ -360,7 +363,7 @@ def _from_sidecar(meta: dict[str, Any]) -> Coverage:
         tuple(int(depth) for depth in meta["by_depth"]) if has_trees else (),
         tuple(int(terms) for terms in meta["flat_by_terms"]),
         tuple(meta["settings"]["num_range"]),
-        {meta["settings"]["split"]: meta["samples"]},
+        {meta["settings"]["split"]: meta["samples"] - styles.get("rewrite", 0)},
         tuple(meta["settings"]["wide_range"]) if meta["settings"].get("wide_rate") else None,
         meta["settings"]["chain_numbers"] if "chain" in styles else 0,
     )

@@ -185,7 +185,8 @@ def _from_json(line: str) -> Record:
 
 def _check_plain_problem(line: str) -> None:
     if not line.startswith((problem_text(""), expression_text(""))):
-        raise ValueError(f"neither a JSON object nor a problem ({problem_text('...')!r})")
+        begins = f"{problem_text('...')!r}, {expression_text('...')!r}"
+        raise ValueError(f"neither a JSON object nor a problem ({begins})")
 
 
 def _from_plain(problem: str, solution: str | None) -> Record:
@@ -200,10 +201,10 @@ def _checked(record: Record) -> Record:
     for name, value in zip(Record._fields[:3], record, strict=False):
         if not isinstance(value, str):
             raise ValueError(f"{name!r} is not a string")
-    if record.answer is None and is_rewriting(record.problem, record.solution):
-        if record.problem != expression_text(record.expression):
-            raise ValueError(f"the problem is not {expression_text(record.expression)!r}")
-        return record
+    if record.problem == expression_text(record.expression):
+        if record.answer is None and is_rewriting(record.problem, record.solution):
+            return record
+        raise ValueError(f"not one step, its next {expression_text('...')!r} and no answer")
     if record.problem != problem_text(record.expression):
         raise ValueError(f"the problem is not {problem_text(record.expression)!r}")
     if not is_solution(record.solution):

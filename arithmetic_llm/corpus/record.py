@@ -26,8 +26,12 @@ class Record(NamedTuple):
 
     @property
     def sequence(self) -> str:
-        """The whole sample as the model has it: ``Evaluate: E <think> ... Final Result: N``."""
-        return sequence_text(self.problem, self.solution)
+        """The whole sample as the model has it: ``Evaluate: E <think> ... Final Result: N``.
+
+        A rewriting has a space before it, as in the midst of a solution: the same tokens.
+        """
+        text = sequence_text(self.problem, self.solution)
+        return text if self.is_problem else f" {text}"
 
 
 class Sample(NamedTuple):

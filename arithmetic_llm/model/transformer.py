@@ -143,7 +143,8 @@ class KVCache:
 
     Rows are left-aligned: token ``i`` of a row lives in slot ``i``, so a row's length is all that
     masks and positions need, and nothing that another row holds, padding included, can matter.
-    The cache grows as it fills, and what lies behind the windows of all rows is not read again.
+    The cache grows as it fills. What lies behind the windows of all rows is not read again, so
+    with a window how long the others are may change a row's last bits.
     """
 
     def __init__(self, config: ModelConfig, rows: int, device: torch.device):

@@ -207,7 +207,10 @@ def _task(
     report_dropped(train, f"samples of {corpus_path}", context, "left out")
     if train.dropped:
         left_out = set(train.dropped)
-        kept = (r.expression for r in read_problems(corpus_path) if r.expression not in left_out)
+        kept = [r.expression for r in read_problems(corpus_path) if r.expression not in left_out]
+        if not kept:
+            longer = f"are longer than {context} tokens"
+            raise UserError(f"all problems of {corpus_path} {longer}; {MORE_ROOM}")
         seen = beginning.seen_after(beginning.covered.limited_to(kept))
         beginning.checkpoint.trained_on = seen
     records = held_out_records(beginning.covered.held_out_spec(), config)
