@@ -520,6 +520,24 @@ MUTANTS = [
         "test_corpus.py -k rewriting",
     ),
     Mutant(
+        "corpus: rewritings with an end are taken",
+        "and one_step and not framed",
+        "and one_step",
+        "test_corpus.py -k bad_line",
+    ),
+    Mutant(
+        "corpus: rewritings with tokens of their own",
+        'return text if self.is_problem else f" {text}"',
+        "return text",
+        "test_data.py -k rewriting",
+    ),
+    Mutant(
+        "coverage: rewritings count in splits",
+        'meta["samples"] - styles.get("rewrite", 0)',
+        'meta["samples"]',
+        "test_coverage.py -k recipe",
+    ),
+    Mutant(
         "coverage: rewritings count as problems",
         """        if record.is_problem:
             texts.add(""",

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import make_tokenizer, random_model, records
+from helpers import load_script, make_tokenizer, random_model, records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arithmetic_llm.config import FoundationalConfig, LoRAConfig
+from arithmetic_llm.corpus.files import json_line
 from arithmetic_llm.corpus.record import Record, rewriting
 from arithmetic_llm.model.lora import add_lora
 from arithmetic_llm.model.tokenizer import PAD, SMALLEST_VOCAB
@@ -174,6 +175,16 @@ def test_a_rewriting_is_like_the_excerpt_of_one_step():
     assert texts_of(alone) == [
         "<bos> Expression now: 3 + 3 - 4 Step 2: 3 + 3 = 6 Expression now: 6 - 4"
     ]
+
+
+def test_the_table_of_lengths_has_a_row_for_rewritings(tmp_path):
+    TOKENIZER.save(tmp_path / "tokenizer")
+    step = rewriting("((3 + 3) - 4)", 2, solve("3 + 3 - 4").steps[0])
+    (tmp_path / "c.jsonl").write_text("".join(map(json_line, [step, record("1 + 2")])))
+    counted = load_script("check_sequence_lengths.py").lengths_by_depth
+    told = counted(tmp_path / "c.jsonl", tmp_path / "tokenizer")
+    one_step, sample = tokenised([step, record("1 + 2")]).lengths.tolist()
+    assert told == {"rewrite": [one_step], "1": [sample]}
 
 
 def test_records_are_counted_not_their_excerpts():

@@ -22,6 +22,8 @@ from arithmetic_llm.model.tokenizer import BOS, EOS
 
 VOCAB = 61
 MODEL = random_model(VOCAB, seed=1)
+NARROW = random_model(VOCAB, seed=1, attention_window=5)
+MODELS = pytest.mark.parametrize("model", [MODEL, NARROW], ids=["whole", "window"])
 LIMIT = 24
 SAMPLED = SamplingParams(temperature=0.9, top_k=20, top_p=0.95, seed=5)
 
@@ -53,10 +55,11 @@ def naive_greedy(model, prompt, limit):
 # ------------------------------------------------------------------------------------ greedy
 
 
-def test_greedy_equals_the_naive_loop():
-    completions = generate(MODEL, PROMPTS[:20], LIMIT)
+@MODELS
+def test_greedy_equals_the_naive_loop(model):
+    completions = generate(model, PROMPTS[:20], LIMIT)
     for prompt, completion in zip(PROMPTS[:20], completions, strict=True):
-        assert completion.tokens == naive_greedy(MODEL, prompt, LIMIT)
+        assert completion.tokens == naive_greedy(model, prompt, LIMIT)
 
 
 def test_greedy_equals_generate_of_transformers():
@@ -97,10 +100,11 @@ def test_no_prompts_no_completions():
 # ----------------------------------------------------------------------------- batch invariance
 
 
+@MODELS
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_the_batch_size_changes_no_token(sampling):
+def test_the_batch_size_changes_no_token(sampling, model):
     one, seven, many = (
-        [c.tokens for c in generate(MODEL, PROMPTS, LIMIT, sampling, batch_size=size)]
+        [c.tokens for c in generate(model, PROMPTS, LIMIT, sampling, batch_size=size)]
         for size in (1, 7, 64)
     )
     assert one == seven == many
@@ -209,12 +213,13 @@ def guesses_of_all_kinds(completions):
     return lambda row, written: texts[row][len(written) :]
 
 
+@MODELS
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_guesses_change_no_token_and_no_logprob(sampling, batch_size):
-    plain = generate(MODEL, PROMPTS, LIMIT, sampling, batch_size=64)
+def test_guesses_change_no_token_and_no_logprob(sampling, batch_size, model):
+    plain = generate(model, PROMPTS, LIMIT, sampling, batch_size=64)
     guess = guesses_of_all_kinds(plain)
-    guessed = generate(MODEL, PROMPTS, LIMIT, sampling, batch_size, guess=guess)
+    guessed = generate(model, PROMPTS, LIMIT, sampling, batch_size, guess=guess)
     for one, other in zip(plain, guessed, strict=True):
         assert one.tokens == other.tokens
         assert one.finish_reason == other.finish_reason

@@ -22,11 +22,14 @@ from arithmetic_llm.cli import parse
 from arithmetic_llm.config import InstructionConfig
 from arithmetic_llm.corpus.coverage import coverage_of
 from arithmetic_llm.corpus.draw import distinct_samples
+from arithmetic_llm.corpus.files import json_line
+from arithmetic_llm.corpus.record import rewriting, solved
 from arithmetic_llm.folders import FINISHED
 from arithmetic_llm.model.checkpoint import read_checkpoint, weights_hash
 from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError
+from arithmetic_llm.task.solution import solve
 from arithmetic_llm.training import loop, supervised
 from arithmetic_llm.training.loop import epoch_log
 from arithmetic_llm.training.run import MetricsLog, Run
@@ -317,6 +320,16 @@ def test_a_context_that_no_sample_fits_into_is_an_error(workshop, tmp_path, cont
         "corpus of shallower problems"
     ]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_context_for_rewritings_alone_is_an_error(workshop, tmp_path):
+    step = rewriting("1 + 2", 3, solve("1 + 2").steps[0])
+    samples = [step, solved("((1 + 2) - 3) + (4 - (5 + 6))")]
+    (tmp_path / "c.jsonl").write_text("".join(map(json_line, samples)))
+    argv = foundational(workshop, "--max-seq-length", 30, "--corpus-path", tmp_path / "c.jsonl")
+    ended = call(FOUNDATIONAL, *argv, "--output-dir", tmp_path / "out")
+    assert ended.code == 2
+    assert "c.jsonl are longer than 30 tokens; raise --max-seq-length" in ended.error_lines[0]
 
 
 # ------------------------------------------------------------------------------------- disturbed
