@@ -521,8 +521,8 @@ MUTANTS = [
     ),
     Mutant(
         "corpus: rewritings with an end are taken",
-        "and one_step and not framed",
-        "and one_step",
+        "in_turn(lines) and not framed",
+        "in_turn(lines)",
         "test_corpus.py -k bad_line",
     ),
     Mutant(
@@ -547,8 +547,8 @@ MUTANTS = [
     ),
     Mutant(
         "data: a rewriting ends with <eos>",
-        "[BOS, *before, *step]",
-        "[BOS, *before, *step, EOS]",
+        " + 1, [BOS, *ids])]",
+        " + 1, [BOS, *ids, EOS])]",
         "test_data.py -k rewriting",
     ),
     Mutant(

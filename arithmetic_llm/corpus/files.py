@@ -27,7 +27,7 @@ from arithmetic_llm.task.text import (
     CLOSE,
     OPEN,
     expression_text,
-    is_rewriting,
+    is_one_step,
     is_solution,
     one_line,
     problem_text,
@@ -202,7 +202,7 @@ def _checked(record: Record) -> Record:
         if not isinstance(value, str):
             raise ValueError(f"{name!r} is not a string")
     if record.problem == expression_text(record.expression):
-        if record.answer is None and is_rewriting(record.problem, record.solution):
+        if record.answer is None and is_one_step(record.solution):
             return record
         raise ValueError(f"not one step, its next {expression_text('...')!r} and no answer")
     if record.problem != problem_text(record.expression):

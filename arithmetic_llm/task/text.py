@@ -110,12 +110,11 @@ def in_turn(lines: list[str]) -> bool:
     )
 
 
-def is_rewriting(problem: str, solution: str) -> bool:
-    """Whether a sample is one step from the midst of a solution: ``Expression now: E``, a step."""
+def is_one_step(solution: str) -> bool:
+    """Whether a text is a step and the expression after it, and nothing else."""
     before, *lines = BEFORE_LINE.split(f" {one_line(solution)}")
     framed = CLOSE in solution or FOREIGN.search(solution)
-    one_step = not before and len(lines) == 2 and in_turn(lines)
-    return problem.startswith(NEW_EXPRESSION) and one_step and not framed
+    return not before and len(lines) == 2 and in_turn(lines) and not framed
 
 
 def one_spaced(text: str) -> str:

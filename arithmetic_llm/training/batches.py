@@ -14,7 +14,7 @@ from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.model.fused import BLOCK
 from arithmetic_llm.model.tokenizer import BOS, EOS, PAD, THINK, UNK, ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.task.text import BEFORE_LINE, OPEN, in_turn, one_line
+from arithmetic_llm.task.text import BEFORE_LINE, OPEN, in_turn
 
 _CHUNK = 10_000  # records tokenised at a time
 _ROUND_TO = 8  # batch widths are multiples of this: fewer distinct shapes run faster
@@ -126,18 +126,16 @@ Piece = tuple[int, list[int]]  # how many tokens its first step begins after, an
 def _pieces(
     record: Record, ids: list[int], tokenizer: ArithmeticTokenizer, most: int
 ) -> list[Piece]:
-    """A record as one sample or, if it has more than ``most`` tokens, as its `excerpts`."""
-    if not record.is_problem:
-        return [_rewriting(record, tokenizer)]
+    """A record as one sample or, if it has more than ``most`` tokens, as its `excerpts`.
+
+    Args:
+        ids: the tokens of the whole record.
+    """
+    if not record.is_problem:  # it is an excerpt itself: nothing ends with it
+        return [(len(tokenizer.encode(f" {record.problem}")) + 1, [BOS, *ids])]
     whole = [(ids.index(THINK) + 2, [BOS, *ids, EOS])]
     too_long = 0 < most < len(ids) + 2
     return (excerpts(record, tokenizer, most) if too_long else []) or whole
-
-
-def _rewriting(record: Record, tokenizer: ArithmeticTokenizer) -> Piece:
-    """A single step, with the same tokens that it has in the midst of a solution."""
-    before, step = tokenizer.encode_batch([f" {record.problem}", f" {one_line(record.solution)}"])
-    return len(before) + 1, [BOS, *before, *step]
 
 
 def excerpts(record: Record, tokenizer: ArithmeticTokenizer, most: int) -> list[Piece]:
@@ -153,7 +151,7 @@ def excerpts(record: Record, tokenizer: ArithmeticTokenizer, most: int) -> list[
         most: tokens of an excerpt; only a step that is longer by itself makes it longer.
 
     Returns:
-        None if there is no step, or if steps and expressions do not take turns.
+        An empty list if there is no step, or if steps and expressions do not take turns.
     """
     parts = BEFORE_LINE.split(record.sequence)
     if not in_turn(parts[1:]):
