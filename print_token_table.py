@@ -20,7 +20,7 @@ def main(argv=None):
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(["id", "token", "kind"] + ([] if counts is None else ["count"]))
     for token_id in range(tokenizer.vocab_size):
-        row = [token_id, tokenizer.token(token_id), tokenizer.kind(token_id)]
+        row = [token_id, tokenizer.name(token_id), tokenizer.kind(token_id)]
         table.writerow(row if counts is None else [*row, counts[token_id]])
 
 

@@ -58,7 +58,8 @@ STAGES = (
     ),
     (
         "2 tokenizer",
-        "train_tokenizer.py --corpus-path data/foundational_corpus.txt --output-dir data/tokenizer",
+        "train_tokenizer.py --config {recipe}/tokenizer.json "
+        "--corpus-path data/foundational_corpus.txt --output-dir data/tokenizer",
         None,
     ),
     (

@@ -13,7 +13,7 @@ def main(argv=None):
     from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 
     texts = (record.sequence for record in read_corpus(config.corpus_path))
-    tokenizer = ArithmeticTokenizer.train(texts, config.vocab_size, config.digits == "merged")
+    tokenizer = ArithmeticTokenizer.train(texts, config.vocab_size, config.digits)
     path = tokenizer.save(config.output_dir)
     print(f"{tokenizer.vocab_size} tokens (at most {config.vocab_size} were allowed) in {path}")
 

@@ -234,9 +234,10 @@ class TokenizerConfig:
     corpus_path: str = opt("", "corpus to learn merges from (either format)", required=True)
     vocab_size: int = opt(1000, "upper bound on the number of tokens", at_least=1)
     digits: str = opt(
-        "alone",
-        "alone = a token a digit; merged = frequent numbers become tokens as words do",
-        choices=("alone", "merged"),
+        "places",
+        "places = a token for each digit and place (units, tens, hundreds, ...); alone = a token a "
+        "digit; merged = frequent numbers become tokens as words do",
+        choices=("places", "alone", "merged"),
     )
     output_dir: str = opt("data/tokenizer", "directory for tokenizer.json")
 

@@ -371,7 +371,8 @@ class Materials:
 
             tokenizer = read_checkpoint(self.config.model_path).tokenizer
             return tokenizer.save(self.folder / "tokenizer_of_the_model").parent
-        words = ["train_tokenizer.py", "--corpus-path", str(self.corpus), "--output-dir"]
+        words = ["train_tokenizer.py", "--config", str(RECIPE / "tokenizer.json")]
+        words += ["--corpus-path", str(self.corpus), "--output-dir"]
         return self._made("tokenizer", words)
 
     def part(self, name: str, script: str, *settings: object) -> Path:

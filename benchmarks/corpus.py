@@ -53,7 +53,8 @@ def corpus_row(config, folder):
 
 def tokenizer_row(config, folder):
     """The tokenizer of the quickstart's corpus."""
-    words = ["train_tokenizer.py", "--corpus-path", Materials(config).corpus]
+    words = ["train_tokenizer.py", "--config", RECIPE / "tokenizer.json"]
+    words += ["--corpus-path", Materials(config).corpus]
     words += ["--output-dir", folder / "tokenizer"]
     seconds = [run(words).seconds for _ in range(config.repetitions)]
     return seconds_row("tokenizer of the quickstart's corpus", seconds, 3)

@@ -24,7 +24,7 @@ from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.corpus.draw import draw_samples
 from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.model.checkpoint import Checkpoint
-from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
+from arithmetic_llm.model.tokenizer import ArithmeticTokenizer, Digits
 from arithmetic_llm.model.transformer import ArithmeticModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,10 +108,10 @@ def records(count: int = 400, seed: int = 0, **settings: object) -> list[Record]
     return [sample.record for sample in samples]
 
 
-def make_tokenizer(vocab_size: int = 300, merge_digits: bool = False) -> ArithmeticTokenizer:
+def make_tokenizer(vocab_size: int = 400, digits: Digits = "places") -> ArithmeticTokenizer:
     """A tokenizer of the size and kind that the product uses."""
     texts = (record.sequence for record in records())
-    return ArithmeticTokenizer.train(texts, vocab_size, merge_digits)
+    return ArithmeticTokenizer.train(texts, vocab_size, digits)
 
 
 def random_model(vocab_size: int, seed: int = 0, **shape: object) -> ArithmeticModel:
@@ -169,7 +169,8 @@ def recipe(folder: Path) -> Path:
     for path in (ROOT / "configs" / "cpu").glob("*.json"):
         content = json.loads(path.read_text())
         content |= small if path.stem.endswith("corpus") else {}
-        content |= {} if path.stem.endswith("corpus") or path.stem == "model" else training
+        trains = path.stem in ("foundational", "instruction", "lora", "grpo")
+        content |= training if trains else {}
         content |= attempts if path.stem == "grpo" else {}
         content |= TINY if path.stem == "model" else {}
         (folder / path.name).write_text(json.dumps(content))

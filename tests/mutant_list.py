@@ -784,6 +784,43 @@ MUTANTS = [
         "        path.write_bytes(temporary.read_bytes())\n        os.fsync(0)",
         "test_checkpoint.py",
     ),
+    # -------------------------------------------------------------------------------- the tokenizer
+    Mutant(
+        "tokenizer: hundreds told as if they were tens",
+        '"₂": "[0-9]₁"',
+        '"₂": "[0-9][0-9](?![0-9])"',
+        "test_tokenizer.py -k each_place",
+    ),
+    Mutant(
+        "tokenizer: one mark is enough for all beyond the thousands",
+        '"₄": "[0-9]+₃"',
+        '"₄": "[0-9]₃"',
+        "test_tokenizer.py -k each_place",
+    ),
+    Mutant(
+        "tokenizer: marks stay in the text",
+        'decoders.Replace(Regex(_MARK), "")',
+        'decoders.Replace(Regex("₄"), "")',
+        "test_tokenizer.py -k survives",
+    ),
+    Mutant(
+        "tokenizer: a mark in the text counts",
+        'Replace(Regex(_MARK), "\\N{REPLACEMENT CHARACTER}")',
+        'Replace(Regex("₄"), "\\N{REPLACEMENT CHARACTER}")',
+        "test_tokenizer.py -k mark_in_the_text",
+    ),
+    Mutant(
+        "tokenizer: digits only for the places that a corpus has",
+        "_PLACES = [(digit, mark) for mark in MARKS for",
+        '_PLACES = [(digit, mark) for mark in "₁₂₃" for',
+        "test_tokenizer.py -k every_place",
+    ),
+    Mutant(
+        "tokenizer: places are asked for in vain",
+        'if digits == "places" else tokenizer.to_str())',
+        'if digits == "merged" else tokenizer.to_str())',
+        "test_tokenizer.py -k each_place",
+    ),
     # ------------------------------------------------------------------------------------- export
     Mutant(
         "export: prompts are padded on the right",

@@ -166,7 +166,7 @@ HEAD = "lm_head.weight"
         (_set("model_config", "rope_theta", float("nan")), "rope-theta"),
         (_set("model_config", "d_modle", 32), "did you mean d_model"),
         (_set("tokenizer", "{}"), "tokenizer"),
-        (_set("tokenizer", make_tokenizer(120).serialized), "its tokenizer is another"),
+        (_set("tokenizer", make_tokenizer(150).serialized), "its tokenizer is another"),
         (_set("tokenizer_hash", None), "its tokenizer is another"),
         (_set("tokenizer", None), ""),
         (_set("trained_on", 5), "trained_on is 5, not of type dict"),

@@ -12,7 +12,6 @@ from arithmetic_llm.model.tokenizer import (
     BOS,
     EOS,
     PAD,
-    SMALLEST_VOCAB,
     THINK,
     UNK,
     ArithmeticTokenizer,
@@ -22,8 +21,11 @@ from arithmetic_llm.task.solution import solve
 from arithmetic_llm.task.text import SPECIAL_TOKENS, one_line
 
 TOKENIZER = make_tokenizer()
-SMALLEST = make_tokenizer(SMALLEST_VOCAB)
-MERGED = make_tokenizer(merge_digits=True)
+ALONE, MERGED = make_tokenizer(digits="alone"), make_tokenizer(digits="merged")
+# 6 special tokens and printable ASCII; four marks, and ten digits of four places
+SMALLEST_OF = {"places": 6 + 95 + 4 + 40, "alone": 6 + 95, "merged": 6 + 95}
+SMALLEST = make_tokenizer(SMALLEST_OF["alone"], "alone")
+ALL = {"places": TOKENIZER, "alone": ALONE, "merged": MERGED, "no merges": SMALLEST}
 TEXTS = [record.sequence for record in records(300, seed=1, num_range=(-50, 200))]
 
 ascii_text = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60)
@@ -33,20 +35,19 @@ task_like = st.lists(
 ).map("".join)
 
 
-@pytest.fixture(scope="module")
-def of_transformers(tmp_path_factory):
+@pytest.fixture(scope="module", params=["places", "alone", "merged"])
+def two_readers(request, tmp_path_factory):
+    """A tokenizer, and what transformers makes of its file."""
     from transformers import PreTrainedTokenizerFast
 
-    path = TOKENIZER.save(tmp_path_factory.mktemp("tokenizer"))
-    return PreTrainedTokenizerFast(tokenizer_file=str(path))
+    path = ALL[request.param].save(tmp_path_factory.mktemp("tokenizer"))
+    return ALL[request.param], PreTrainedTokenizerFast(tokenizer_file=str(path))
 
 
 # ---------------------------------------------------------------------------------- lossless
 
 
-@pytest.mark.parametrize(
-    "tokenizer", [TOKENIZER, SMALLEST, MERGED], ids=["trained", "no merges", "digits merged"]
-)
+@pytest.mark.parametrize("tokenizer", ALL.values(), ids=ALL)
 def test_every_text_of_the_task_survives(tokenizer):
     for text in TEXTS:
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -57,7 +58,8 @@ def test_every_text_of_the_task_survives(tokenizer):
 @example("1 + 2  +  3 - -4")
 @example("<think><bos> </think>")
 def test_printable_ascii_survives(text):
-    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+    for tokenizer in (TOKENIZER, ALONE):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_a_character_without_a_token_becomes_unk():
@@ -68,14 +70,14 @@ def test_encode_batch_is_encode_of_each():
     assert TOKENIZER.encode_batch(TEXTS[:20]) == [TOKENIZER.encode(text) for text in TEXTS[:20]]
 
 
-@pytest.mark.parametrize("merge_digits", [False, True])
-def test_training_cuts_text_as_the_file_says(merge_digits):
+@pytest.mark.parametrize("digits", ["alone", "merged"])
+def test_training_cuts_text_as_the_file_says(digits):
     """The trainer with its own regular expression writes the same file, byte for byte."""
     from tokenizers import AddedToken, Tokenizer
     from tokenizers.trainers import BpeTrainer
 
-    ours = make_tokenizer(merge_digits=merge_digits)
-    plain = Tokenizer.from_str(make_tokenizer(SMALLEST_VOCAB, merge_digits).serialized)
+    ours = make_tokenizer(digits=digits)
+    plain = Tokenizer.from_str(make_tokenizer(SMALLEST_OF[digits], digits).serialized)
     trainer = BpeTrainer(
         vocab_size=ours.vocab_size,
         show_progress=False,
@@ -90,16 +92,18 @@ def test_training_cuts_text_as_the_file_says(merge_digits):
 # ----------------------------------------------------------------------------- transformers
 
 
-def test_transformers_reads_the_same_ids_from_the_file(of_transformers):
+def test_transformers_reads_the_same_ids_from_the_file(two_readers):
+    ours, theirs = two_readers
     for text in TEXTS:
-        assert of_transformers(text)["input_ids"] == TOKENIZER.encode(text)
+        assert theirs(text)["input_ids"] == ours.encode(text)
 
 
 @given(text=ascii_text | task_like)
-def test_transformers_agrees_on_any_ascii(of_transformers, text):
-    ids = TOKENIZER.encode(text)
-    assert of_transformers(text)["input_ids"] == ids
-    assert of_transformers.decode(ids, clean_up_tokenization_spaces=False) == text
+def test_transformers_agrees_on_any_ascii(two_readers, text):
+    ours, theirs = two_readers
+    ids = ours.encode(text)
+    assert theirs(text)["input_ids"] == ids
+    assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
 # -------------------------------------------------------------------------------- the tokens
@@ -117,6 +121,36 @@ def test_no_token_holds_a_digit_or_an_operator_beside_anything_but_its_spaces():
             assert re.fullmatch(r"[0-9()]| ?[+\-] ?", token), token
 
 
+@given(st.integers(0, 10**9))
+@example(10**9)
+def test_a_digit_is_another_token_in_each_place(number):
+    """The reference: powers of ten, the highest mark for all from the ten thousands on."""
+    marks = [*"₄" * 6, "₃", "₂", "₁", ""][-len(str(number)) :]
+    named = [digit + mark for digit, mark in zip(str(number), marks, strict=True)]
+    for before, after in (("", ""), ("(-", ") + 4"), (" Step ", ": 12"), ("10 - ", " ")):
+        names = [TOKENIZER.name(i) for i in TOKENIZER.encode(f"{before}{number}{after}")]
+        start = len(TOKENIZER.encode(before))
+        assert names[start : start + len(named)] == named
+
+
+def test_but_for_its_digits_a_tokenizer_of_places_is_one_of_bare_digits():
+    for text in [*TEXTS, "12 - (-7 + 100) 5 6"]:
+        pieces = [TOKENIZER.token(i) for i in TOKENIZER.encode(text)]
+        assert pieces == [ALONE.token(i) for i in ALONE.encode(text)]
+
+
+def test_every_place_has_its_digits_even_if_no_number_of_the_corpus_has_it():
+    assert not any(re.search("[0-9]{5}", record.sequence) for record in records())
+    assert [TOKENIZER.name(i) for i in TOKENIZER.encode("98765")] == ["9₄", "8₃", "7₂", "6₁", "5"]
+    assert {f"{d}{mark}" for d in range(10) for mark in ("", *"₁₂₃₄")} <= {
+        TOKENIZER.name(i) for i in range(TOKENIZER.vocab_size) if TOKENIZER.kind(i) == "digit"
+    }
+
+
+def test_a_mark_in_the_text_is_no_mark():
+    assert TOKENIZER.encode("5₁3") == [*TOKENIZER.encode("5"), UNK, *TOKENIZER.encode("3")]
+
+
 def test_digits_merge_into_numbers_on_request_and_with_nothing_else():
     ids = range(len(SPECIAL_TOKENS), MERGED.vocab_size)
     holding = [token for token in map(MERGED.token, ids) if re.search("[0-9]", token)]
@@ -125,13 +159,15 @@ def test_digits_merge_into_numbers_on_request_and_with_nothing_else():
     assert [MERGED.token(i) for i in MERGED.encode("12 - -7")] == ["12", " - ", "-", "7"]
 
 
-def test_the_script_merges_digits_on_request(tmp_path):
+def test_the_script_cuts_numbers_as_requested(tmp_path):
     lines = [json.dumps(record._asdict()) + "\n" for record in records()]
     (tmp_path / "c.txt").write_text("".join(lines))
-    argv = ["--corpus-path", tmp_path / "c.txt", "--vocab-size", 300, "--output-dir", tmp_path]
-    for tokenizer, digits in ((TOKENIZER, "alone"), (MERGED, "merged")):
-        assert call("train_tokenizer.py", *argv, "--digits", digits).code == 0
-        assert ArithmeticTokenizer.load(tmp_path).hash == tokenizer.hash
+    argv = ["--corpus-path", tmp_path / "c.txt", "--vocab-size", 400, "--output-dir", tmp_path]
+    for name in ("places", "alone", "merged"):
+        assert call("train_tokenizer.py", *argv, "--digits", name).code == 0
+        assert ArithmeticTokenizer.load(tmp_path).hash == ALL[name].hash
+    assert call("train_tokenizer.py", *argv).code == 0
+    assert ArithmeticTokenizer.load(tmp_path).hash == TOKENIZER.hash
 
 
 def test_a_binary_operator_takes_its_spaces_and_a_sign_does_not():
@@ -184,15 +220,17 @@ def test_the_completion_of_nothing_is_no_text():
 # ------------------------------------------------------------------------------- vocab size
 
 
-@pytest.mark.parametrize("bound", [SMALLEST_VOCAB, 110, 150, 100_000])
-def test_vocab_size_is_an_upper_bound(bound):
-    size = make_tokenizer(bound).vocab_size
-    assert SMALLEST_VOCAB <= size <= bound
+@pytest.mark.parametrize("digits", SMALLEST_OF)
+@pytest.mark.parametrize("more", [0, 10, 50, 100_000])
+def test_vocab_size_is_an_upper_bound(digits, more):
+    size = make_tokenizer(SMALLEST_OF[digits] + more, digits).vocab_size
+    assert SMALLEST_OF[digits] <= size <= SMALLEST_OF[digits] + more
 
 
-def test_a_vocab_without_room_for_ascii_is_refused():
-    with pytest.raises(UserError, match=f"at least {SMALLEST_VOCAB}"):
-        make_tokenizer(SMALLEST_VOCAB - 1)
+@pytest.mark.parametrize(("digits", "least"), SMALLEST_OF.items())
+def test_a_vocab_without_room_for_ascii_and_places_is_refused(digits, least):
+    with pytest.raises(UserError, match=f"at least {least}"):
+        make_tokenizer(least - 1, digits)
 
 
 def test_training_twice_gives_the_same_tokenizer():

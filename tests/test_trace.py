@@ -307,7 +307,7 @@ def test_refusals_are_one_line(argv, message, tmp_path, monkeypatch):
 
 
 def test_another_tokenizer_and_a_text_too_long_are_refused(tiny_checkpoint, tmp_path):
-    make_tokenizer(120).save(tmp_path / "other")
+    make_tokenizer(150).save(tmp_path / "other")
     for argv in (["1 + 2", "--tokenizer-path", tmp_path / "other"], ["1 + " * 2000 + "1"]):
         ended = show(tiny_checkpoint, *argv, output=tmp_path / "a.html")
         assert (ended.code, ended.err.count("\n")) == (2, 1), ended

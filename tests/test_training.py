@@ -681,7 +681,7 @@ def test_a_changed_tokenizer_is_refused_on_resume(unfinished):
     made = call(
         "train_tokenizer.py",
         *("--corpus-path", workshop / "corpus.txt", "--output-dir", workshop / "tokenizer"),
-        *("--vocab-size", 120),
+        *("--vocab-size", 160),
     )
     assert made.code == 0
     assert "tokenizer" in refused(unfinished)

@@ -3,8 +3,12 @@
 The tokenizer is the ``tokenizers`` library's BPE in its own JSON file; this module only decides how
 text is cut *before* merging, because that decides what the model must learn:
 
-* every digit stands alone: ``137`` is three tokens, so carrying is one rule and not a table (on
-  request digits merge, to see what that does);
+* every digit stands alone: ``137`` is three tokens, so carrying is one rule and not a table;
+* and it is a token of its own for each place: ``1₂3₁7`` is a one of the hundreds, a three of the
+  tens and a seven. A bare ``1`` that is read says nothing of its place until the number ends, and
+  one that is written leaves open how many digits follow. The marks exist inside the tokenizer
+  alone: its normalizer puts them in, its decoder takes them out (on request there are none, or
+  digits merge, to see what that does);
 * a binary operator takes its two spaces along (``" + "``), a sign stays a bare ``"-"``; the model
   sees at once which of the two it reads;
 * every other run of characters may merge into one token: ``" Step "``, ``" Expression now: "``.
@@ -18,25 +22,36 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from arithmetic_llm.runtime import UserError, atomic_write_text, require_file
 from arithmetic_llm.task.text import CLOSE, OPEN, SPECIAL_TOKENS, prompt_text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 PAD, UNK, BOS, EOS, THINK, END_THINK = range(len(SPECIAL_TOKENS))
 
 FILE_NAME = "tokenizer.json"
 # Order matters: the first alternative that matches at a position wins.
-PIECES = r"[0-9]| [+\-] |[+\-()]|[^0-9+\-()]+?(?= [+\-] |[0-9+\-()]|$)"
-PIECES_OF_NUMBERS = PIECES.replace("[0-9]|", "[0-9]+|", 1)
+PIECES = r"{digits}| [+\-] |[+\-()]|[^0-9+\-()]+?(?= [+\-] |[0-9+\-()]|$)"
+Digits = Literal["places", "alone", "merged"]
+DIGITS = {"places": "[0-9][₁₂₃₄]?", "alone": "[0-9]", "merged": "[0-9]+"}
+# Each mark, and what is to the right of a digit that it goes behind: tens, hundreds, thousands, and
+# all places beyond. In this order: where a mark goes is told by the one before.
+MARKS = {"₁": "[0-9](?![0-9])", "₂": "[0-9]₁", "₃": "[0-9]₂", "₄": "[0-9]+₃"}
+_NO_MARKS = dict.fromkeys(map(ord, MARKS))
+_MARK = f"[{''.join(MARKS)}]"
 # For `_words`: what stands between words, and operators, each one letter for the time being.
 _BETWEEN, _OPERATORS = "\0", {" + ": "\1", " - ": "\2"}
 _ALONE = dict.fromkeys(map(ord, "0123456789+-()"), _BETWEEN)
 _NUMBERS = re.compile("([0-9]+)")
 PRINTABLE_ASCII = [chr(code) for code in range(32, 127)]
-SMALLEST_VOCAB = len(SPECIAL_TOKENS) + len(PRINTABLE_ASCII)
+_PLACES = [(digit, mark) for mark in MARKS for digit in "0123456789"]
+PLACE_TOKENS = (*MARKS, *map("".join, _PLACES))
 
 
-def _words(text: str, merge_digits: bool) -> str:
+def _words(text: str, digits: Digits) -> str:
     """The `PIECES` of a text that have something to merge, a zero character between them.
 
     Cutting by the library's regular expression would take most of the time of training. Nor does
@@ -45,11 +60,38 @@ def _words(text: str, merge_digits: bool) -> str:
     text = text.replace(OPEN, _BETWEEN).replace(CLOSE, _BETWEEN)
     for operator, letter in _OPERATORS.items():
         text = text.replace(operator, f"{_BETWEEN}{letter}{_BETWEEN}")
-    numbers = _NUMBERS.findall(text) if merge_digits else []
+    numbers = _NUMBERS.findall(text) if digits == "merged" else []
     text = _BETWEEN.join([text.translate(_ALONE), *numbers])
     for operator, letter in _OPERATORS.items():
         text = text.replace(letter, operator)
     return text
+
+
+def smallest_vocab(digits: Digits = "places") -> int:
+    """Tokens that a tokenizer has before it has learned a single merge."""
+    places = len(PLACE_TOKENS) if digits == "places" else 0
+    return len(SPECIAL_TOKENS) + len(PRINTABLE_ASCII) + places
+
+
+def _with_places(tokenizer: Tokenizer) -> str:
+    """A tokenizer of bare digits, as one that has a token for each digit and place.
+
+    All of them, whatever the corpus: a number may become longer than any that was learned from.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, normalizers
+
+    said = json.loads(tokenizer.to_str())
+    first = len(said["model"]["vocab"])
+    said["model"]["vocab"] |= {token: first + i for i, token in enumerate(PLACE_TOKENS)}
+    said["model"]["merges"] += _PLACES
+    placed = Tokenizer.from_str(json.dumps(said))
+    # A mark that stands in the text itself is no mark, but a character without a token.
+    marks = [normalizers.Replace(Regex(_MARK), "\N{REPLACEMENT CHARACTER}")]
+    for mark, right in MARKS.items():
+        marks.append(normalizers.Replace(Regex(f"(?<=[0-9])(?={right})"), mark))
+    placed.normalizer = normalizers.Sequence(marks)
+    placed.decoder = decoders.Sequence([decoders.Replace(Regex(_MARK), ""), decoders.Fuse()])
+    return placed.to_str()
 
 
 class ArithmeticTokenizer:
@@ -71,31 +113,35 @@ class ArithmeticTokenizer:
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], vocab_size: int, merge_digits: bool = False
+        cls, texts: Iterable[str], vocab_size: int, digits: Digits = "places"
     ) -> ArithmeticTokenizer:
         """Learn merges from ``texts``; ``vocab_size`` is an upper bound on the result's size.
 
+        Args:
+            digits: a token for each digit and place, for each digit, or for frequent numbers.
+
         Raises:
-            UserError: ``vocab_size`` leaves no room for the special tokens and printable ASCII.
+            UserError: ``vocab_size`` leaves no room for the special tokens and printable ASCII, and
+                for the digits of each place if there are to be such.
         """
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
         from tokenizers.trainers import BpeTrainer
 
-        if vocab_size < SMALLEST_VOCAB:
-            raise UserError(f"--vocab-size {vocab_size}: must be at least {SMALLEST_VOCAB}")
+        if vocab_size < (least := smallest_vocab(digits)):
+            raise UserError(f"--vocab-size {vocab_size}: must be at least {least}")
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(_BETWEEN)
         tokenizer.decoder = decoders.Fuse()
         trainer = BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=vocab_size - (least - smallest_vocab("alone")),  # places come later
             show_progress=False,
             special_tokens=[AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS],
             initial_alphabet=PRINTABLE_ASCII,
         )
-        tokenizer.train_from_iterator((_words(text, merge_digits) for text in texts), trainer)
-        pieces = Regex(PIECES_OF_NUMBERS if merge_digits else PIECES)
+        tokenizer.train_from_iterator((_words(text, digits) for text in texts), trainer)
+        pieces = Regex(PIECES.format(digits=DIGITS[digits]))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, "isolated")
-        return cls(tokenizer.to_str())
+        return cls(_with_places(tokenizer) if digits == "places" else tokenizer.to_str())
 
     @classmethod
     def load(cls, path: str | Path) -> ArithmeticTokenizer:
@@ -151,6 +197,10 @@ class ArithmeticTokenizer:
 
     def token(self, token_id: int) -> str:
         """The text of one token."""
+        return self.name(token_id).translate(_NO_MARKS)
+
+    def name(self, token_id: int) -> str:
+        """What the vocabulary calls a token: its text or, of a digit beyond the units, ``7₂``."""
         return self._tokenizer.id_to_token(token_id)
 
     def kind(self, token_id: int) -> str:

@@ -68,6 +68,7 @@ KINDS = {
         {"corpus_path": "{foundational_corpus}"},
         "output_dir",
         "tokenizer.json",
+        {"config": "tokenizer.json"},
     ),
     "foundational": Kind(
         "run_foundational_training.py",
