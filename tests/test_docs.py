@@ -110,6 +110,7 @@ STAGE_OF = {  # of a config, by its name
     "foundational_corpus": "generate_foundational_plaintext",
     "instruction_corpus": "generate_instruction_corpus_mixed",
     "test_corpus": "generate_corpus",
+    "tokenizer": "train_tokenizer",
     "model": "run_foundational_training",
     "foundational": "run_foundational_training",
     "instruction": "run_instruction_training",
