@@ -817,8 +817,8 @@ MUTANTS = [
     ),
     Mutant(
         "tokenizer: places are asked for in vain",
-        'if digits == "places" else tokenizer.to_str())',
-        'if digits == "merged" else tokenizer.to_str())',
+        "_with_places(tokenizer) if places else",
+        "_with_places(tokenizer) if not places else",
         "test_tokenizer.py -k each_place",
     ),
     # ------------------------------------------------------------------------------------- export

@@ -48,7 +48,8 @@ _ALONE = dict.fromkeys(map(ord, "0123456789+-()"), _BETWEEN)
 _NUMBERS = re.compile("([0-9]+)")
 PRINTABLE_ASCII = [chr(code) for code in range(32, 127)]
 _PLACES = [(digit, mark) for mark in MARKS for digit in "0123456789"]
-PLACE_TOKENS = (*MARKS, *map("".join, _PLACES))
+_PLACE_TOKENS = (*MARKS, *map("".join, _PLACES))
+SMALLEST_VOCAB = len(SPECIAL_TOKENS) + len(PRINTABLE_ASCII)  # without merges and places
 
 
 def _words(text: str, digits: Digits) -> str:
@@ -67,12 +68,6 @@ def _words(text: str, digits: Digits) -> str:
     return text
 
 
-def smallest_vocab(digits: Digits = "places") -> int:
-    """Tokens that a tokenizer has before it has learned a single merge."""
-    places = len(PLACE_TOKENS) if digits == "places" else 0
-    return len(SPECIAL_TOKENS) + len(PRINTABLE_ASCII) + places
-
-
 def _with_places(tokenizer: Tokenizer) -> str:
     """A tokenizer of bare digits, as one that has a token for each digit and place.
 
@@ -82,7 +77,7 @@ def _with_places(tokenizer: Tokenizer) -> str:
 
     said = json.loads(tokenizer.to_str())
     first = len(said["model"]["vocab"])
-    said["model"]["vocab"] |= {token: first + i for i, token in enumerate(PLACE_TOKENS)}
+    said["model"]["vocab"] |= {token: first + i for i, token in enumerate(_PLACE_TOKENS)}
     said["model"]["merges"] += _PLACES
     placed = Tokenizer.from_str(json.dumps(said))
     # A mark that stands in the text itself is no mark, but a character without a token.
@@ -127,13 +122,14 @@ class ArithmeticTokenizer:
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
         from tokenizers.trainers import BpeTrainer
 
-        if vocab_size < (least := smallest_vocab(digits)):
+        places = len(_PLACE_TOKENS) if digits == "places" else 0
+        if vocab_size < (least := SMALLEST_VOCAB + places):
             raise UserError(f"--vocab-size {vocab_size}: must be at least {least}")
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(_BETWEEN)
         tokenizer.decoder = decoders.Fuse()
         trainer = BpeTrainer(
-            vocab_size=vocab_size - (least - smallest_vocab("alone")),  # places come later
+            vocab_size=vocab_size - places,  # which come later
             show_progress=False,
             special_tokens=[AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS],
             initial_alphabet=PRINTABLE_ASCII,
@@ -141,7 +137,7 @@ class ArithmeticTokenizer:
         tokenizer.train_from_iterator((_words(text, digits) for text in texts), trainer)
         pieces = Regex(PIECES.format(digits=DIGITS[digits]))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, "isolated")
-        return cls(_with_places(tokenizer) if digits == "places" else tokenizer.to_str())
+        return cls(_with_places(tokenizer) if places else tokenizer.to_str())
 
     @classmethod
     def load(cls, path: str | Path) -> ArithmeticTokenizer:
