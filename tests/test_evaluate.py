@@ -597,7 +597,7 @@ def test_flags_from_json(tiny_checkpoint, tmp_path):
 def refusals(tmp_path, checkpoint):
     (tmp_path / "empty.pt").touch()
     (tmp_path / "bad.jsonl").write_text('{"expression": "1 + 2"\n')
-    other = ArithmeticTokenizer.train(["Evaluate: 1 + 2 <think> Step 1: 1 + 2 = 3"], 110)
+    other = ArithmeticTokenizer.train(["Evaluate: 1 + 2 <think> Step 1: 1 + 2 = 3"], 150)
     other.save(tmp_path / "other")
     model = ("--model-path", checkpoint)
     return [

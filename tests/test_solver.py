@@ -223,7 +223,7 @@ def test_from_checkpoint(tiny_checkpoint, tokenizer, tmp_path):
 
 
 def test_another_tokenizer_is_refused(tiny_checkpoint, tmp_path):
-    ArithmeticTokenizer.train(["Evaluate: 1 + 2"], 105).save(tmp_path)
+    ArithmeticTokenizer.train(["Evaluate: 1 + 2"], 145).save(tmp_path)
     with pytest.raises(UserError, match="not the tokenizer"):
         ArithmeticSolver.from_checkpoint(tiny_checkpoint, tokenizer_path=tmp_path)
 
