@@ -36,12 +36,12 @@ FILE_NAME = "tokenizer.json"
 # Order matters: the first alternative that matches at a position wins.
 PIECES = r"{digits}| [+\-] |[+\-()]|[^0-9+\-()]+?(?= [+\-] |[0-9+\-()]|$)"
 Digits = Literal["places", "alone", "merged"]
-DIGITS = {"places": "[0-9][₁₂₃₄]?", "alone": "[0-9]", "merged": "[0-9]+"}
 # Each mark, and what is to the right of a digit that it goes behind: tens, hundreds, thousands, and
 # all places beyond. In this order: where a mark goes is told by the one before.
 MARKS = {"₁": "[0-9](?![0-9])", "₂": "[0-9]₁", "₃": "[0-9]₂", "₄": "[0-9]+₃"}
 _NO_MARKS = dict.fromkeys(map(ord, MARKS))
 _MARK = f"[{''.join(MARKS)}]"
+DIGITS = {"places": f"[0-9]{_MARK}?", "alone": "[0-9]", "merged": "[0-9]+"}
 # For `_words`: what stands between words, and operators, each one letter for the time being.
 _BETWEEN, _OPERATORS = "\0", {" + ": "\1", " - ": "\2"}
 _ALONE = dict.fromkeys(map(ord, "0123456789+-()"), _BETWEEN)
