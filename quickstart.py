@@ -27,6 +27,12 @@ INSTRUCTION = "models/instruction_YYYYMMDD_HHMMSS/best_model.pt"
 LORA = "models/instruction_lora_YYYYMMDD_HHMMSS/lora_adapter.pt"
 GRPO = "models/grpo/grpo_YYYYMMDD_HHMMSS/final_model.pt"
 REPORT = "evaluation_results/report.html"
+ON_GPU = (
+    "--device",
+    "cuda",
+    "--batch-size",
+    "1024",
+)  # there a pass takes as long for many as for one
 
 
 def evaluation(stage, model, name):
@@ -127,6 +133,8 @@ def finish(done, config):
 def words(command, config):
     """The arguments of a stage's command, whatever characters the recipe's path has."""
     script, *flags = (word.format(recipe=config.recipe) for word in command.split())
+    if script == "run_evaluation.py" and resolve_device("auto").type == "cuda":
+        flags += ON_GPU
     return [script, *flags, *(in_processes(config) if script.startswith("run_") else [])]
 
 

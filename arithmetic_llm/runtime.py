@@ -252,6 +252,8 @@ def resolve_device(name: str):
     """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` as a ``torch.device`` that exists here."""
     import torch
 
+    # It would plan anew for every length of a batch, for longer than a whole step takes.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -261,6 +263,13 @@ def resolve_device(name: str):
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not usable here ({reason}); try --device auto") from None
     return device
+
+
+def moved(tensor, device):
+    """A tensor from the CPU on a device, without waiting for what a GPU has still to do."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def multiplies_bf16(device) -> bool:

@@ -241,8 +241,8 @@ MUTANTS = [
     ),
     Mutant(
         "data: parts side by side with the memory of one",
-        "_MOST_BYTES_ON_GPU) / at_once",
-        "_MOST_BYTES_ON_GPU)",
+        "shape) * at_once <= most_bytes",
+        "shape) <= most_bytes",
         "test_memory.py -k side_by_side",
     ),
     Mutant(

@@ -161,7 +161,7 @@ SAMPLES = TokenisedSamples(records(60, seed=5), TOKENIZER, 1000, LossWeights(0.5
 @pytest.fixture
 def little_memory(monkeypatch):
     """Room for 4 to 30 of `SAMPLES` at a time."""
-    monkeypatch.setattr(data, "_MOST_BYTES_ON_CPU", 5 * MIB)
+    monkeypatch.setattr(data, "_MOST_BYTES", 5 * MIB)
 
 
 def supervised(model, **settings):

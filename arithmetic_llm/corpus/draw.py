@@ -29,6 +29,7 @@ from arithmetic_llm.task.expression import Postfix, apply, parse, spell, tree_de
 from arithmetic_llm.task.problem import Drawn, split_of_drawn
 from arithmetic_llm.task.solution import Solution, solve_canonical
 
+_FIRST_STEPS = 0.2  # of rewritings: they alone show that a valid problem may be so deep
 _MAX_DRAWS = 20_000  # a split without a hit in so many draws (0.95 ** 20,000) has no such problem
 
 
@@ -98,7 +99,8 @@ def _one_step(expression: str, solution: Solution, deeper_than: int, rng: Random
     """One of the steps that begin with an expression deeper than trees are solved in training."""
     before = [expression, *(step.expression for step in solution.steps)]
     while True:
-        place = rng.randrange(len(solution.steps))
+        first = rng.random() < _FIRST_STEPS
+        place = 0 if first else rng.randrange(len(solution.steps))
         if parse(before[place]).depth > deeper_than:
             return rewriting(before[place], place + 1, solution.steps[place])
 

@@ -27,6 +27,7 @@ from arithmetic_llm.task.text import (
     CLOSE,
     OPEN,
     expression_text,
+    is_first_step,
     is_one_step,
     is_solution,
     one_line,
@@ -207,6 +208,8 @@ def _checked(record: Record) -> Record:
         raise ValueError(f"not one step, its next {expression_text('...')!r} and no answer")
     if record.problem != problem_text(record.expression):
         raise ValueError(f"the problem is not {problem_text(record.expression)!r}")
+    if record.answer is None and is_first_step(record.solution):
+        return record
     if not is_solution(record.solution):
         raise ValueError(f"the solution has no {OPEN} ... {CLOSE}")
     stated = read_answer(record.solution)

@@ -5,13 +5,21 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from arithmetic_llm.task.solution import Solution, Step, solve
-from arithmetic_llm.task.text import Answer, expression_text, problem_text, sequence_text
+from arithmetic_llm.task.text import (
+    NEW_EXPRESSION,
+    Answer,
+    begun,
+    expression_text,
+    problem_text,
+    sequence_text,
+)
 
 
 class Record(NamedTuple):
     """One line of a corpus; the fields are its JSON keys, in their order.
 
-    A rewriting has ``Expression now: E`` for its problem, one step for its solution and no answer.
+    A rewriting has one step for its solution and no answer, and begins with ``Expression now: E``
+    unless it is the first step of a problem.
     """
 
     expression: str
@@ -28,10 +36,10 @@ class Record(NamedTuple):
     def sequence(self) -> str:
         """The whole sample as the model has it: ``Evaluate: E <think> ... Final Result: N``.
 
-        A rewriting has a space before it, as in the midst of a solution: the same tokens.
+        In the midst of a solution it begins with a space, as there: the same tokens.
         """
         text = sequence_text(self.problem, self.solution)
-        return text if self.is_problem else f" {text}"
+        return f" {text}" if self.problem.startswith(NEW_EXPRESSION) else text
 
 
 class Sample(NamedTuple):
@@ -50,6 +58,8 @@ def solved(expression: str) -> Record:
 
 def rewriting(expression: str, number: int, step: Step) -> Record:
     """The record of a single step, the ``number``-th of a solution, from an expression."""
+    if number == 1:
+        return Record(expression, problem_text(expression), begun(step.text(number)), None)
     return Record(expression, expression_text(expression), step.text(number), None)
 
 

@@ -7,6 +7,7 @@ are also what the tests compare values and gradients with.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+_MASKS = 1024  # off the CPU masks are made of multiples of this length, and kept
 BLOCK = 128  # queries that attend together, to the keys up to their last; larger wastes products
 
 
@@ -67,7 +69,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor
         return _CausalAttention.apply(*(x.flatten(0, 1) for x in (q, k, v)), window).view(q.shape)
     if window == length:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    mask = _mask(q, (0, 0, length), window)
+    longest = -(-length // _MASKS) * _MASKS
+    mask = _square_mask(longest, window, q.dtype, q.device)[:length, :length]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -106,6 +109,12 @@ def _blocks(length: int, window: int) -> list[tuple[int, int, int]]:
     """First key, first query and end of each block."""
     starts = range(0, length, BLOCK)
     return [(max(0, at - window + 1), at, min(at + BLOCK, length)) for at in starts]
+
+
+@lru_cache(maxsize=8)
+def _square_mask(length: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`_mask` of whole rows, (length, length); kept, since all layers of all passes need it."""
+    return _mask(torch.empty(0, dtype=dtype, device=device), (0, 0, length), window)
 
 
 def _mask(like: Tensor, block: tuple[int, int, int], window: int) -> Tensor:

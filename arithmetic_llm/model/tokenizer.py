@@ -199,6 +199,13 @@ class ArithmeticTokenizer:
         """What the vocabulary calls a token: its text or, of a digit beyond the units, ``7₂``."""
         return self._tokenizer.id_to_token(token_id)
 
+    @cached_property
+    def composed(self) -> dict[int, tuple[int, int]]:
+        """The tokens of a digit and its mark, ``7₂``, with those of ``7`` and ``₂`` alone."""
+        number = self._tokenizer.get_vocab()
+        pairs = [pair for pair in _PLACES if "".join(pair) in number]
+        return {number["".join(pair)]: (number[pair[0]], number[pair[1]]) for pair in pairs}
+
     def kind(self, token_id: int) -> str:
         """``special``, ``digit``, ``operator``, ``parenthesis`` or ``text``."""
         if token_id < len(SPECIAL_TOKENS):

@@ -8,6 +8,7 @@ Shape letters: B rows, T new positions, S positions attended to, H heads, D feat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -290,15 +291,24 @@ class ArithmeticModel(nn.Module):
 
 
 @torch.no_grad()
-def initialise(model: ArithmeticModel) -> ArithmeticModel:
+def initialise(
+    model: ArithmeticModel, composed: Mapping[int, tuple[int, int]] | None = None
+) -> ArithmeticModel:
     """Random weights from torch's global generator.
 
     The last projection of each residual branch starts at zero, so that every layer starts as the
     identity; small models train markedly faster this way.
+
+    Args:
+        composed: tokens whose vectors start as the sum of those of two others. So a seven is a
+            seven in every place before the rare places have been learned.
     """
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             parameter.zero_()
         elif parameter.ndim == 2:
             parameter.normal_(std=parameter.shape[1] ** -0.5)
+    for vectors in (model.model.embed_tokens.weight, model.lm_head.weight):
+        for token, parts in (composed or {}).items():
+            vectors[token] = vectors[[*parts]].sum(dim=0)
     return model

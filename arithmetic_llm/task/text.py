@@ -29,6 +29,7 @@ Answer = int | Literal["ERROR"]
 NEXT_STEP = re.compile(rf"(?={STEP}\s+[0-9]+:)")
 BEFORE_LINE = re.compile(rf"(?= (?:{STEP} [0-9]+:|{NEW_EXPRESSION}) )")  # in a solution on one line
 EQUATION = re.compile(rf"{STEP} ([0-9]+): (-?[0-9]+ [+-] -?[0-9]+) = (-?[0-9]+)")
+_FIRST_STEP = re.compile(rf"{OPEN}\s+(?={STEP} 1:)")
 FOREIGN = re.compile("|".join([PROBLEM, *_FRAME]))  # what no completion holds
 _RESULT = re.compile(FINAL_RESULT.replace(" ", r"\s+"))
 _ANSWER = re.compile(rf"\s+(-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})|{ERROR})\s*")
@@ -80,7 +81,12 @@ def result_text(answer: Answer | str) -> str:
 
 def solution_text(trace: list[str], answer: Answer) -> str:
     """A solution as it is stored: the trace between ``<think>`` and ``</think>``, the result."""
-    return "\n".join([OPEN, *trace, CLOSE, result_text(answer)])
+    return "\n".join([begun(*trace), CLOSE, result_text(answer)])
+
+
+def begun(*trace: str) -> str:
+    """The beginning of a solution as it is stored, to the last line of a trace."""
+    return "\n".join([OPEN, *trace])
 
 
 def is_solution(text: str) -> bool:
@@ -115,6 +121,12 @@ def is_one_step(solution: str) -> bool:
     before, *lines = BEFORE_LINE.split(f" {one_line(solution)}")
     framed = CLOSE in solution or FOREIGN.search(solution)
     return not before and len(lines) == 2 and in_turn(lines) and not framed
+
+
+def is_first_step(solution: str) -> bool:
+    """Whether a text begins a solution, with one step and the expression after it."""
+    begins = _FIRST_STEP.match(solution)
+    return begins is not None and is_one_step(solution[begins.end() :])
 
 
 def one_spaced(text: str) -> str:

@@ -13,7 +13,7 @@ from arithmetic_llm.config import ModelConfig
 from arithmetic_llm.corpus.record import Record
 from arithmetic_llm.model.fused import BLOCK
 from arithmetic_llm.model.tokenizer import BOS, EOS, PAD, THINK, UNK, ArithmeticTokenizer
-from arithmetic_llm.runtime import UserError
+from arithmetic_llm.runtime import UserError, moved
 from arithmetic_llm.task.text import BEFORE_LINE, OPEN, in_turn
 
 _CHUNK = 10_000  # records tokenised at a time
@@ -22,9 +22,10 @@ _ROUND_TO = 8  # batch widths are multiples of this: fewer distinct shapes run f
 # supports), bytes all else. On the CPU the documented step (--batch-size 32, depth 4, default
 # model) then stays under 1.5 GiB, some 0.5 GiB of which are torch, weights, optimizer and corpus;
 # the recipes' batches are never cut. A GPU has memory of its own and stands idle between small
-# kernels, so its bound leaves half of a card of 8 GiB.
+# kernels, so it may fill half of its card.
 _MOST_TOKENS = 16_384  # padding included
-_MOST_BYTES_ON_CPU, _MOST_BYTES_ON_GPU = 512 * 2**20, 4 * 2**30
+_MOST_BYTES = 512 * 2**20
+_MOST_TOKENS_ON_GPU = 131_072
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,16 @@ class Batch:
     input_ids: Tensor  # (B, T) long
     targets: Tensor  # (B, T) long; targets[:, t] follows input_ids[:, t]
     weights: Tensor  # (B, T) fp32
+    counted: Tensor  # (N,) long; places in the flattened batch whose weight is above 0
+
+    @classmethod
+    def of(cls, ids: np.ndarray, weights: np.ndarray) -> Batch:
+        """From padded sequences (B, T + 1) and the weight of each token as a target.
+
+        What counts is found here, on the CPU: a GPU that is asked has to finish all else first.
+        """
+        tokens, weights = torch.from_numpy(ids), torch.from_numpy(weights)[:, 1:]
+        return cls(tokens[:, :-1], tokens[:, 1:], weights, weights.flatten().nonzero()[:, 0])
 
     @property
     def tokens(self) -> int:
@@ -54,7 +65,8 @@ class Batch:
         return float(self.weights.sum())
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(t.to(device) for t in (self.input_ids, self.targets, self.weights)))
+        parts = (self.input_ids, self.targets, self.weights, self.counted)
+        return Batch(*(moved(part, device) for part in parts))
 
 
 class TokenisedSamples:
@@ -116,8 +128,7 @@ class TokenisedSamples:
             start, end = self.starts[index], self.starts[index + 1]
             ids[row, : end - start] = self.ids[start:end]
             weights[row, : end - start] = self.weights[start:end]
-        tokens = torch.from_numpy(ids)
-        return Batch(tokens[:, :-1], tokens[:, 1:], torch.from_numpy(weights)[:, 1:])
+        return Batch.of(ids, weights)
 
 
 Piece = tuple[int, list[int]]  # how many tokens its first step begins after, and all tokens
@@ -131,9 +142,10 @@ def _pieces(
     Args:
         ids: the tokens of the whole record.
     """
+    begun = ids.index(THINK) + 1 if THINK in ids else len(tokenizer.encode(f" {record.problem}"))
     if not record.is_problem:  # it is an excerpt itself: nothing ends with it
-        return [(len(tokenizer.encode(f" {record.problem}")) + 1, [BOS, *ids])]
-    whole = [(ids.index(THINK) + 2, [BOS, *ids, EOS])]
+        return [(begun + 1, [BOS, *ids])]
+    whole = [(begun + 1, [BOS, *ids, EOS])]
     too_long = 0 < most < len(ids) + 2
     return (excerpts(record, tokenizer, most) if too_long else []) or whole
 
@@ -243,8 +255,8 @@ def micro_batches(
 ) -> list[np.ndarray]:
     """Cut a batch into parts that fit into memory; every index once, in order of length.
 
-    A part of several rows has at most 16,384 tokens, padding included, and needs at most
-    512 MiB on the CPU or 4 GiB elsewhere (`working_memory`); a single row is never cut.
+    A part of several rows has at most 16,384 tokens, padding included, and needs at most 512 MiB
+    (`working_memory`), on a GPU 131,072 and half of its memory; a single row is never cut.
 
     Args:
         lengths: tokens of each sample of the corpus, ``<bos>`` and ``<eos>`` included.
@@ -254,18 +266,25 @@ def micro_batches(
         most_rows: rows of a part at most.
         at_once: parts that are computed side by side: at least as many, which share the memory.
     """
-    most_bytes = (_MOST_BYTES_ON_CPU if device.type == "cpu" else _MOST_BYTES_ON_GPU) / at_once
+    most_tokens, most_bytes = _most(device)
 
     def fits(rows: int, longest: int) -> bool:
         return (
             rows <= (most_rows or rows)
-            and rows * _width(longest) <= _MOST_TOKENS
-            and working_memory(rows, _width(longest), shape) <= most_bytes
+            and rows * _width(longest) <= most_tokens
+            and working_memory(rows, _width(longest), shape) * at_once <= most_bytes
         )
 
     ordered = indices[np.argsort(lengths[indices], kind="stable")]
     pieces = np.array_split(ordered, max(1, min(max(least, at_once), len(ordered))))
     return [part for piece in pieces for part in _cut(piece, lengths, fits)]
+
+
+def _most(device: torch.device) -> tuple[int, int]:
+    """Tokens and bytes that a micro-batch may hold."""
+    if device.type != "cuda":
+        return _MOST_TOKENS, _MOST_BYTES
+    return _MOST_TOKENS_ON_GPU, torch.cuda.get_device_properties(device).total_memory // 2
 
 
 def working_memory(rows: int, width: int, shape: ModelConfig) -> int:

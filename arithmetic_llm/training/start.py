@@ -84,7 +84,8 @@ def _model(
     """The model to begin with, on its device, and what it has seen; None = nothing or unknown."""
     device = resolve_device(config.device)
     if not sources.start:
-        return initialise(ArithmeticModel(shape, tokenizer.vocab_size)).to(device), None
+        fresh = initialise(ArithmeticModel(shape, tokenizer.vocab_size), tokenizer.composed)
+        return fresh.to(device), None
     base = load_model(sources.start, device, sources.base)
     check_tokenizer(base, sources.tokenizer, sources.start)
     if context := getattr(config, "max_seq_length", 0):  # only some stages may change it

@@ -132,17 +132,17 @@ def held_out_sums(model: ArithmeticModel, batch: Batch) -> tuple[float, float, i
     """Loss in nats, its weights, and the number of samples without any wrong token."""
     batch = batch.to(model.device)
     logits, targets, weights = counted_logits(model, batch)
-    losses = F.cross_entropy(logits, targets, reduction="none") * weights
-    wrong = torch.zeros(batch.weights.shape, device=model.device, dtype=torch.bool)
-    wrong[batch.weights > 0] = logits.argmax(-1) != targets
-    return losses.sum().item(), weights.sum().item(), int((~wrong.any(dim=1)).sum())
+    rows, width = batch.input_ids.shape
+    wrong = batch.counted[logits.argmax(-1) != targets] // width  # the rows of the wrong tokens
+    loss = summed_cross_entropy(logits, targets, weights)
+    return loss.item(), weights.sum().item(), rows - len(wrong.unique())
 
 
 def counted_logits(model: ArithmeticModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (N, vocabulary), targets (N,) and weights (N,) of the tokens whose loss counts."""
-    counted = batch.weights > 0
-    hidden = model.hidden_states(batch.input_ids)[counted]
-    return model.lm_head(hidden).float(), batch.targets[counted], batch.weights[counted]
+    hidden = model.hidden_states(batch.input_ids).flatten(0, 1)[batch.counted]
+    targets, weights = (each.take(batch.counted) for each in (batch.targets, batch.weights))
+    return model.lm_head(hidden).float(), targets, weights
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
