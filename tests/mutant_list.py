@@ -370,9 +370,21 @@ MUTANTS = [
     # --------------------------------------------------------------------------------------- data
     Mutant(
         "data: targets are the inputs",
-        "Batch(tokens[:, :-1], tokens[:, 1:], ",
-        "Batch(tokens[:, :-1], tokens[:, :-1], ",
+        "cls(tokens[:, :-1], tokens[:, 1:], ",
+        "cls(tokens[:, :-1], tokens[:, :-1], ",
         "test_data.py -k predicts",
+    ),
+    Mutant(
+        "data: a prompt's tokens have to be right, too",
+        "weights.flatten().nonzero()[:, 0])",
+        "torch.arange(weights.numel()))",
+        "test_data.py -k exact",
+    ),
+    Mutant(
+        "data: a sample with two wrong tokens is wrong twice",
+        "rows - len(wrong.unique())",
+        "rows - len(wrong)",
+        "test_data.py -k exact",
     ),
     Mutant(
         "data: no end of text",
@@ -514,6 +526,24 @@ MUTANTS = [
         "test_corpus.py -k rewriting",
     ),
     Mutant(
+        "corpus: first steps without their problem",
+        "    if number == 1:\n",
+        "    if False:\n",
+        "test_corpus.py -k rewriting",
+    ),
+    Mutant(
+        "corpus: first steps as seldom as any",
+        "first = rng.random() < _FIRST_STEPS",
+        "first = False",
+        "test_corpus.py -k rewriting",
+    ),
+    Mutant(
+        "corpus: any step begins a problem",
+        "(?={STEP} 1:)",
+        "",
+        "test_corpus.py -k bad_line",
+    ),
+    Mutant(
         "corpus: rewritings count as problems",
         "for record in read_corpus(path) if record.is_problem]",
         "for record in read_corpus(path)]",
@@ -527,7 +557,7 @@ MUTANTS = [
     ),
     Mutant(
         "corpus: rewritings with tokens of their own",
-        'return text if self.is_problem else f" {text}"',
+        'return f" {text}" if self.problem.startswith(NEW_EXPRESSION) else text',
         "return text",
         "test_data.py -k rewriting",
     ),
@@ -547,8 +577,8 @@ MUTANTS = [
     ),
     Mutant(
         "data: a rewriting ends with <eos>",
-        " + 1, [BOS, *ids])]",
-        " + 1, [BOS, *ids, EOS])]",
+        "return [(begun + 1, [BOS, *ids])]",
+        "return [(begun + 1, [BOS, *ids, EOS])]",
         "test_data.py -k rewriting",
     ),
     Mutant(
@@ -820,6 +850,24 @@ MUTANTS = [
         "_with_places(tokenizer) if places else",
         "_with_places(tokenizer) if not places else",
         "test_tokenizer.py -k each_place",
+    ),
+    Mutant(
+        "tokenizer: a digit's place is composed of the mark alone",
+        "(number[pair[0]], number[pair[1]])",
+        "(number[pair[1]], number[pair[1]])",
+        "test_tokenizer.py -k composed",
+    ),
+    Mutant(
+        "model: what is written does not start as a sum",
+        "for vectors in (model.model.embed_tokens.weight, model.lm_head.weight):",
+        "for vectors in (model.model.embed_tokens.weight,):",
+        "test_model.py -k composed",
+    ),
+    Mutant(
+        "start: digits of each place start by themselves",
+        ", tokenizer.vocab_size), tokenizer.composed)",
+        ", tokenizer.vocab_size))",
+        "test_training.py -k composed",
     ),
     # ------------------------------------------------------------------------------------- export
     Mutant(

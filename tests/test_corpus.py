@@ -22,7 +22,7 @@ from arithmetic_llm.corpus.files import (
     read_corpus,
     read_problems,
 )
-from arithmetic_llm.corpus.record import record_of
+from arithmetic_llm.corpus.record import Record, record_of, rewriting
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.expression import apply, parse
 from arithmetic_llm.task.problem import split_of
@@ -149,7 +149,9 @@ def test_a_rewriting_is_one_right_step_of_a_deeper_solution(draw):
     for sample in draw(STEPS, 400, seed=2):
         expression, problem, solution, answer = sample.record
         assert (sample.style, answer) == ("rewrite", None)
-        assert problem == f"Expression now: {expression}"
+        if first := solution.startswith("<think>\n"):
+            solution = solution.removeprefix("<think>\n")
+        assert problem == f"{'Evaluate' if first else 'Expression now'}: {expression}"
         step, line = solution.split("\n")
         number, left, right = re.fullmatch(r"Step (\d+): (.*) = (-?\d+)", step).groups()
         assert eval(left) == int(right)
@@ -157,10 +159,11 @@ def test_a_rewriting_is_one_right_step_of_a_deeper_solution(draw):
         assert eval(rewritten) == eval(expression)
         assert rewritten.count(" ") == expression.count(" ") - 2  # one operation fewer
         assert solve(expression).steps[0].text(int(number)) == solution  # and the one that is due
+        assert first == (number == "1")
         numbers.append(int(number))
         depths[parse(expression).depth] += 1
     assert {*depths} == {4, 5}  # deeper than any that is solved
-    assert min(numbers) == 1
+    assert 80 < numbers.count(1) < 200  # those alone say that a problem may be so deep
     assert max(numbers) > 10
 
 
@@ -169,7 +172,7 @@ def test_rewritings_come_from_trees_of_their_split():
     checked = 0
     for split in SPLITS:
         for sample in draw_samples(STEPS, 100, seed=3, split=split):
-            if sample.record.solution.startswith("Step 1:"):
+            if sample.record.problem.startswith("Evaluate:"):
                 assert split_of(sample.record.expression) == split
                 checked += 1
     assert checked > 10
@@ -468,6 +471,29 @@ REWRITING = {
     "solution": "Step 7: 1 - 2 = -1\nExpression now: -1",
     "answer": None,
 }
+FIRST = {
+    "expression": "4 - 2 - 3",
+    "problem": "Evaluate: 4 - 2 - 3",
+    "solution": "<think>\nStep 1: 4 - 2 = 2\nExpression now: 2 - 3",
+    "answer": None,
+}
+
+
+@pytest.mark.parametrize("fields", [REWRITING, FIRST])
+def test_rewritings_are_read_in_both_formats(tmp_path, fields):
+    record = Record(**fields)
+    assert rewriting(record.expression, *STEP_OF[record]) == record
+    for as_text in (json_line, plain_lines):
+        (tmp_path / "c.txt").write_text(as_text(record))
+        (read,) = read_corpus(tmp_path / "c.txt")
+        assert read.sequence == record.sequence
+        assert not read.is_problem
+
+
+STEP_OF = {
+    Record(**REWRITING): (7, solve("1 - 2").steps[0]),
+    Record(**FIRST): (1, solve("4 - 2 - 3").steps[0]),
+}
 
 
 def test_a_corpus_may_begin_with_a_mark_of_its_encoding(tmp_path):
@@ -505,6 +531,16 @@ def test_a_corpus_may_begin_with_a_mark_of_its_encoding(tmp_path):
                 REWRITING["solution"] + "\n</think>\nFinal Result: -1",
             )
         ],
+        *[
+            (json.dumps({**FIRST, "solution": odd}), 1, "the solution")
+            for odd in (
+                FIRST["solution"].replace("Step 1", "Step 2"),
+                FIRST["solution"] + "\nStep 2: 1 - 2 = -1\nExpression now: -1",
+                FIRST["solution"] + " <eos>",
+                "so " + FIRST["solution"],
+            )
+        ],
+        (json.dumps({**FIRST, "answer": 2}), 1, "the solution"),
         (json.dumps({**ONE, "answer": None}), 1, "is not the final result"),
         ("Expression now: 1 - 2\n", 1, "no solution line"),
         (f"Expression now: 1 - 2\n{ONE['solution'].replace(chr(10), ' ')}\n", 2, "not one step"),

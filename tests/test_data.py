@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import load_script, make_tokenizer, random_model, records
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from arithmetic_llm.config import FoundationalConfig, LoRAConfig
 from arithmetic_llm.corpus.files import json_line
@@ -23,7 +25,7 @@ from arithmetic_llm.task.solution import solve
 from arithmetic_llm.task.text import problem_text
 from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, plan_epoch
 from arithmetic_llm.training.loop import update, workers
-from arithmetic_llm.training.supervised import SupervisedTask
+from arithmetic_llm.training.supervised import SupervisedTask, held_out_sums
 
 TOKENIZER = make_tokenizer()
 PLAIN = LossWeights(prompt=1.0, result=1.0)
@@ -175,6 +177,15 @@ def test_a_rewriting_is_like_the_excerpt_of_one_step():
     assert texts_of(alone) == [
         "<bos> Expression now: 3 + 3 - 4 Step 2: 3 + 3 = 6 Expression now: 6 - 4"
     ]
+
+
+def test_a_first_step_is_like_the_first_excerpt_of_its_problem():
+    long, loss = record("1 + 2 + 3 - 4"), LossWeights(0.5, 3.0)
+    cut = tokenised([long], loss=loss, excerpt_tokens=2)  # a step each
+    step = rewriting(long.expression, 1, solve(long.expression).steps[0])
+    alone = tokenised([step], loss=loss, excerpt_tokens=2)
+    assert alone.ids.tolist() == cut.ids[: cut.starts[1]].tolist()
+    assert alone.weights.tolist() == cut.weights[: cut.starts[1]].tolist()
 
 
 def test_the_table_of_lengths_has_a_row_for_rewritings(tmp_path):
@@ -452,3 +463,16 @@ def test_held_out_figures_are_those_of_plain_sums():
         count += batch.weights.sum().item()
     assert metrics["eval_loss"] == pytest.approx(total / count, rel=1e-4)
     assert metrics["eval_exact"] == 0.0
+
+
+def test_exact_are_the_samples_whose_every_solution_token_is_right():
+    batch = tokenised(records(3, seed=5), loss=LossWeights(0.0, 1.0)).batch([0, 1, 2])
+    logits = F.one_hot(batch.targets, TOKENIZER.vocab_size).float()
+    prompt, *_, second_last, last = batch.weights[1].nonzero()[:, 0].tolist()
+    logits[1, [second_last, last]] = 0.0  # two wrong tokens are one wrong sample
+    logits[2, 0] = 0.0  # of the prompt
+    assert prompt > 0
+    model = SimpleNamespace(
+        device=torch.device("cpu"), hidden_states=lambda ids: logits, lm_head=nn.Identity()
+    )
+    assert held_out_sums(model, batch)[2] == 2

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,9 +29,18 @@ from arithmetic_llm.training.batches import (
 )
 from arithmetic_llm.training.supervised import SupervisedTask
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")  # one of 8 GiB, or of what `card` says
 DEFAULT = ModelConfig()
 MIB, GIB = 2**20, 2**30
+
+
+@pytest.fixture(autouse=True, scope="module")
+def card():
+    """A GPU of 8 GiB, whether there is one or not; its memory can be changed."""
+    told = SimpleNamespace(total_memory=8 * GIB)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: told)
+        yield told
 
 
 # ------------------------------------------------------------------------------------ the cut
@@ -54,7 +64,8 @@ def fits(lengths, shape, device, most_rows, at_once=1):
     tokens = len(lengths) * width(lengths.max())
     most_bytes = (512 * MIB if device.type == "cpu" else 4 * GIB) / at_once
     needed = working_memory(len(lengths), width(lengths.max()), shape)
-    return len(lengths) <= most_rows and tokens <= 16_384 and needed <= most_bytes
+    most_tokens = 16_384 if device.type == "cpu" else 131_072
+    return len(lengths) <= most_rows and tokens <= most_tokens and needed <= most_bytes
 
 
 @given(LENGTHS, SHAPES, st.sampled_from([CPU, GPU]), st.integers(1, 9), st.integers(1, 300))
@@ -99,14 +110,17 @@ def test_the_documented_batch_is_cut_as_worked_out_by_hand():
 
 
 def test_a_small_models_batch_is_cut_by_tokens():
-    """157 rows of 104 positions are 16,328."""
-    parts = micro_batches(np.full(300, 101), np.arange(300), ModelConfig(**TINY), GPU)
-    assert [len(part) for part in parts] == [157, 143]
+    """157 rows of 104 positions are 16,328; 1,260 are 131,040."""
+    for device, most in ((CPU, 157), (GPU, 1260)):
+        rows = most + 143
+        parts = micro_batches(np.full(rows, 101), np.arange(rows), ModelConfig(**TINY), device)
+        assert [len(part) for part in parts] == [most, 143]
 
 
 @pytest.mark.parametrize(("recipe", "device"), [("cpu", CPU), ("gpu", GPU)])
-def test_no_batch_of_a_recipe_is_cut_or_put_in_another_order(recipe, device):
+def test_no_batch_of_a_recipe_is_cut_or_put_in_another_order(card, monkeypatch, recipe, device):
     """So its runs are those of before, bit for bit: the largest batch of every length is whole."""
+    monkeypatch.setattr(card, "total_memory", 32 * GIB)
     shape = build(ModelConfig, read_json(ROOT / "configs" / recipe / "model.json"), {})
     for stage in ("foundational", "instruction", "lora"):
         most = read_json(ROOT / "configs" / recipe / f"{stage}.json")["batch_tokens"]

@@ -175,6 +175,22 @@ def test_a_fresh_model_starts_as_the_identity_between_embedding_and_head():
     torch.testing.assert_close(model(ids), model.lm_head(hidden))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_composed_tokens_start_as_the_sum_of_their_parts_and_others_as_ever(tied):
+    """Read and written: in the embedding and in the head."""
+    drawn = []
+    for composed in ({}, {40: (7, 50), 41: (8, 50)}):
+        torch.manual_seed(0)
+        shape = ModelConfig(**TINY, tie_embeddings=tied)
+        drawn.append(initialise(ArithmeticModel(shape, VOCAB), composed))
+    plain, summed = ([m.model.embed_tokens.weight, m.lm_head.weight] for m in drawn)
+    for before, after in zip(plain, summed, strict=True):
+        others = [token for token in range(VOCAB) if token not in (40, 41)]
+        assert torch.equal(after[others], before[others])
+        assert torch.equal(after[40], before[7] + before[50])
+        assert torch.equal(after[41], before[8] + before[50])
+
+
 def test_dropout_is_on_in_training_and_off_in_evaluation():
     model = random_model(VOCAB, dropout=0.5)
     ids = random_ids(2, 6)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from browser import look_at
 from helpers import ROOT, load_script, one_thread, recipe, run
 
@@ -300,6 +301,17 @@ def test_the_quickstart_hands_its_processes_to_training_and_evaluation_alone():
             expected = [*line.format(recipe="r").split(), *(added if trains else [])]
             assert quickstart.words(line, config) == expected
     assert sum(line.startswith("run_") for line in lines) == 8
+
+
+def test_evaluations_run_on_a_gpu_if_there_is_one(monkeypatch):
+    """By themselves they stay on the CPU."""
+    quickstart = load_script("quickstart.py")
+    config = QuickstartConfig(recipe="r", processes=1)
+    for kind, added in (("cpu", []), ("cuda", ["--device", "cuda", "--batch-size", "1024"])):
+        monkeypatch.setattr(quickstart, "resolve_device", lambda _, kind=kind: torch.device(kind))
+        for _, line, results in quickstart.STAGES:
+            plain = line.format(recipe="r").split()
+            assert quickstart.words(line, config) == [*plain, *(added if results else [])]
 
 
 def read_in_a_browser(report, table, printed):

@@ -133,6 +133,15 @@ def test_a_digit_is_another_token_in_each_place(number):
         assert names[start : start + len(named)] == named
 
 
+def test_a_digits_place_is_composed_of_the_digit_and_the_mark():
+    told = {
+        TOKENIZER.name(token): "".join(map(TOKENIZER.name, parts))
+        for token, parts in TOKENIZER.composed.items()
+    }
+    assert told == {f"{d}{m}": f"{d}{m}" for d in "0123456789" for m in "₁₂₃₄"}
+    assert ALONE.composed == MERGED.composed == {}
+
+
 def test_but_for_its_digits_a_tokenizer_of_places_is_one_of_bare_digits():
     for text in [*TEXTS, "12 - (-7 + 100) 5 6"]:
         pieces = [TOKENIZER.token(i) for i in TOKENIZER.encode(text)]

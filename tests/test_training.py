@@ -160,6 +160,18 @@ def test_the_loss_goes_down(undisturbed):
     assert held_out[-1] < 0.8 * held_out[0]
 
 
+def test_composed_tokens_start_as_sums(workshop, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(supervised, "fit", lambda run, task: begun.append(run) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train("run_foundational_training.py", foundational(workshop), tmp_path)
+    checkpoint = begun[0].checkpoint
+    vectors, numbered = checkpoint.model.lm_head.weight, checkpoint.tokenizer.composed
+    assert len(numbered) == 40
+    for token, (digit, mark) in numbered.items():
+        torch.testing.assert_close(vectors[token], vectors[digit] + vectors[mark])
+
+
 def test_instruction_tuning_starts_from_the_foundational_weights(undisturbed):
     """Its held-out loss starts where that of the foundational stage ended, and sinks further."""
     before, after = (series(folder, "eval_loss") for folder in undisturbed.values())
