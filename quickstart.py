@@ -27,12 +27,7 @@ INSTRUCTION = "models/instruction_YYYYMMDD_HHMMSS/best_model.pt"
 LORA = "models/instruction_lora_YYYYMMDD_HHMMSS/lora_adapter.pt"
 GRPO = "models/grpo/grpo_YYYYMMDD_HHMMSS/final_model.pt"
 REPORT = "evaluation_results/report.html"
-ON_GPU = (
-    "--device",
-    "cuda",
-    "--batch-size",
-    "1024",
-)  # there a pass takes as long for many as for one
+ROOM = 20 * 2**30  # bytes of a card that has room for the caches of many long texts
 
 
 def evaluation(stage, model, name):
@@ -133,9 +128,19 @@ def finish(done, config):
 def words(command, config):
     """The arguments of a stage's command, whatever characters the recipe's path has."""
     script, *flags = (word.format(recipe=config.recipe) for word in command.split())
-    if script == "run_evaluation.py" and resolve_device("auto").type == "cuda":
-        flags += ON_GPU
+    if script == "run_evaluation.py":
+        flags += on_gpu(resolve_device("auto"))
     return [script, *flags, *(in_processes(config) if script.startswith("run_") else [])]
+
+
+def on_gpu(device):
+    """The flags of an evaluation on a GPU, where a pass takes as long for many as for one."""
+    if device.type != "cuda":
+        return []
+    from torch.cuda import get_device_properties
+
+    rows = 1024 if get_device_properties(device).total_memory > ROOM else 64
+    return ["--device", "cuda", "--batch-size", str(rows)]
 
 
 def in_processes(config):

@@ -252,8 +252,6 @@ def resolve_device(name: str):
     """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` as a ``torch.device`` that exists here."""
     import torch
 
-    # It would plan anew for every length of a batch, for longer than a whole step takes.
-    torch.backends.cuda.enable_cudnn_sdp(False)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -269,7 +267,7 @@ def moved(tensor, device):
     """A tensor from the CPU on a device, without waiting for what a GPU has still to do."""
     if device.type != "cuda":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def multiplies_bf16(device) -> bool:
@@ -336,7 +334,7 @@ def bound_kernel_caches() -> None:
 
 
 def prepare_training(threads: int, seed: int) -> None:
-    """Bound memory, set threads (0 = torch's choice) and seed, as every run does first.
+    """Bound memory, set threads (0 = torch's choice), kernels and seed, as every run does first.
 
     Torch is seeded on every device; the package draws from no other global generator.
     """
@@ -344,6 +342,8 @@ def prepare_training(threads: int, seed: int) -> None:
 
     keep_freed_memory()
     bound_kernel_caches()
+    # cuDNN's attention plans anew for every length of a batch, for longer than a step takes.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)

@@ -246,6 +246,18 @@ MUTANTS = [
         "test_memory.py -k side_by_side",
     ),
     Mutant(
+        "data: one part takes the whole card",
+        "total_memory // 2",
+        "total_memory",
+        "test_memory.py -k documented_batch",
+    ),
+    Mutant(
+        "fused: off the CPU nothing hides behind the window",
+        "mask = _square_mask(longest, window,",
+        "mask = _square_mask(longest, longest,",
+        "test_fused.py -k elsewhere",
+    ),
+    Mutant(
         "loop: autocast does nothing",
         "enabled=precision != torch.float32,",
         "enabled=False,",

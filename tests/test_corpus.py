@@ -538,6 +538,7 @@ def test_a_corpus_may_begin_with_a_mark_of_its_encoding(tmp_path):
                 FIRST["solution"] + "\nStep 2: 1 - 2 = -1\nExpression now: -1",
                 FIRST["solution"] + " <eos>",
                 "so " + FIRST["solution"],
+                "<think>\nStep 1: 4 - 2 = 2\nExpression now: 2",
             )
         ],
         (json.dumps({**FIRST, "answer": 2}), 1, "the solution"),

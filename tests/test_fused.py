@@ -69,9 +69,6 @@ class Elsewhere(Tensor):
     def device(self):
         return torch.device("cuda")
 
-    def new_full(self, *args):
-        return self.as_subclass(Tensor).new_full(*args)
-
 
 @pytest.mark.parametrize("length", [20, BLOCK + 30])
 def test_in_bf16_both_stay_within_its_rounding(length):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -307,7 +308,13 @@ def test_evaluations_run_on_a_gpu_if_there_is_one(monkeypatch):
     """By themselves they stay on the CPU."""
     quickstart = load_script("quickstart.py")
     config = QuickstartConfig(recipe="r", processes=1)
-    for kind, added in (("cpu", []), ("cuda", ["--device", "cuda", "--batch-size", "1024"])):
+    for kind, gib, added in (
+        ("cpu", 0, []),
+        ("cuda", 8, ["--device", "cuda", "--batch-size", "64"]),
+        ("cuda", 24, ["--device", "cuda", "--batch-size", "1024"]),
+    ):
+        card = SimpleNamespace(total_memory=gib * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, card=card: card)
         monkeypatch.setattr(quickstart, "resolve_device", lambda _, kind=kind: torch.device(kind))
         for _, line, results in quickstart.STAGES:
             plain = line.format(recipe="r").split()

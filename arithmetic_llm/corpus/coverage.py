@@ -236,7 +236,7 @@ def survey(records: Iterable[Record]) -> Coverage:
         if record.is_problem:
             texts.add(record.expression)
         else:
-            texts.styles["rewrite"] += 1  # which split its tree is of, a single step does not tell
+            texts.styles["rewrite"] += 1  # most do not tell which split their tree is of
     return texts.coverage()
 
 

@@ -29,7 +29,8 @@ from arithmetic_llm.task.expression import Postfix, apply, parse, spell, tree_de
 from arithmetic_llm.task.problem import Drawn, split_of_drawn
 from arithmetic_llm.task.solution import Solution, solve_canonical
 
-_FIRST_STEPS = 0.2  # of rewritings: they alone show that a valid problem may be so deep
+# Of rewritings, beside those that are so by chance; they alone show that problems may be so deep.
+_FIRST_STEPS = 0.2
 _MAX_DRAWS = 20_000  # a split without a hit in so many draws (0.95 ** 20,000) has no such problem
 
 

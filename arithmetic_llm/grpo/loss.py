@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from arithmetic_llm.model.tokenizer import PAD
+from arithmetic_llm.runtime import moved
 
 
 def group_advantages(rewards: Tensor, scale: str = "none", baseline: str = "group") -> Tensor:
@@ -90,8 +91,8 @@ class EpisodeBatch:
 
     def to(self, device: torch.device) -> EpisodeBatch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {n: t.to(device) for n, t in tensors.items() if isinstance(t, Tensor)}
-        return replace(self, **moved)
+        there = {n: moved(t, device) for n, t in tensors.items() if isinstance(t, Tensor)}
+        return replace(self, **there)
 
 
 def collate(episodes: Sequence[Episode], loss_type: str, length_limit: int) -> EpisodeBatch:

@@ -30,6 +30,7 @@ NEXT_STEP = re.compile(rf"(?={STEP}\s+[0-9]+:)")
 BEFORE_LINE = re.compile(rf"(?= (?:{STEP} [0-9]+:|{NEW_EXPRESSION}) )")  # in a solution on one line
 EQUATION = re.compile(rf"{STEP} ([0-9]+): (-?[0-9]+ [+-] -?[0-9]+) = (-?[0-9]+)")
 _FIRST_STEP = re.compile(rf"{OPEN}\s+(?={STEP} 1:)")
+_NUMBER_AT_END = re.compile(rf"{NEW_EXPRESSION}\s+-?[0-9]+\s*\Z")
 FOREIGN = re.compile("|".join([PROBLEM, *_FRAME]))  # what no completion holds
 _RESULT = re.compile(FINAL_RESULT.replace(" ", r"\s+"))
 _ANSWER = re.compile(rf"\s+(-?(?:0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})|{ERROR})\s*")
@@ -124,9 +125,10 @@ def is_one_step(solution: str) -> bool:
 
 
 def is_first_step(solution: str) -> bool:
-    """Whether a text begins a solution, with one step and the expression after it."""
+    """Whether a text begins a solution, with one of its steps and the expression after it."""
     begins = _FIRST_STEP.match(solution)
-    return begins is not None and is_one_step(solution[begins.end() :])
+    ends = _NUMBER_AT_END.search(solution)  # nothing is left to do: it has lost its end
+    return begins is not None and ends is None and is_one_step(solution[begins.end() :])
 
 
 def one_spaced(text: str) -> str:

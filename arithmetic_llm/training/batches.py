@@ -21,11 +21,11 @@ _ROUND_TO = 8  # batch widths are multiples of this: fewer distinct shapes run f
 # What a micro-batch may hold. Tokens bound what grows with the vocabulary (logits, sampling
 # supports), bytes all else. On the CPU the documented step (--batch-size 32, depth 4, default
 # model) then stays under 1.5 GiB, some 0.5 GiB of which are torch, weights, optimizer and corpus;
-# the recipes' batches are never cut. A GPU has memory of its own and stands idle between small
-# kernels, so it may fill half of its card.
-_MOST_TOKENS = 16_384  # padding included
-_MOST_BYTES = 512 * 2**20
-_MOST_TOKENS_ON_GPU = 131_072
+# the recipe's batches are never cut. An NVIDIA GPU has memory of its own and stands idle between
+# small kernels, so a run may fill half of the card: two runs at a time, then, and on 24 GiB the
+# batches of the GPU recipe whole.
+_MOST_TOKENS, _MOST_TOKENS_ON_GPU = 16_384, 131_072  # padding included
+_MOST_BYTES, _MOST_BYTES_OF_APPLE = 512 * 2**20, 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def micro_batches(
     """Cut a batch into parts that fit into memory; every index once, in order of length.
 
     A part of several rows has at most 16,384 tokens, padding included, and needs at most 512 MiB
-    (`working_memory`), on a GPU 131,072 and half of its memory; a single row is never cut.
+    (`working_memory`), on CUDA 131,072 and half of the card; a single row is never cut.
 
     Args:
         lengths: tokens of each sample of the corpus, ``<bos>`` and ``<eos>`` included.
@@ -283,7 +283,7 @@ def micro_batches(
 def _most(device: torch.device) -> tuple[int, int]:
     """Tokens and bytes that a micro-batch may hold."""
     if device.type != "cuda":
-        return _MOST_TOKENS, _MOST_BYTES
+        return _MOST_TOKENS, _MOST_BYTES if device.type == "cpu" else _MOST_BYTES_OF_APPLE
     return _MOST_TOKENS_ON_GPU, torch.cuda.get_device_properties(device).total_memory // 2
 
 

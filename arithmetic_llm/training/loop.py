@@ -229,7 +229,11 @@ def add_gradients(run: Run, task: Task, micro_batches: list[MicroBatch]) -> floa
     def loss_and_gradients(batch: MicroBatch) -> tuple[float, tuple[Tensor | None, ...]]:
         with autocast(device, run.precision):  # holds for the thread that enters it
             loss = task.loss(run.model, batch.to(device)) / total
-        return loss.item(), torch.autograd.grad(loss, trained, allow_unused=True)
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        return (
+            loss.item(),
+            gradients,
+        )  # in this order: a GPU that is asked for a number is waited for
 
     mine = share(micro_batches)
     each = workers(task.at_once).map if min(task.at_once, len(mine)) > 1 else map

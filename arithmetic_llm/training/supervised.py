@@ -141,7 +141,7 @@ def held_out_sums(model: ArithmeticModel, batch: Batch) -> tuple[float, float, i
 def counted_logits(model: ArithmeticModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (N, vocabulary), targets (N,) and weights (N,) of the tokens whose loss counts."""
     hidden = model.hidden_states(batch.input_ids).flatten(0, 1)[batch.counted]
-    targets, weights = (each.take(batch.counted) for each in (batch.targets, batch.weights))
+    targets, weights = (each.flatten()[batch.counted] for each in (batch.targets, batch.weights))
     return model.lm_head(hidden).float(), targets, weights
 
 
