@@ -355,7 +355,7 @@ class RunConfig:
     device: str = opt("auto", "cpu, cuda, cuda:N, mps or auto")
     precision: str = opt(
         "auto",
-        "auto = bf16 where the hardware multiplies it natively, else fp32",
+        "auto = bf16 where this machine multiplies it faster than fp32, else fp32",
         choices=("auto", "fp32", "bf16"),
     )
     threads: int = opt(0, "CPU threads; 0 = torch's choice", at_least=0)

@@ -33,8 +33,9 @@ from arithmetic_llm.corpus.draw import distinct_samples  # noqa: E402
 from arithmetic_llm.runtime import (  # noqa: E402
     UserError,
     atomic_write_text,
-    multiplies_bf16,
+    bf16_pays,
     processor,
+    resolve_precision,
     versions,
 )
 
@@ -266,7 +267,7 @@ def machine() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
-        "multiplies_bf16": multiplies_bf16(torch.device("cpu")),
+        "bf16_pays": bf16_pays(torch.device("cpu")),
         "torch_threads": torch.get_num_threads(),
         "copy_gb_per_second": round(copy_rate() / 1e9, 1),
         "load_average": os.getloadavg()[0],
@@ -300,11 +301,14 @@ def copy_rate(mib: int = 128) -> float:
 def product_rate(
     shapes: Sequence[tuple[int, int]], rows: int, repetitions: int = 10, device: str = "cpu"
 ) -> float:
-    """Operations a second of bf16 products (rows, in) @ (in, out), over all the shapes (out, in).
+    """Operations a second of products (rows, in) @ (in, out), over all the shapes (out, in).
 
-    The limit of a training step, whose products are these and, backward, as large ones.
+    The limit of a training step, whose products are these and, backward, as large ones. In bf16 or
+    fp32, whichever is faster on the device.
     """
     import torch
+
+    precision = resolve_precision("auto", torch.device(device))
 
     def product(x: torch.Tensor, w: torch.Tensor) -> None:
         x @ w.T
@@ -312,7 +316,7 @@ def product_rate(
             torch.accelerator.synchronize()
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device).bfloat16()
+        return torch.randn(shape, device=device, dtype=precision)
 
     products = [partial(product, random(rows, n), random(m, n)) for m, n in shapes]
     seconds = [

@@ -81,9 +81,9 @@ def of_machine(report):
     """The machine in a sentence."""
     found = report["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if k != "platform")
-    bf16 = "with" if found["multiplies_bf16"] else "without"
+    faster = "bf16" if found["bf16_pays"] else "fp32"
     return (
-        f"{found['cores']} cores of {found['processor']} ({bf16} bf16 products), "
+        f"{found['cores']} cores of {found['processor']} (products fastest in {faster}), "
         f"{found['memory_gib']:.0f} GiB of memory that copies "
         f"{found['copy_gb_per_second']:.0f} GB/s; {report['settings']['repetitions']} turns; "
         f"{versions}"

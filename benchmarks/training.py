@@ -308,14 +308,14 @@ def command_of(case):
 
 
 def limit_row(case, found, bar):
-    """Share of the rate at which the machine multiplies matrices of the model's shapes in bf16."""
+    """Share of the rate at which the machine multiplies matrices of the model's shapes."""
     model = fresh_model(case)
     shapes = matrix_shapes(model)
     limit = product_rate(shapes, rows=2048)
     used = found.median() * operations(case, shapes)
     facts = {"operations_a_token": operations(case, shapes), "limit": limit}
     return Row(
-        f"share of the bf16 product rate, {case.name}",
+        f"share of the product rate, {case.name}",
         f"{used / 1e9:.3g} GFLOP/s",
         f"the machine: {limit / 1e9:.3g} GFLOP/s",
         used / limit,

@@ -65,7 +65,7 @@ def speed_kept(metrics):
 
 
 def speed_row(folder):
-    """Tokens a second of a training run, and their share of the device's rate of bf16 products.
+    """Tokens a second of a training run, and their share of the device's rate of products.
 
     Six operations for each weight of a matrix and token, padding included; attention is left out.
     """
@@ -77,7 +77,7 @@ def speed_row(folder):
     limit = product_rate(shapes, 2048, device=facts["device"])
     is_gpu = facts["device"].startswith("cuda")
     name = torch.cuda.get_device_name(facts["device"]) if is_gpu else "the processor"
-    subject = f"{summary['stage']}, {summary['seconds']:,.0f} s, share of the bf16 product rate"
+    subject = f"{summary['stage']}, {summary['seconds']:,.0f} s, share of the product rate"
     peer = f"{name}: {limit / 1e9:,.0f} GFLOP/s"
     return Row(subject, thousands(summary["tokens_per_second"]), peer, done / limit)
 

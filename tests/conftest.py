@@ -53,7 +53,7 @@ def trained_model(tokenizer):
     model = initialise(random_model(tokenizer.vocab_size, d_model=64, dim_feedforward=128))
     corpus = [sample.record for sample in draw_samples(SMALL_WORLD, 5000, seed=1)]
     samples = TokenisedSamples(corpus, tokenizer, 1024, LossWeights(prompt=0.0, result=3.0))
-    plan = plan_epoch(samples.lengths, 32, 0, np.random.default_rng(0))
+    plan = plan_epoch(samples.lengths, 16, 0, np.random.default_rng(0))
     config = TrainingConfig(optimizer="muon", learning_rate=5e-3, warmup_steps=0)
     optimizer = build_optimizer(model, config)
     for step, indices in enumerate(plan):

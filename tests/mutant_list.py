@@ -503,9 +503,33 @@ MUTANTS = [
     ),
     Mutant(
         "corpus: wide numbers drawn evenly",
-        "(digits,) = rng.choices(lengths, lengths)",
-        "digits = lengths[-1]",
+        "*rng.choices(lengths, lengths)",
+        "lengths[-1]",
         "test_corpus.py -k wide",
+    ),
+    Mutant(
+        "corpus: results that cancel are mostly long",
+        "rng.choice(lengths)",
+        "lengths[-1]",
+        "test_corpus.py -k cancel",
+    ),
+    Mutant(
+        "corpus: signs before parentheses are left out",
+        'pieces[place] = rng.choice("+-") + "("',
+        'pieces[place] = "(("',
+        "test_sampling.py -k corruption",
+    ),
+    Mutant(
+        "precision: bf16 wherever there are instructions",
+        "return seconds_of_a_product(torch.bfloat16) < seconds_of_a_product(torch.float32)",
+        "return True",
+        "test_runtime.py -k trial",
+    ),
+    Mutant(
+        "precision: a resumed run tries anew",
+        'if config.resume and config.precision == "auto":',
+        "if False:",
+        "test_training.py -k trial",
     ),
     Mutant(
         "corpus: wide numbers never cancel",
@@ -1072,10 +1096,10 @@ MUTANTS = [
         f"{TOGETHER} -k come_back_in_order",
     ),
     Mutant(
-        "Muon: bf16 although fp32 is asked for",
-        'exact=config.precision == "fp32"',
-        "exact=False",
-        "test_optim.py -k keeps_to_fp32",
+        "Muon: fp32 although bf16 is asked for",
+        "MuonAdamW(groups_of_settings, precision)",
+        "MuonAdamW(groups_of_settings)",
+        "test_optim.py -k in_the_precision",
     ),
     # ------------------------------------------------------------------------------- studies
     Mutant(

@@ -2,16 +2,20 @@
 
 import io
 import sys
+import timeit
 
 import pytest
 import torch
 
+from arithmetic_llm import runtime
 from arithmetic_llm.runtime import (
     Progress,
     UserError,
     multiplies_bf16,
     readable_seconds,
     resolve_device,
+    resolve_precision,
+    seconds_of_a_product,
 )
 
 
@@ -94,3 +98,23 @@ def test_bf16_is_not_used_where_it_is_emulated(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     assert multiplies_bf16(torch.device("cpu"))
     assert not multiplies_bf16(torch.device("mps"))
+
+
+def test_bf16_is_chosen_where_a_trial_finds_it_faster(monkeypatch):
+    cpu, took = torch.device("cpu"), {torch.float32: 2.0}
+    monkeypatch.setattr(runtime, "multiplies_bf16", lambda device: True)
+    monkeypatch.setattr(runtime, "seconds_of_a_product", took.get)
+    for seconds, chosen in ((1.0, torch.bfloat16), (3.0, torch.float32)):
+        took[torch.bfloat16] = seconds
+        assert resolve_precision("auto", cpu) == chosen
+    assert resolve_precision("bf16", cpu) == torch.bfloat16
+    monkeypatch.setattr(runtime, "multiplies_bf16", lambda device: False)
+    took.clear()  # a trial would fail
+    assert resolve_precision("auto", cpu) == torch.float32
+
+
+def test_a_trial_times_one_product():
+    """As fast as by hand, within what another process may do to either."""
+    rows, weight = torch.ones(1024, 128), torch.ones(128, 384)
+    by_hand = min(timeit.repeat(lambda: rows @ weight, number=1, repeat=50))
+    assert by_hand / 5 < seconds_of_a_product(torch.float32) < 5 * by_hand

@@ -195,6 +195,7 @@ def test_every_corruption_is_invalid_and_every_reason_is_met(rng):
         (corruption.drop_operator, {"missing operator"}),
         (corruption.double_operator, {"missing operand"}),
         (corruption.loose_sign, {"missing operand", None}),  # -5 is a number
+        (corruption.signed_parenthesis, {"missing operand"}),
         (corruption.drop_parenthesis, {"unbalanced parenthesis"}),
         (corruption.extra_parenthesis, {"unbalanced parenthesis"}),
         (corruption.empty_parentheses, {"empty parentheses"}),

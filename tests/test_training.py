@@ -18,6 +18,7 @@ import pytest
 import torch
 from helpers import call, command, damages, edit, one_thread, put, removals, run
 
+from arithmetic_llm import runtime
 from arithmetic_llm.cli import parse
 from arithmetic_llm.config import InstructionConfig
 from arithmetic_llm.corpus.coverage import coverage_of
@@ -616,6 +617,26 @@ def opened(monkeypatch):
         supervised, "fit", lambda run, *_: runs.append(run) or {"best": {"eval_loss": 0.0}}
     )
     return runs
+
+
+@pytest.mark.parametrize(
+    ("asked", "on", "now"),
+    [("auto", "cpu", "before"), ("auto", "cuda:0", "tried"), ("fp32", "cpu", "asked")],
+)
+def test_a_resumed_run_keeps_the_precision_that_a_trial_chose(
+    unfinished, opened, monkeypatch, asked, on, now
+):
+    """Unless it says which, or goes on on a device of another kind."""
+    for name, changed in (
+        ("run.json", {"precision": "bfloat16", "device": on}),
+        ("training_config.json", {"precision": asked}),
+    ):
+        path = unfinished / name
+        path.write_text(json.dumps({**read_json(path), **changed}))
+    monkeypatch.setattr(runtime, "bf16_pays", lambda device: False)
+    assert call(FOUNDATIONAL, "--resume", unfinished).code == 0
+    precision = torch.bfloat16 if now == "before" else torch.float32
+    assert (opened[0].precision, opened[0].optimizer.precision) == (precision, precision)
 
 
 def test_a_step_with_other_weights_is_passed_over(unfinished, opened):

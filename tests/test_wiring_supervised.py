@@ -24,7 +24,6 @@ from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.lora import adapter_weights
 from arithmetic_llm.model.tokenizer import BOS, EOS, ArithmeticTokenizer
 from arithmetic_llm.task.problem import split_of
-from arithmetic_llm.training import optim
 from arithmetic_llm.training import start as beginning
 from arithmetic_llm.training.batches import plan_epoch
 from arithmetic_llm.training.optim import MuonAdamW
@@ -302,9 +301,8 @@ def fresh(monkeypatch, request):
 
 @pytest.fixture
 def in_fp32(monkeypatch):
-    """Muon of either kind orthogonalises in fp32, or rounding would hide small errors."""
+    """Torch's Muon orthogonalises in fp32, as ours does, or rounding would hide small errors."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
-    monkeypatch.setattr(optim, "multiplies_bf16", lambda device: False)
 
 
 def apart(one, other, before):

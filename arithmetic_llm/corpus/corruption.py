@@ -75,6 +75,13 @@ def loose_sign(pieces: Pieces, rng: Random) -> None:
     pieces[place] = rng.choice("+-") + pieces[place]
 
 
+def signed_parenthesis(pieces: Pieces, rng: Random) -> None:
+    """``4 + (5 + 3)`` -> ``4 + -(5 + 3)``, which looks most like something valid"""
+    place = _pick(pieces, rng, "(".__eq__)
+    if place is not None:
+        pieces[place] = rng.choice("+-") + "("
+
+
 def drop_parenthesis(pieces: Pieces, rng: Random) -> None:
     """``(5 + 3) - 1`` -> ``(5 + 3 - 1``"""
     place = _pick(pieces, rng, "()".__contains__)
@@ -114,6 +121,7 @@ CORRUPTIONS: tuple[Callable[[Pieces, Random], None], ...] = (
     drop_operator,
     double_operator,
     loose_sign,
+    signed_parenthesis,
     drop_parenthesis,
     extra_parenthesis,
     empty_parentheses,

@@ -7,7 +7,7 @@ A tree is held in postfix (see `task.expression.Expression.postfix`). Every func
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from random import Random
 
 from arithmetic_llm.task.expression import Postfix, apply, spell
@@ -65,10 +65,11 @@ def widened(tree: Postfix, num_range: tuple[int, int], rng: Random) -> Postfix:
 
     How long they are at most is decided for the tree as a whole; then a length is as likely as it
     is long. In 900 of 999 numbers drawn evenly there would be three digits. Where an operation ends
-    with a number, as often the result is drawn so and the number follows from it: or numbers would
-    seldom cancel, and results that are shorter than both operands are what is hardest to learn.
+    with a number, as often its result is drawn, any length as likely, and the number follows from
+    it: or numbers would seldom cancel, and results that are shorter than both operands are what is
+    hardest to learn.
     """
-    number = _of_all_lengths(num_range, rng)
+    lengths = _lengths(num_range, rng)
     wide: list[int | str] = []
     values: list[int] = []  # of what waits for its operation
     for symbol, follower in zip(tree, (*tree[1:], 0), strict=True):
@@ -76,9 +77,10 @@ def widened(tree: Postfix, num_range: tuple[int, int], rng: Random) -> Postfix:
             right = values.pop()
             values[-1] = apply(values[-1], symbol, right)
         else:
-            symbol = number()
+            symbol = _number_of(*rng.choices(lengths, lengths), num_range, rng)
             if isinstance(follower, str) and rng.random() < 0.5:
-                needed = _operand(values[-1], follower, symbol)
+                result = _number_of(rng.choice(lengths), num_range, rng)
+                needed = _operand(values[-1], follower, result)
                 symbol = needed if num_range[0] <= needed <= num_range[1] else symbol
             values.append(symbol)
         wide.append(symbol)
@@ -90,18 +92,12 @@ def _operand(left: int, operator: str, result: int) -> int:
     return result - left if operator == "+" else left - result
 
 
-def _of_all_lengths(num_range: tuple[int, int], rng: Random) -> Callable[[], int]:
-    """Draws numbers of lengths that the range has, up to one that is drawn first."""
+def _lengths(num_range: tuple[int, int], rng: Random) -> range:
+    """Lengths of numbers that the range has, up to one that is drawn, of two digits at least."""
     low, high = num_range
     shortest = len(str(max(low, -high, 0)))
     longest = len(str(max(-low, high)))
-    lengths = range(shortest, rng.randint(min(max(shortest, 2), longest), longest) + 1)
-
-    def number() -> int:
-        (digits,) = rng.choices(lengths, lengths)
-        return _number_of(digits, num_range, rng)
-
-    return number
+    return range(shortest, rng.randint(min(max(shortest, 2), longest), longest) + 1)
 
 
 def _number_of(digits: int, num_range: tuple[int, int], rng: Random) -> int:

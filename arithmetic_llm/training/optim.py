@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from arithmetic_llm.config import RunConfig
-from arithmetic_llm.runtime import multiplies_bf16
 
 
 def learning_rate_factor(config: RunConfig, step: int, total_steps: int) -> float:
@@ -33,11 +32,16 @@ def learning_rates(optimizer: MuonAdamW, scale: float) -> dict[str, float]:
     return {names[group["muon"]]: group["lr"] * scale for group in optimizer.param_groups}
 
 
-def build_optimizer(model: nn.Module, config: RunConfig) -> MuonAdamW:
+def build_optimizer(
+    model: nn.Module, config: RunConfig, precision: torch.dtype = torch.float32
+) -> MuonAdamW:
     """The optimizer that ``config`` asks for, over the parameters that require a gradient.
 
     Weight decay applies to matrices only, never to norms. With ``muon`` the matrices inside the
     layers follow Muon; embedding, head and norms follow AdamW, as its authors advise.
+
+    Args:
+        precision: of Muon's matrix products.
     """
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     use_muon = config.optimizer == "muon"
@@ -56,7 +60,7 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> MuonAdamW:
         }
         for (by_muon, decay), parameters in groups.items()
     ]
-    return MuonAdamW(groups_of_settings, exact=config.precision == "fp32")
+    return MuonAdamW(groups_of_settings, precision)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -67,11 +71,11 @@ class MuonAdamW(torch.optim.Optimizer):
     :meth:`step` is the schedule's factor on every group's peak rate ``lr``.
 
     Args:
-        exact: keep to fp32, as `orthogonalise` does.
+        precision: of Muon's matrix products, see `orthogonalise`.
     """
 
-    def __init__(self, groups: Iterable[dict], exact: bool = False):
-        self.exact = exact
+    def __init__(self, groups: Iterable[dict], precision: torch.dtype = torch.float32):
+        self.precision = precision
         defaults = {"lr": 1e-3, "weight_decay": 0.0, "muon": False}
         super().__init__(groups, {**defaults, "betas": (0.9, 0.95), "momentum": 0.95})
 
@@ -114,7 +118,7 @@ class MuonAdamW(torch.optim.Optimizer):
             by_shape[parameter.shape].append(index)
         for (rows, columns), indices in by_shape.items():
             # One product for all matrices of a shape: each alone is too small to fill a core.
-            directions = orthogonalise(torch.stack([updates[i] for i in indices]), self.exact)
+            directions = orthogonalise(torch.stack([updates[i] for i in indices]), self.precision)
             # Tall matrices move further, so that a step changes outputs alike for every shape.
             step = -rate * max(1.0, rows / columns) ** 0.5
             torch._foreach_add_([parameters[i] for i in indices], list(directions), alpha=step)
@@ -131,19 +135,20 @@ class MuonAdamW(torch.optim.Optimizer):
         return state["step"]
 
 
-def orthogonalise(matrices: Tensor, exact: bool = False, iterations: int = 5) -> Tensor:
+def orthogonalise(
+    matrices: Tensor, precision: torch.dtype = torch.float32, iterations: int = 5
+) -> Tensor:
     """Nearly ``U V^T`` of each matrix's singular value decomposition, by Newton-Schulz iteration.
 
     The quintic's coefficients (Jordan et al., 2024) push every singular value into about
     [0.7, 1.2], which is close enough for an update and needs only matrix products.
 
     Args:
-        matrices: (N, rows, columns). Computed in bf16 on machines that multiply it natively, unless
-        exact: then in fp32, for bf16 would make differences of 1e-7 some of 1e-3.
+        matrices: (N, rows, columns).
+        precision: of the products; bf16 makes differences of 1e-7 some of 1e-3.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    in_bf16 = multiplies_bf16(matrices.device) and not exact
-    x = matrices.to(torch.bfloat16 if in_bf16 else torch.float32)
+    x = matrices.to(precision)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

@@ -73,13 +73,22 @@ class Run:
     config: RunConfig
     checkpoint: Checkpoint  # the model, with what every file saved from it must say
     optimizer: MuonAdamW
+    precision: torch.dtype  # of the matrix products
     step: int = 0
     best: float = math.inf  # lowest `selection_loss` so far
     task_state: dict[str, Any] = field(default_factory=dict)
-    precision: torch.dtype = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.precision = resolve_precision(self.config.precision, self.model.device)
+    @classmethod
+    def at_start(cls, folder: Path, config: RunConfig, checkpoint: Checkpoint) -> Run:
+        """A run before its first step."""
+        precision = precision_of(config, checkpoint.model.device)
+        return cls(
+            folder,
+            config,
+            checkpoint,
+            build_optimizer(checkpoint.model, config, precision),
+            precision,
+        )
 
     @property
     def model(self) -> ArithmeticModel:
@@ -265,11 +274,23 @@ def _check_unfinished(
             raise UserError(f"{folder}: its {name} has changed since; restore that, or start anew")
 
 
+def precision_of(config: RunConfig, device: torch.device) -> torch.dtype:
+    """The precision of a run's products, one for all processes.
+
+    ``auto`` may depend on a trial, so a resumed run keeps what it had on such a device.
+    """
+    if config.resume and config.precision == "auto":
+        before = read_json(Path(config.resume) / FACTS)
+        if before.get("device", "").partition(":")[0] == device.type:
+            return getattr(torch, before["precision"])
+    return from_main(lambda: resolve_precision(config.precision, device))
+
+
 def start_run(
     folder: Path, config: RunConfig, checkpoint: Checkpoint, hashes: dict[str, str]
 ) -> Run:
     """A run at step 0, with ``run.json`` and the configs written."""
-    run = Run(folder, config, checkpoint, build_optimizer(checkpoint.model, config))
+    run = Run.at_start(folder, config, checkpoint)
     if not is_main():
         return run
     atomic_write_text(folder / SETTINGS["model_config"], to_json(checkpoint.model.config))
@@ -297,7 +318,7 @@ def start_run(
 
 def continue_run(folder: Path, config: RunConfig, checkpoint: Checkpoint) -> Run:
     """The run in ``folder``, at its newest readable checkpoint; at step 0 if there is none."""
-    run = Run(folder, config, checkpoint, build_optimizer(checkpoint.model, config))
+    run = Run.at_start(folder, config, checkpoint)
     for half_written in folder.glob(".*.tmp") if is_main() else ():  # what a kill interrupted
         half_written.unlink()
     paths = step_checkpoints(folder)
