@@ -7,7 +7,7 @@ A tree is held in postfix (see `task.expression.Expression.postfix`). Every func
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
 
 from arithmetic_llm.task.expression import Postfix, apply, spell
@@ -65,11 +65,10 @@ def widened(tree: Postfix, num_range: tuple[int, int], rng: Random) -> Postfix:
 
     How long they are at most is decided for the tree as a whole; then a length is as likely as it
     is long. In 900 of 999 numbers drawn evenly there would be three digits. Where an operation ends
-    with a number, as often its result is drawn, any length as likely, and the number follows from
-    it: or numbers would seldom cancel, and results that are shorter than both operands are what is
-    hardest to learn.
+    with a number, as often the result is drawn so and the number follows from it: or numbers would
+    seldom cancel, and results that are shorter than both operands are what is hardest to learn.
     """
-    lengths = _lengths(num_range, rng)
+    number = _of_all_lengths(num_range, rng)
     wide: list[int | str] = []
     values: list[int] = []  # of what waits for its operation
     for symbol, follower in zip(tree, (*tree[1:], 0), strict=True):
@@ -77,10 +76,9 @@ def widened(tree: Postfix, num_range: tuple[int, int], rng: Random) -> Postfix:
             right = values.pop()
             values[-1] = apply(values[-1], symbol, right)
         else:
-            symbol = _number_of(*rng.choices(lengths, lengths), num_range, rng)
+            symbol = number()
             if isinstance(follower, str) and rng.random() < 0.5:
-                result = _number_of(rng.choice(lengths), num_range, rng)
-                needed = _operand(values[-1], follower, result)
+                needed = _operand(values[-1], follower, symbol)
                 symbol = needed if num_range[0] <= needed <= num_range[1] else symbol
             values.append(symbol)
         wide.append(symbol)
@@ -92,12 +90,18 @@ def _operand(left: int, operator: str, result: int) -> int:
     return result - left if operator == "+" else left - result
 
 
-def _lengths(num_range: tuple[int, int], rng: Random) -> range:
-    """Lengths of numbers that the range has, up to one that is drawn, of two digits at least."""
+def _of_all_lengths(num_range: tuple[int, int], rng: Random) -> Callable[[], int]:
+    """Draws numbers of lengths that the range has, up to one that is drawn first."""
     low, high = num_range
     shortest = len(str(max(low, -high, 0)))
     longest = len(str(max(-low, high)))
-    return range(shortest, rng.randint(min(max(shortest, 2), longest), longest) + 1)
+    lengths = range(shortest, rng.randint(min(max(shortest, 2), longest), longest) + 1)
+
+    def number() -> int:
+        (digits,) = rng.choices(lengths, lengths)
+        return _number_of(digits, num_range, rng)
+
+    return number
 
 
 def _number_of(digits: int, num_range: tuple[int, int], rng: Random) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -52,9 +53,8 @@ class Completion:
     tokens: list[int] = field(default_factory=list)  # the final <eos> included
     logprobs: list[float] = field(default_factory=list)  # nats, of the distribution sampled from
     finish_reason: Literal["eos", "length"] = "length"
-    margin: float = float(
-        "inf"
-    )  # smallest gap between the two best logits, if greedy: a near-tie if ~1e-5
+    # Smallest gap between the two best logits, if greedy: a near-tie if ~1e-5.
+    margin: float = math.inf
     support: list[Tensor] = field(default_factory=list)  # (vocabulary,) bool a token, if truncated
 
     def add(self, emission: Emission) -> None:

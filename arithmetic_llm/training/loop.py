@@ -230,10 +230,7 @@ def add_gradients(run: Run, task: Task, micro_batches: list[MicroBatch]) -> floa
         with autocast(device, run.precision):  # holds for the thread that enters it
             loss = task.loss(run.model, batch.to(device)) / total
         gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-        return (
-            loss.item(),
-            gradients,
-        )  # in this order: a GPU that is asked for a number is waited for
+        return loss.item(), gradients  # asked for a number only now: a GPU is waited for
 
     mine = share(micro_batches)
     each = workers(task.at_once).map if min(task.at_once, len(mine)) > 1 else map
