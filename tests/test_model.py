@@ -1,5 +1,7 @@
 """The model against transformers' Qwen3, and what a row may and may not see."""
 
+import random
+
 import pytest
 import torch
 from helpers import TINY, of_transformers, random_model
@@ -118,17 +120,36 @@ def test_garbage_in_unused_slots_of_the_cache_changes_no_bit():
 
 
 @torch.no_grad()
-def test_what_lies_behind_all_windows_is_not_read():
-    """With 20 and 17 tokens in it and a window of 5, the next ones see nothing before slot 13."""
-    lengths, ids, following = torch.tensor([20, 17]), random_ids(2, 20), random_ids(2, 1, seed=9)
-    results = []
-    for garbage in (0.0, torch.nan):  # masked, it would make its row nan
-        cache = NARROW.new_cache(2)
-        NARROW.hidden_states(ids, cache, lengths)
-        cache.keys[..., :13, :] = cache.values[..., :13, :] = garbage
-        results.append(NARROW(following, cache))
-        assert cache.in_use == range(13, 21)
-    assert torch.equal(*results)
+@pytest.mark.parametrize("model", [MODEL, NARROW], ids=["whole", "window"])
+@pytest.mark.parametrize("seed", range(5))
+def test_drafts_of_any_length_that_rows_accept_in_part_change_no_logits(model, seed):
+    """Passes of 1 to 9 tokens, the last of them wrong; each row goes on from where it is right."""
+    rng, ids = random.Random(seed), random_ids(3, 100, seed)
+    whole, rows = model(ids), torch.arange(3)[:, None]
+    cache = model.new_cache(3)
+    model.hidden_states(ids[:, :8], cache, torch.tensor([8, 2, 5]))
+    while cache.lengths.max() < 90:
+        start, tokens = cache.lengths, rng.randint(1, 9)
+        right = torch.tensor([rng.randint(1, tokens) for _ in range(3)])
+        positions = start[:, None] + torch.arange(tokens)
+        read = ids[rows, positions]
+        wrong = torch.arange(tokens) >= right[:, None]
+        logits = model.lm_head(model.hidden_states(read.masked_fill(wrong, PAD), cache, right))
+        torch.testing.assert_close(
+            logits[~wrong], whole[rows, positions][~wrong], atol=1e-4, rtol=0
+        )
+    assert cache.lengths.max() - cache.lengths.min() > 5  # rows apart by more than the window
+    assert cache.slots == 5 + 9 - 1 if model is NARROW else cache.slots >= 90
+
+
+@torch.no_grad()
+def test_with_a_window_a_cache_is_no_larger_than_what_a_pass_sees():
+    ids = random_ids(2, 200)
+    cache = NARROW.new_cache(2)
+    for part in ids.split(3, dim=1):
+        NARROW(part, cache)
+    assert cache.slots == cache.held.shape[1] == 5 + 3 - 1
+    assert sorted(cache.held[0].tolist()) == [*range(193, 200)]
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ def read_closely(
 
     def see(layer: int, weights: Tensor) -> None:
         values, places = _largest(weights[0].transpose(0, 1), kept)
-        seen[layer].append((values, places + cache.in_use.start))
+        seen[layer].append((values, cache.held[0][places]))
 
     with evaluating(model), observed(model, see):
         for chunk in torch.tensor([ids], device=model.device).split(CHUNK, dim=1):

@@ -8,6 +8,7 @@ Shape letters: B rows, T new positions, S positions attended to, H heads, D feat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -142,37 +143,60 @@ class Block(nn.Module):
 class KVCache:
     """Keys and values of every layer for B rows, each row at its own length.
 
-    Rows are left-aligned: token ``i`` of a row lives in slot ``i``, so a row's length is all that
-    masks and positions need, and nothing that another row holds, padding included, can matter.
-    The cache grows as it fills. What lies behind the windows of all rows is not read again, so
-    with a window how long the others are may change a row's last bits.
+    Token ``i`` of a row lives in slot ``i``, so a row's length is all that masks and positions
+    need, and nothing that another row holds, padding included, can matter. The cache grows as it
+    fills, with a window to so many slots as one pass can see: from there on the slots go round,
+    and token ``i`` takes the place of one that nothing looks back to any more.
     """
 
     def __init__(self, config: ModelConfig, rows: int, device: torch.device):
-        shape = (config.num_layers, rows, config.nhead, 0, config.head_dim)
+        shape = (config.num_layers, rows, config.nhead, 1, config.head_dim)
         self.keys = torch.zeros(shape, device=device)
         self.values = torch.zeros(shape, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.window = config.attention_window
-        self.in_use = range(0)  # the slots that the pass at hand may look at
+        self.longest_pass = 0  # in tokens; the rejected ones of a draft count
+        self.held = torch.zeros(rows, 0, dtype=torch.long, device=device)  # see `reserve`
+
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[3]
 
     def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Store ``k``, ``v`` (B, H, T, D) at ``positions`` (B, T); return those of slots in use."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        self.keys[layer][rows, :, positions] = k.transpose(1, 2)
-        self.values[layer][rows, :, positions] = v.transpose(1, 2)
-        used = slice(self.in_use.start, self.in_use.stop)
-        return self.keys[layer, :, :, used], self.values[layer, :, :, used]
+        rows, places = torch.arange(len(k), device=k.device)[:, None], positions % self.slots
+        self.keys[layer][rows, :, places] = k.transpose(1, 2)
+        self.values[layer][rows, :, places] = v.transpose(1, 2)
+        used = self.held.shape[1]
+        return self.keys[layer, :, :, :used], self.values[layer, :, :, :used]
 
-    def reserve(self, tokens: int) -> range:
-        """Make room for ``tokens`` more in each row; return the slots that one of them may see."""
-        behind = int(self.lengths.min()) - self.window + 1 if self.window else 0
-        self.in_use = range(max(0, behind), int(self.lengths.max()) + tokens)
-        missing = self.in_use.stop - self.keys.shape[3]
-        if missing > 0:  # grow by half, so that copying stays a small share of decoding
-            room = (0, 0, 0, max(missing, self.keys.shape[3] // 2))
-            self.keys, self.values = F.pad(self.keys, room), F.pad(self.values, room)
-        return self.in_use
+    def reserve(self, tokens: int) -> Tensor:
+        """Make room for ``tokens`` more in each row.
+
+        Returns:
+            (B, S) the position of the token that each slot in use holds then; below 0 if none.
+        """
+        self.longest_pass = max(self.longest_pass, tokens)
+        needed = int(self.lengths.max()) + tokens
+        # What a pass sees, from the window of its first token on. What one before has left of a
+        # draft that was rejected then counts as behind the window.
+        most = self.window + self.longest_pass - 1 if self.window else math.inf
+        if self.slots < min(needed, most):  # grow by half, so that copying stays a small share
+            self._lay_out(min(max(needed, self.slots * 3 // 2), most))
+        self.held = self._latest(self.lengths + tokens, min(needed, self.slots), self.slots)
+        return self.held
+
+    def _latest(self, lengths: Tensor, used: int, slots: int) -> Tensor:
+        """(B, used) the last position in each slot of rows of these lengths; below 0 if none."""
+        last = lengths[:, None] - 1
+        return last - (last - torch.arange(used, device=last.device)) % slots
+
+    def _lay_out(self, slots: int) -> None:
+        """Move what is held to where it belongs among so many slots."""
+        before = self._latest(self.lengths, slots, slots) % self.slots
+        index = before[None, :, None, :, None]
+        self.keys = self.keys.take_along_dim(index, dim=3)
+        self.values = self.values.take_along_dim(index, dim=3)
 
     def keep(self, rows: Tensor) -> None:
         """Hold the rows of these indices in this order; a row may come several times, or never."""
@@ -182,8 +206,9 @@ class KVCache:
     def remove(self, row: int) -> None:
         """Drop one row; the last one moves into its place, so that little is copied."""
         last = len(self.lengths) - 1
+        used = self.held.shape[1]
         for tensor in (self.keys, self.values):
-            tensor[:, row, :, : self.in_use.stop] = tensor[:, last, :, : self.in_use.stop]
+            tensor[:, row, :, :used] = tensor[:, last, :, :used]
         self.lengths[row] = self.lengths[last]
         self.keys, self.values = self.keys[:, :last], self.values[:, :last]
         self.lengths = self.lengths[:last]
@@ -228,13 +253,12 @@ class Transformer(nn.Module):
         mask = None
         if cache is not None:
             positions = positions + cache.lengths[:, None]
-            seen = cache.reserve(tokens)
-            slots = torch.arange(seen.start, seen.stop, device=x.device)
+            held = cache.reserve(tokens)[:, None, None]
             # A query sees the slots up to its own position: causal, and blind to padded slots.
             own = positions[:, None, :, None]
-            hidden = slots > own
+            hidden = (held > own) | (held < 0)
             if config.attention_window:
-                hidden |= slots <= own - config.attention_window
+                hidden |= held <= own - config.attention_window
             mask = x.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
         cos, sin = rotary_angles(positions[..., None], config.head_dim, config.rope_theta)
         return Context(positions, cos.to(x.dtype), sin.to(x.dtype), cache, mask)
