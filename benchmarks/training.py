@@ -177,10 +177,10 @@ def rate_of(folder, tokens):
 
     The script counts positions, padding included; the corpus has ``tokens``.
     """
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    speeds = [line["tokens_per_second"] for line in map(json.loads, lines) if "loss" in line]
-    summary = json.loads((folder / "training_summary.json").read_text())
-    positions = summary["tokens_per_second"] * summary["seconds"]
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    lines = [line for line in lines if "loss" in line]
+    speeds = [line["tokens_per_second"] for line in lines]
+    positions = sum(line["tokens_per_second"] * line["seconds"] for line in lines)
     steady = statistics.harmonic_mean(speeds[warm_up(len(speeds)) :])
     return steady * min(1.0, tokens / positions)
 

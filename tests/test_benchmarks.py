@@ -183,10 +183,10 @@ def test_the_speed_of_a_run_is_a_share_of_what_its_products_could_do(
 
 
 def test_padding_and_the_first_steps_do_not_count_as_speed(load, tmp_path):
-    lines = [{"loss": 1.0, "tokens_per_second": s} for s in (1, 1, *[100] * 8)]
+    """Ten steps of 50 positions each, of which four in five are the corpus's tokens."""
+    speeds = (1, 1, *[100] * 8)
+    lines = [{"loss": 1.0, "tokens_per_second": s, "seconds": 50 / s} for s in speeds]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    summary = {"tokens_per_second": 50, "seconds": 10.0}
-    (tmp_path / "training_summary.json").write_text(json.dumps(summary))
     assert load("training").rate_of(tmp_path, tokens=400) == pytest.approx(80)
 
 
