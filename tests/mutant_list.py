@@ -427,7 +427,7 @@ MUTANTS = [
         "model: a position sees the next one",
         "hidden = (held > own)",
         "hidden = (held > own + 1)",
-        "test_model.py -k later",
+        "test_model.py -k drafts",
     ),
     Mutant(
         "cache: a slot too few for what a pass sees",
