@@ -146,7 +146,8 @@ class KVCache:
     Token ``i`` of a row lives in slot ``i``, so a row's length is all that masks and positions
     need, and nothing that another row holds, padding included, can matter. The cache grows as it
     fills, with a window to so many slots as one pass can see: from there on the slots go round,
-    and token ``i`` takes the place of one that nothing looks back to any more.
+    and token ``i`` takes the place of one that nothing looks back to any more. How many are read
+    follows from the longest row and pass, which may change a row's last bits.
     """
 
     def __init__(self, config: ModelConfig, rows: int, device: torch.device):

@@ -82,13 +82,8 @@ class Run:
     def at_start(cls, folder: Path, config: RunConfig, checkpoint: Checkpoint) -> Run:
         """A run before its first step."""
         precision = precision_of(config, checkpoint.model.device)
-        return cls(
-            folder,
-            config,
-            checkpoint,
-            build_optimizer(checkpoint.model, config, precision),
-            precision,
-        )
+        optimizer = build_optimizer(checkpoint.model, config, precision)
+        return cls(folder, config, checkpoint, optimizer, precision)
 
     @property
     def model(self) -> ArithmeticModel:
