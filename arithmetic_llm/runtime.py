@@ -291,8 +291,10 @@ def bf16_pays(device) -> bool:
     """
     import torch
 
-    if device.type != "cpu" or not multiplies_bf16(device):
-        return multiplies_bf16(device)
+    if not multiplies_bf16(device):
+        return False
+    if device.type != "cpu":
+        return True
     return seconds_of_a_product(torch.bfloat16) < seconds_of_a_product(torch.float32)
 
 
