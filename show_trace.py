@@ -23,6 +23,8 @@ def main(argv=None):
     expression = config.expression.strip()
     trace = record_trace(solver, expression)
     notes = [f"Note: {warning}." for warning in solver.warnings(expression)]
+    if solver.tokenizer.units_first:
+        notes.append("The model reads and writes the units of a number first: its 3 2 7 is 723.")
     atomic_write_text(config.output, trace_page(trace, config.model_path, notes))
     print(f"trace in {config.output}")
 

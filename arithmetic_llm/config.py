@@ -235,10 +235,11 @@ class TokenizerConfig:
     corpus_path: str = opt("", "corpus to learn merges from (either format)", required=True)
     vocab_size: int = opt(1000, "upper bound on the number of tokens", at_least=1)
     digits: str = opt(
-        "places",
-        "places = a token for each digit and place (units, tens, hundreds, ...); alone = a token a "
-        "digit; merged = frequent numbers become tokens as words do",
-        choices=("places", "alone", "merged"),
+        "reversed",
+        "places = a token for each digit and place (units, tens, hundreds, ...); reversed = that, "
+        "and units come first; alone = a token a digit; merged = frequent numbers become tokens as "
+        "words do",
+        choices=("reversed", "places", "alone", "merged"),
     )
     output_dir: str = opt("data/tokenizer", "directory for tokenizer.json")
 

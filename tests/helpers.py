@@ -108,7 +108,7 @@ def records(count: int = 400, seed: int = 0, **settings: object) -> list[Record]
     return [sample.record for sample in samples]
 
 
-def make_tokenizer(vocab_size: int = 400, digits: Digits = "places") -> ArithmeticTokenizer:
+def make_tokenizer(vocab_size: int = 400, digits: Digits = "reversed") -> ArithmeticTokenizer:
     """A tokenizer of the size and kind that the product uses."""
     texts = (record.sequence for record in records())
     return ArithmeticTokenizer.train(texts, vocab_size, digits)

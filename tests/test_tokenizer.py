@@ -21,11 +21,17 @@ from arithmetic_llm.task.solution import solve
 from arithmetic_llm.task.text import SPECIAL_TOKENS, one_line
 
 TOKENIZER = make_tokenizer()
-ALONE, MERGED = make_tokenizer(digits="alone"), make_tokenizer(digits="merged")
+PLACES, ALONE, MERGED = (make_tokenizer(digits=name) for name in ("places", "alone", "merged"))
 # 6 special tokens and printable ASCII; four marks, and ten digits of four places
-SMALLEST_OF = {"places": 6 + 95 + 4 + 40, "alone": 6 + 95, "merged": 6 + 95}
+SMALLEST_OF = {"reversed": 145, "places": 6 + 95 + 4 + 40, "alone": 6 + 95, "merged": 6 + 95}
 SMALLEST = make_tokenizer(SMALLEST_OF["alone"], "alone")
-ALL = {"places": TOKENIZER, "alone": ALONE, "merged": MERGED, "no merges": SMALLEST}
+ALL = {
+    "reversed": TOKENIZER,
+    "places": PLACES,
+    "alone": ALONE,
+    "merged": MERGED,
+    "no merges": SMALLEST,
+}
 TEXTS = [record.sequence for record in records(300, seed=1, num_range=(-50, 200))]
 
 ascii_text = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=60)
@@ -35,7 +41,7 @@ task_like = st.lists(
 ).map("".join)
 
 
-@pytest.fixture(scope="module", params=["places", "alone", "merged"])
+@pytest.fixture(scope="module", params=["reversed", "places", "alone", "merged"])
 def two_readers(request, tmp_path_factory):
     """A tokenizer, and what transformers makes of its file."""
     from transformers import PreTrainedTokenizerFast
@@ -58,7 +64,7 @@ def test_every_text_of_the_task_survives(tokenizer):
 @example("1 + 2  +  3 - -4")
 @example("<think><bos> </think>")
 def test_printable_ascii_survives(text):
-    for tokenizer in (TOKENIZER, ALONE):
+    for tokenizer in (TOKENIZER, PLACES, ALONE):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -127,10 +133,12 @@ def test_a_digit_is_another_token_in_each_place(number):
     """The reference: powers of ten, the highest mark for all from the ten thousands on."""
     marks = [*"₄" * 6, "₃", "₂", "₁", ""][-len(str(number)) :]
     named = [digit + mark for digit, mark in zip(str(number), marks, strict=True)]
+    turned = named[:-5] + named[-5:][::-1]  # the last five, the units first
     for before, after in (("", ""), ("(-", ") + 4"), (" Step ", ": 12"), ("10 - ", " ")):
-        names = [TOKENIZER.name(i) for i in TOKENIZER.encode(f"{before}{number}{after}")]
-        start = len(TOKENIZER.encode(before))
-        assert names[start : start + len(named)] == named
+        for tokenizer, wanted in ((PLACES, named), (TOKENIZER, turned)):
+            names = [tokenizer.name(i) for i in tokenizer.encode(f"{before}{number}{after}")]
+            start = len(tokenizer.encode(before))
+            assert names[start : start + len(wanted)] == wanted
 
 
 def test_a_digits_place_is_composed_of_the_digit_and_the_mark():
@@ -144,13 +152,57 @@ def test_a_digits_place_is_composed_of_the_digit_and_the_mark():
 
 def test_but_for_its_digits_a_tokenizer_of_places_is_one_of_bare_digits():
     for text in [*TEXTS, "12 - (-7 + 100) 5 6"]:
-        pieces = [TOKENIZER.token(i) for i in TOKENIZER.encode(text)]
-        assert pieces == [ALONE.token(i) for i in ALONE.encode(text)]
+        bare = [ALONE.token(i) for i in ALONE.encode(text)]
+        assert [PLACES.token(i) for i in PLACES.encode(text)] == bare
+        turned = re.sub("[0-9]+", lambda number: number[0][::-1], text)
+        assert "".join(TOKENIZER.token(i) for i in TOKENIZER.encode(text)) == turned
+
+
+@pytest.mark.parametrize("digits", ["reversed", "places"])
+@given(ids=st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=30))
+@example(ids=TOKENIZER.encode("12345 678 9") * 2)
+def test_what_no_text_is_encoded_as_is_read_alike_by_the_library(digits, ids):
+    """Marks out of order, bare marks, digits beside digits: whatever a model may write."""
+    from tokenizers import Tokenizer
+
+    ours = ALL[digits]
+    library = Tokenizer.from_str(ours.serialized)
+    assert ours.decode(ids) == library.decode(ids, skip_special_tokens=False)
+
+
+@given(st.text("0123456789₁₂₄ -a", max_size=24))
+@example("1234567890123")
+@example("6₁5")
+def test_the_library_spells_numbers_alike(text):
+    from tokenizers import Tokenizer
+
+    for ours in (TOKENIZER, PLACES):
+        library = Tokenizer.from_str(ours.serialized)
+        assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids
+
+
+def test_rules_that_are_not_ours_are_run_as_the_file_has_them():
+    said = json.loads(TOKENIZER.serialized)
+    said["normalizer"]["normalizers"].append(
+        {"type": "Replace", "pattern": {"String": "+"}, "content": "-"}
+    )
+    other = ArithmeticTokenizer(json.dumps(said))
+    assert other.encode("71 + 2") == TOKENIZER.encode("71 - 2")
+    assert other.decode(TOKENIZER.encode("71 + 2")) == "71 + 2"
+
+
+@pytest.mark.parametrize(
+    ("text", "settled"),
+    [("", ""), ("12", ""), ("5 - 12", "5 - "), ("1 Step 12 ", "1 Step 12 "), ("= -12", "= -")],
+)
+def test_what_is_written_stays_but_for_a_last_number(text, settled):
+    ids = TOKENIZER.encode(text)
+    assert TOKENIZER.decode(ids[: TOKENIZER.settled(ids)]) == settled
 
 
 def test_every_place_has_its_digits_even_if_no_number_of_the_corpus_has_it():
     assert not any(re.search("[0-9]{5}", record.sequence) for record in records())
-    assert [TOKENIZER.name(i) for i in TOKENIZER.encode("98765")] == ["9₄", "8₃", "7₂", "6₁", "5"]
+    assert [TOKENIZER.name(i) for i in TOKENIZER.encode("98765")] == ["5", "6₁", "7₂", "8₃", "9₄"]
     assert {f"{d}{mark}" for d in range(10) for mark in ("", *"₁₂₃₄")} <= {
         TOKENIZER.name(i) for i in range(TOKENIZER.vocab_size) if TOKENIZER.kind(i) == "digit"
     }
@@ -172,7 +224,7 @@ def test_the_script_cuts_numbers_as_requested(tmp_path):
     lines = [json.dumps(record._asdict()) + "\n" for record in records()]
     (tmp_path / "c.txt").write_text("".join(lines))
     argv = ["--corpus-path", tmp_path / "c.txt", "--vocab-size", 400, "--output-dir", tmp_path]
-    for name in ("places", "alone", "merged"):
+    for name in ("reversed", "places", "alone", "merged"):
         assert call("train_tokenizer.py", *argv, "--digits", name).code == 0
         assert ArithmeticTokenizer.load(tmp_path).hash == ALL[name].hash
     assert call("train_tokenizer.py", *argv).code == 0
@@ -181,7 +233,7 @@ def test_the_script_cuts_numbers_as_requested(tmp_path):
 
 def test_a_binary_operator_takes_its_spaces_and_a_sign_does_not():
     pieces = [TOKENIZER.token(i) for i in TOKENIZER.encode("(14 - -2) + 137")]
-    assert pieces == ["(", "1", "4", " - ", "-", "2", ")", " + ", "1", "3", "7"]
+    assert pieces == ["(", "4", "1", " - ", "-", "2", ")", " + ", "7", "3", "1"]
 
 
 def test_the_words_of_a_solution_are_single_tokens():

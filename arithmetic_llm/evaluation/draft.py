@@ -17,7 +17,9 @@ def right_continuations(problems: Sequence[Problem], tokenizer: ArithmeticTokeni
     """
 
     def guess(row: int, written: list[int]) -> list[int]:
-        text = tokenizer.decode(written)
-        return tokenizer.encode(continuation(problems[row].expression, text))
+        settled = tokenizer.settled(written)
+        text, begun = tokenizer.decode(written[:settled]), written[settled:]
+        ids = tokenizer.encode(continuation(problems[row].expression, text))
+        return ids[len(begun) :] if ids[: len(begun)] == begun else []
 
     return guess

@@ -126,9 +126,13 @@ class ArithmeticSolver:
         problem = problem_from(expression)
         prompt, limit = self.prompt(problem.expression), self._limit(problem)
         written, guess = Completion(), right_continuations([problem], self.tokenizer)
+        shown = 0
         for emission in decode(self.model, [prompt], limit, self.sampling, guess=guess):
             written.add(emission)
-            yield self.tokenizer.decode_completion(emission.tokens)
+            settled = self.tokenizer.settled(written.tokens)
+            yield self.tokenizer.decode_completion(written.tokens[shown:settled])
+            shown = settled
+        yield self.tokenizer.decode_completion(written.tokens[shown:])
         return self._judge(problem, prompt, written, limit)
 
     def attempt(self, expression: str) -> tuple[list[int], list[int], Outcome]:

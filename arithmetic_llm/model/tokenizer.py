@@ -4,11 +4,10 @@ The tokenizer is the ``tokenizers`` library's BPE in its own JSON file; this mod
 text is cut *before* merging, because that decides what the model must learn:
 
 * every digit stands alone: ``137`` is three tokens, so carrying is one rule and not a table;
-* and it is a token of its own for each place: ``1₂3₁7`` is a one of the hundreds, a three of the
-  tens and a seven. A bare ``1`` that is read says nothing of its place until the number ends, and
-  one that is written leaves open how many digits follow. The marks exist inside the tokenizer
-  alone: its normalizer puts them in, its decoder takes them out (on request there are none, or
-  digits merge, to see what that does);
+* and it is a token of its own for each place, the units first: ``137`` is ``7 3₁ 1₂``, see
+  `numerals`. Marks and order exist inside the tokenizer alone: its normalizer puts them in, its
+  decoder takes them out (on request digits stand as people write them, have no marks, or merge, to
+  see what that does);
 * a binary operator takes its two spaces along (``" + "``), a sign stays a bare ``"-"``; the model
   sees at once which of the two it reads;
 * every other run of characters may merge into one token: ``" Step "``, ``" Expression now: "``.
@@ -24,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from arithmetic_llm.model.numerals import MARKS, PLACED, SPELLINGS, UNMARKED, Spelling
 from arithmetic_llm.runtime import UserError, atomic_write_text, require_file
 from arithmetic_llm.task.text import CLOSE, OPEN, SPECIAL_TOKENS, prompt_text
 
@@ -35,20 +35,15 @@ PAD, UNK, BOS, EOS, THINK, END_THINK = range(len(SPECIAL_TOKENS))
 FILE_NAME = "tokenizer.json"
 # Order matters: the first alternative that matches at a position wins.
 PIECES = r"{digits}| [+\-] |[+\-()]|[^0-9+\-()]+?(?= [+\-] |[0-9+\-()]|$)"
-Digits = Literal["places", "alone", "merged"]
-# Each mark, and what is to the right of a digit that it goes behind: tens, hundreds, thousands, and
-# all places beyond. In this order: where a mark goes is told by the one before.
-MARKS = {"₁": "[0-9](?![0-9])", "₂": "[0-9]₁", "₃": "[0-9]₂", "₄": "[0-9]+₃"}
-_NO_MARKS = dict.fromkeys(map(ord, MARKS))
-_MARK = f"[{''.join(MARKS)}]"
-DIGITS = {"places": f"[0-9]{_MARK}?", "alone": "[0-9]", "merged": "[0-9]+"}
+Digits = Literal["reversed", "places", "alone", "merged"]
+_WITH_MARK = f"[0-9][{MARKS}]?"
+DIGITS = {"reversed": _WITH_MARK, "places": _WITH_MARK, "alone": "[0-9]", "merged": "[0-9]+"}
 # For `_words`: what stands between words, and operators, each one letter for the time being.
 _BETWEEN, _OPERATORS = "\0", {" + ": "\1", " - ": "\2"}
 _ALONE = dict.fromkeys(map(ord, "0123456789+-()"), _BETWEEN)
 _NUMBERS = re.compile("([0-9]+)")
 PRINTABLE_ASCII = [chr(code) for code in range(32, 127)]
-_PLACES = [(digit, mark) for mark in MARKS for digit in "0123456789"]
-_PLACE_TOKENS = (*MARKS, *map("".join, _PLACES))
+_PLACE_TOKENS = (*MARKS, *map("".join, PLACED))
 SMALLEST_VOCAB = len(SPECIAL_TOKENS) + len(PRINTABLE_ASCII)  # without merges and places
 
 
@@ -68,32 +63,32 @@ def _words(text: str, digits: Digits) -> str:
     return text
 
 
-def _with_places(tokenizer: Tokenizer) -> str:
+def _spelled(tokenizer: Tokenizer, spelling: Spelling) -> str:
     """A tokenizer of bare digits, as one that has a token for each digit and place.
 
     All of them, whatever the corpus: a number may become longer than any that was learned from.
     """
-    from tokenizers import Regex, Tokenizer, decoders, normalizers
-
     said = json.loads(tokenizer.to_str())
     first = len(said["model"]["vocab"])
     said["model"]["vocab"] |= {token: first + i for i, token in enumerate(_PLACE_TOKENS)}
-    said["model"]["merges"] += _PLACES
-    placed = Tokenizer.from_str(json.dumps(said))
-    # A mark that stands in the text itself is no mark, but a character without a token.
-    marks = [normalizers.Replace(Regex(_MARK), "\N{REPLACEMENT CHARACTER}")]
-    for mark, right in MARKS.items():
-        marks.append(normalizers.Replace(Regex(f"(?<=[0-9])(?={right})"), mark))
-    placed.normalizer = normalizers.Sequence(marks)
-    placed.decoder = decoders.Sequence([decoders.Replace(Regex(_MARK), ""), decoders.Fuse()])
-    return placed.to_str()
+    said["model"]["merges"] += PLACED
+    said |= {"normalizer": spelling.normalizer(), "decoder": spelling.decoder()}
+    return type(tokenizer).from_str(json.dumps(said)).to_str()
+
+
+def _spelling_of(serialized: str) -> Spelling | None:
+    """What the rules of a tokenizer's file come to, if they are ours."""
+    said = json.loads(serialized)
+    rules = said.get("normalizer"), said.get("decoder")
+    ours = (each for each in SPELLINGS.values() if (each.normalizer(), each.decoder()) == rules)
+    return next(ours, None)
 
 
 class ArithmeticTokenizer:
     """A trained tokenizer. ``decode(encode(text)) == text`` for all printable ASCII text."""
 
     def __init__(self, serialized: str):
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer, decoders
 
         try:
             self._tokenizer = Tokenizer.from_str(serialized)
@@ -105,15 +100,19 @@ class ArithmeticTokenizer:
         if ids != list(range(len(SPECIAL_TOKENS))):
             raise ValueError(f"special tokens {SPECIAL_TOKENS} must have ids 0 to 5, not {ids}")
         self.serialized = serialized
+        self._spelling = _spelling_of(serialized)
+        if self._spelling:  # in place of its rules, which take much longer
+            self._tokenizer.normalizer, self._tokenizer.decoder = None, decoders.Fuse()
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], vocab_size: int, digits: Digits = "places"
+        cls, texts: Iterable[str], vocab_size: int, digits: Digits = "reversed"
     ) -> ArithmeticTokenizer:
         """Learn merges from ``texts``; ``vocab_size`` is an upper bound on the result's size.
 
         Args:
-            digits: a token for each digit and place, for each digit, or for frequent numbers.
+            digits: a token for each digit and place, the units first or last; for each digit; or
+                for frequent numbers.
 
         Raises:
             UserError: ``vocab_size`` leaves no room for the special tokens and printable ASCII, and
@@ -122,7 +121,8 @@ class ArithmeticTokenizer:
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
         from tokenizers.trainers import BpeTrainer
 
-        places = len(_PLACE_TOKENS) if digits == "places" else 0
+        spelling = SPELLINGS.get(digits)
+        places = len(_PLACE_TOKENS) if spelling else 0
         if vocab_size < (least := SMALLEST_VOCAB + places):
             raise UserError(f"--vocab-size {vocab_size}: must be at least {least}")
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -137,7 +137,7 @@ class ArithmeticTokenizer:
         tokenizer.train_from_iterator((_words(text, digits) for text in texts), trainer)
         pieces = Regex(PIECES.format(digits=DIGITS[digits]))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, "isolated")
-        return cls(_with_places(tokenizer) if places else tokenizer.to_str())
+        return cls(_spelled(tokenizer, spelling) if spelling else tokenizer.to_str())
 
     @classmethod
     def load(cls, path: str | Path) -> ArithmeticTokenizer:
@@ -176,24 +176,42 @@ class ArithmeticTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; ``<think>`` and its kin become their one id each."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``[encode(text) for text in texts]``, in parallel."""
+        if self._spelling:
+            texts = [self._spelling.encoded(text) for text in texts]
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens included."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return self._spelling.decoded(text) if self._spelling else text
 
     def decode_completion(self, ids: Sequence[int]) -> str:
         """The text of ``ids`` but for a last ``<eos>``; any other special token is shown."""
         return self.decode(ids[:-1] if ids and ids[-1] == EOS else ids)
 
+    @cached_property
+    def units_first(self) -> bool:
+        """Whether the tokens of a number stand in another order than its digits."""
+        return self.token(self.encode("12")[0]) == "2"
+
+    def settled(self, ids: Sequence[int]) -> int:
+        """How many of ``ids`` have a text that stays: all but the digits of a last number.
+
+        Its next digit might be one that text has before them.
+        """
+        end = len(ids)
+        while end and self.kind(ids[end - 1]) == "digit":
+            end -= 1
+        return end
+
     def token(self, token_id: int) -> str:
         """The text of one token."""
-        return self.name(token_id).translate(_NO_MARKS)
+        return self.name(token_id).translate(UNMARKED)
 
     def name(self, token_id: int) -> str:
         """What the vocabulary calls a token: its text or, of a digit beyond the units, ``7₂``."""
@@ -203,7 +221,7 @@ class ArithmeticTokenizer:
     def composed(self) -> dict[int, tuple[int, int]]:
         """The tokens of a digit and its mark, ``7₂``, with those of ``7`` and ``₂`` alone."""
         number = self._tokenizer.get_vocab()
-        pairs = [pair for pair in _PLACES if "".join(pair) in number]
+        pairs = [pair for pair in PLACED if "".join(pair) in number]
         return {number["".join(pair)]: (number[pair[0]], number[pair[1]]) for pair in pairs}
 
     def kind(self, token_id: int) -> str:
