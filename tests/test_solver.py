@@ -5,13 +5,15 @@ import sys
 from dataclasses import replace
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, make_tokenizer
 from oracle import Oracle, right_answer, with_result
 
 from arithmetic_llm import ArithmeticSolver
 from arithmetic_llm.corpus.coverage import Coverage
-from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
+from arithmetic_llm.evaluation.draft import right_continuations
+from arithmetic_llm.model.tokenizer import EOS, ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError
+from arithmetic_llm.task.problem import problem_from
 
 SEEN = Coverage(
     styles={"nested": 9}, depths=(1, 2), flat_terms=(3,), num_range=(1, 20), splits={"train": 9}
@@ -142,7 +144,20 @@ def test_a_stream_comes_in_pieces_as_they_are_written(tokenizer):
     assert len(asked) == 2  # the prompt, and the first pass behind it
     passes = [len(asked) for piece in stream]
     assert len(passes) > 2
-    assert passes == [*range(3, 3 + len(passes))]  # a draft may be right, but has its length
+    *early, end = passes  # the end is a piece of its own
+    assert early == [*range(3, 3 + len(early))]  # a draft may be right, but has its length
+    assert end == early[-1]
+
+
+def test_a_number_that_goes_on_is_held_back(tokenizer, monkeypatch):
+    """Its units may be written first, and what has been shown cannot be taken back."""
+    monkeypatch.setattr(
+        "arithmetic_llm.evaluation.solver.right_continuations", lambda *_: lambda *_: []
+    )  # so that each pass writes one token
+    solver = ArithmeticSolver(Oracle(tokenizer), tokenizer)
+    pieces, outcome = drain(solver.stream("480 + 273"))
+    assert len(pieces) > 10
+    assert "".join(pieces).strip() == outcome.text == right_answer("480 + 273").strip()
 
 
 def test_right_drafts_are_checked_and_not_believed(tokenizer):
@@ -155,6 +170,20 @@ def test_right_drafts_are_checked_and_not_believed(tokenizer):
     outcome = ArithmeticSolver(model, tokenizer).solve("1 + (2 + 3)")
     assert outcome.text == wrong.strip()
     assert len(passes) <= 6  # the prompt, up to each error, and from there to the end
+
+
+@pytest.mark.parametrize("digits", ["reversed", "places"])
+def test_a_right_solver_goes_on_from_any_token(digits):
+    """Within a number, too, whichever of its digits have been written."""
+    tokenizer, expression = make_tokenizer(digits=digits), "480 - (-273 + (1234 - 98765))"
+    guess = right_continuations([problem_from(expression)], tokenizer)
+    ids = [*tokenizer.encode(right_answer(expression)), EOS]
+    for cut in range(len(ids)):
+        drafted = guess(0, ids[:cut])
+        assert drafted
+        assert drafted == ids[cut:][: len(drafted)]
+    in_a_number = next(i for i in range(1, len(ids)) if tokenizer.settled(ids[:i]) < i - 1)
+    assert guess(0, [*ids[: in_a_number - 1], *tokenizer.encode("5")]) == []
 
 
 # ---------------------------------------------------------------------------------- bounds
