@@ -381,6 +381,17 @@ def test_a_tokenizer_of_another_size_is_refused(export, tmp_path, tokenizer):
 # ------------------------------------------------------------------------------- the card
 
 
+def test_the_card_warns_of_text_made_token_by_token(shelf):
+    """It is what happens: transformers' text of each token by itself."""
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(shelf / "export" / "tokenizer.json"))
+    ids = theirs("= 723 ")["input_ids"]
+    assert theirs.decode(ids) == "= 723 "
+    assert "".join(theirs.decode([token]) for token in ids) == "= 327 "
+    assert "would show `723` as `327`" in (shelf / "export" / "README.md").read_text()
+
+
 def test_the_card_has_the_evaluation_with_its_intervals(shelf):
     card = (shelf / "export" / "README.md").read_text()
     metrics = json.loads((shelf / "metrics.json").read_text())

@@ -51,6 +51,10 @@ A model that is right writes
 
 Keep special tokens when decoding (`skip_special_tokens=False`, the default): `{close}` is one."""
 
+_UNITS_FIRST = """\
+Decode a text as a whole. Its tokens have the units of a number first, so what makes text of one
+token after another (a stream, or a server that sends text) would show `723` as `327`."""
+
 
 def card_text(checkpoint: Checkpoint, metrics: Metrics | None = None) -> str:
     """The card as Markdown with the Hub's header.
@@ -59,6 +63,7 @@ def card_text(checkpoint: Checkpoint, metrics: Metrics | None = None) -> str:
         KeyError, TypeError, ValueError: the metrics lack a figure, or it is of another form.
     """
     parts = [_HEAD, _what(checkpoint), _training(checkpoint), _evaluation(metrics), _usage()]
+    parts += [_UNITS_FIRST] if checkpoint.tokenizer.units_first else []
     return "\n\n".join(parts) + "\n"
 
 
