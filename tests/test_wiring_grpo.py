@@ -281,7 +281,7 @@ def clipped_share(old, new, made, config) -> float:
 STEPS = {
     "all tokens": {"loss_type": "dapo"},
     "top k": {"loss_type": "dr_grpo", "top_k": 5, "kl_estimator": "k3_plain"},
-    "nucleus": {"loss_type": "grpo", "top_p": 0.9, "scale_rewards": "group"},
+    "nucleus": {"loss_type": "grpo", "top_p": 0.97, "scale_rewards": "group"},
     "adapter": {"loss_type": "dapo", "top_k": 8, **KINDS["adapter"]},
 }
 

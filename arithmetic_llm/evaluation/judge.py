@@ -96,10 +96,14 @@ def judge(
     """
     cut_off = completion.finish_reason == "length"
     text = tokenizer.decode_completion(completion.tokens).strip()
+    verdict = verify(problem.expression, text, cut_off)
+    if cut_off and verdict.error != "cut_off":  # unless a last number was to go on: `2` is no `12`
+        known = tokenizer.decode(completion.tokens[: tokenizer.settled(completion.tokens)])
+        verdict = verify(problem.expression, known.strip(), cut_off)
     return Outcome(
         problem=problem,
         text=text,
-        verdict=verify(problem.expression, text, cut_off),
+        verdict=verdict,
         tokens=len(completion.tokens),
         cut_off=cut_off,
         beyond_context=prompt_tokens + len(completion.tokens) > context,
