@@ -924,6 +924,12 @@ MUTANTS = [
         "test_solver.py -k held_back",
     ),
     Mutant(
+        "judge: a number that was cut off is read as a whole one",
+        'if cut_off and verdict.error != "cut_off":',
+        "if False:",
+        "test_evaluate.py -k cut_anywhere",
+    ),
+    Mutant(
         "tokenizer: a digit's place is composed of the mark alone",
         "(number[pair[0]], number[pair[1]])",
         "(number[pair[1]], number[pair[1]])",
