@@ -76,8 +76,9 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     }
     memory = io.BytesIO()  # straight to a full disk, torch would fail with an error of its own
     torch.save(content, memory)
-    with atomic_write(path) as file:
-        file.write(memory.getbuffer())
+    # Left open, a view that an error holds on to crashes Python 3.12.1's garbage collector.
+    with atomic_write(path) as file, memory.getbuffer() as view:
+        file.write(view)
 
 
 # ------------------------------------------------------------------------------------- reading
