@@ -9,7 +9,8 @@ import torch
 
 from arithmetic_llm.corpus.record import solved
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
-from arithmetic_llm.training.batches import Batch, LossWeights, TokenisedSamples
+from arithmetic_llm.training.batches import Batch, TokenisedSamples
+from arithmetic_llm.training.weights import LossWeights
 
 
 @dataclass(frozen=True)
