@@ -398,12 +398,6 @@ class TrainingConfig(RunConfig):
         "loss weight of a step's result: its digits, its sign and the token that ends it",
         above=0.0,
     )
-    decision_loss_weight: float = opt(
-        1.0,
-        "loss weight of what is no copy in a solution: its first token, a step or an error, and "
-        "the result where it takes the place of its operation, with the token behind it",
-        above=0.0,
-    )
     excerpt_tokens: int = opt(
         0,
         "learn from a longer sample in excerpts of whole steps, of at most so many tokens; 0 = off",

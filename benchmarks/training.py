@@ -48,8 +48,7 @@ from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.lora import target_names
 from arithmetic_llm.model.tokenizer import PAD, ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel, initialise
-from arithmetic_llm.training.batches import TokenisedSamples, plan_epoch
-from arithmetic_llm.training.weights import LossWeights
+from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, plan_epoch
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SKIPPED = 1 / 5  # share of a run's steps that warm up
@@ -123,18 +122,12 @@ def padded(samples, indices):
     return ids[:, :-1], ids[:, 1:], weights[:, 1:]
 
 
-def loss_weights(recipe, prompt):
-    """What a recipe's training stage says of them."""
-    result, decision = recipe["result_loss_weight"], recipe.get("decision_loss_weight", 1.0)
-    return LossWeights(prompt, result, decision)
-
-
 def quickstart_case(materials):
     """The recipe: its model on its mix of samples, some seconds' worth of them."""
     samples = materials.config.size(1500, 100)
     command = (*materials.corpus_command[:3], "--num-samples", samples, "--output-txt")
     recipe = read_json(RECIPE / "foundational.json")
-    weights = loss_weights(recipe, recipe["prompt_loss_weight"])
+    weights = LossWeights(recipe["prompt_loss_weight"], recipe["result_loss_weight"])
     shape = materials.shape
     words = ("--config", RECIPE / "foundational.json", *shape_flags(shape))
     corpus, tokenizer = materials.part(f"mix_{samples}.txt", *command), materials.tokenizer
@@ -399,7 +392,7 @@ def lora_case(materials):
     )
     recipe = read_json(RECIPE / "lora.json")
     words = ("--config", RECIPE / "lora.json", "--foundational-checkpoint", materials.model)
-    weights = loss_weights(recipe, prompt=0.0)
+    weights = LossWeights(0.0, recipe["result_loss_weight"])
     return Case(
         "LoRA",
         materials.shape,

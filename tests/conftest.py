@@ -13,10 +13,9 @@ from arithmetic_llm.config import SampleSpec, TrainingConfig
 from arithmetic_llm.corpus.draw import draw_samples
 from arithmetic_llm.model.checkpoint import save_checkpoint
 from arithmetic_llm.model.transformer import initialise
-from arithmetic_llm.training.batches import TokenisedSamples, plan_epoch
+from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, plan_epoch
 from arithmetic_llm.training.optim import build_optimizer, learning_rate_factor
 from arithmetic_llm.training.supervised import counted_logits
-from arithmetic_llm.training.weights import LossWeights
 
 # A shell's background jobs ignore Ctrl-C, what nohup starts a closed terminal, and so would all
 # that the tests start from there.

@@ -23,10 +23,9 @@ from arithmetic_llm.model.tokenizer import PAD
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.solution import solve
 from arithmetic_llm.task.text import problem_text
-from arithmetic_llm.training.batches import TokenisedSamples, plan_epoch
+from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, plan_epoch
 from arithmetic_llm.training.loop import update, workers
 from arithmetic_llm.training.supervised import SupervisedTask, held_out_sums
-from arithmetic_llm.training.weights import LossWeights
 
 TOKENIZER = make_tokenizer()
 PLAIN = LossWeights(prompt=1.0, result=1.0)
@@ -107,44 +106,6 @@ def test_token_weights_by_hand():
         ("1", 1.0),
         ("<eos>", 1.0),
     ]
-
-
-def weighted(samples):
-    """Tokens and weights, one after the other, from the first solution's beginning."""
-    texts = [TOKENIZER.token(i) for i in samples.ids]
-    begin = texts.index("<think>") if "<think>" in texts else 0
-    return " ".join(
-        f"{text.strip()}{weight:g}"
-        for text, weight in zip(texts[begin:], samples.weights[begin:], strict=False)
-    )
-
-
-def decided(*records, **options):
-    return weighted(tokenised(records, loss=LossWeights(0, 3, decision=7), **options))
-
-
-def test_decisions_are_the_first_token_and_results_in_their_places():
-    assert decided(record("2 - (1 - 15)")) == (
-        "<think>0 Step7 11 :1 11 -1 51 11 =1 -3 43 13 Expression now:3 21 -1 -7 47 17 "
-        "Step7 21 :1 21 -1 -1 41 11 =1 63 13 Expression now:3 67 17 7 </think>1 Final Result:1 "
-        "61 11 <eos>1"
-    )
-
-
-def test_an_error_is_a_decision():
-    assert decided(record("5 + = 3")).startswith("<think>0 Error: unexpected character7 ")
-
-
-def test_decisions_of_excerpts_and_of_several_samples_are_their_own():
-    expressions = ("5 + 5 - 5 + 5", "5 + 5 - 5", "(5 = 5", "(5 + 5) - 5")
-    each = [tokenised([record(e)], loss=LossWeights(0, 3, 7)).weights for e in expressions]
-    together = tokenised([record(e) for e in expressions], loss=LossWeights(0, 3, 7)).weights
-    assert together.tolist() == np.concatenate(each).tolist()
-    cut = decided(record("5 + 5 - 5 + 5"), excerpt_tokens=26)
-    assert (
-        "<bos>0 Expression now:0 00 10 -0 50 +0 50 Step1 21 :1 01 11 -1 51 =1 53 Expression now:3 "
-        "57 +7 51 <bos>0 "
-    ) in cut
 
 
 # --------------------------------------------------------------------------------- excerpts

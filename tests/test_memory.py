@@ -21,9 +21,13 @@ from arithmetic_llm.grpo.task import GRPOTask
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.runtime import multiplies_bf16
 from arithmetic_llm.training import batches as data
-from arithmetic_llm.training.batches import TokenisedSamples, micro_batches, working_memory
+from arithmetic_llm.training.batches import (
+    LossWeights,
+    TokenisedSamples,
+    micro_batches,
+    working_memory,
+)
 from arithmetic_llm.training.supervised import SupervisedTask
-from arithmetic_llm.training.weights import LossWeights
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")  # one of 8 GiB, or of what `card` says
 DEFAULT = ModelConfig()

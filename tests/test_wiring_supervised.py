@@ -49,7 +49,6 @@ SETTINGS = {
     "gradient_accumulation_steps": 1,
     "prompt_loss_weight": 0.3,
     "result_loss_weight": 2.5,
-    "decision_loss_weight": 1.7,
     "precision": "fp32",
     "seed": 7,
     "eval_samples": 4,
@@ -154,39 +153,20 @@ def corpus_texts(path):
     return [f"{s['problem']} {s['solution']}".replace("\n", " ") for s in samples]
 
 
-def token_weights(text, offsets, settings, prompt):
+def token_weights(text, offsets, prompt, result):
     """Loss weights by the place of the tokens in the text.
 
-    The number after each step's "=" counts ``result``, and so does the token that ends it. The
-    first token of a solution is a decision, and the same number in the next expression.
+    The number after each step's "=" counts ``result``, and so does the token that ends it.
     """
     end_of_prompt = re.search("<think>|(?= Step )", text).end()
     results = [match.span(1) for match in re.finditer(r" = (-?[0-9]+)", text)]
-    decisions = [*placed_results(text), *([(end_of_prompt,) * 2] if "<think>" in text else [])]
-
-    def within(spans, start, end):
-        return any(first < end and start <= last for first, last in spans)
 
     def weight(start, end):
         if end <= end_of_prompt:
             return prompt
-        if within(decisions, start, end):
-            return settings["decision_loss_weight"]
-        return settings["result_loss_weight"] if within(results, start, end) else 1.0
+        return result if any(first < end and start <= last for first, last in results) else 1.0
 
     return [weight(start, end) for start, end in offsets]
-
-
-def placed_results(text):
-    """The span of each number with which an expression first differs from the one before it."""
-    expressions = [
-        *re.finditer(r"(?:Evaluate|Expression now): ([0-9+() -]+?)(?= <| Step |$)", text)
-    ]
-    for before, after in itertools.pairwise(expressions):
-        words = [[*re.finditer(r" [+-] |[()]|-?[0-9]+", e[1])] for e in (before, after)]
-        new = next((new for old, new in zip(*words, strict=False) if old[0] != new[0]), None)
-        if new and new[0][-1].isdigit():
-            yield tuple(after.start(1) + place for place in new.span())
 
 
 def samples_of(world, stage, settings):
@@ -197,7 +177,7 @@ def samples_of(world, stage, settings):
     for text in corpus_texts(world.corpora[stage]):
         for piece in cut(text, tokenizer, settings.get("excerpt_tokens", 0)):
             encoding = tokenizer.encode(piece, add_special_tokens=False)
-            weights = token_weights(piece, encoding.offsets, settings, prompt)
+            weights = token_weights(piece, encoding.offsets, prompt, settings["result_loss_weight"])
             end = [EOS] if "Final Result" in piece else []
             ids, weights = [BOS, *encoding.ids, *end], [*weights, *(1.0 for _ in end)]
             samples.append((torch.tensor(ids), torch.tensor(weights)))

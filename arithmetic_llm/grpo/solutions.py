@@ -9,8 +9,7 @@ import torch
 
 from arithmetic_llm.corpus.record import solved
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
-from arithmetic_llm.training.batches import Batch, TokenisedSamples
-from arithmetic_llm.training.weights import LossWeights
+from arithmetic_llm.training.batches import Batch, LossWeights, TokenisedSamples
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from arithmetic_llm.model.fused import BLOCK
 from arithmetic_llm.model.tokenizer import BOS, EOS, PAD, THINK, UNK, ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError, moved
 from arithmetic_llm.task.text import BEFORE_LINE, OPEN, in_turn
-from arithmetic_llm.training.weights import LossWeights, token_weights
 
 _CHUNK = 10_000  # records tokenised at a time
 _ROUND_TO = 8  # batch widths are multiples of this: fewer distinct shapes run faster
@@ -27,6 +26,14 @@ _ROUND_TO = 8  # batch widths are multiples of this: fewer distinct shapes run f
 # batches of the GPU recipe whole.
 _MOST_TOKENS, _MOST_TOKENS_ON_GPU = 16_384, 131_072  # padding included
 _MOST_BYTES, _MOST_BYTES_OF_APPLE = 512 * 2**20, 4 * 2**30
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of a token's loss by its place in the sequence; the solution's text counts 1."""
+
+    prompt: float  # tokens up to and including <think>
+    result: float  # the number after each step's "="
 
 
 @dataclass(frozen=True)
@@ -172,6 +179,41 @@ def excerpts(record: Record, tokenizer: ArithmeticTokenizer, most: int) -> list[
         begin = [BOS, *expression]
     found[-1][1].append(EOS)
     return found
+
+
+def token_weights(
+    ids: np.ndarray, in_prompt: np.ndarray, tokenizer: ArithmeticTokenizer, loss: LossWeights
+) -> np.ndarray:
+    """The loss weight of each token of a flat array of samples, fp32.
+
+    A result is the run of digits and signs after "=", which may be a token of its own or end one,
+    with or without the space that follows; and the token behind the run, because how many digits a
+    number has is arithmetic, too. With weights of 0.05 for the prompt and 3 for a result:
+
+        <bos> Evaluate: ... <think> " Step " 1 ": " 7 " + " 5 " = " 1 2 " Expression now: " ...
+          0     0.05        0.05      1     1  1   1   1   1   1    3 3         3           1
+
+    Args:
+        in_prompt: of each token whether it stands before its sample's first step.
+    """
+    if not len(ids):
+        return np.zeros(0, dtype=np.float32)
+    place = np.arange(len(ids))
+
+    def latest(mark: np.ndarray) -> np.ndarray:
+        """Last place up to each where ``mark`` holds; 0 where none does."""
+        return np.maximum.accumulate(np.where(mark, place, 0))
+
+    texts = [tokenizer.token(i) for i in range(tokenizer.vocab_size)]
+    numeric = np.array([text.isdigit() or text == "-" for text in texts])[ids]
+    blank = np.array([text == " " for text in texts])[ids]
+    ends_with_equals = np.array([text.rstrip().endswith("=") for text in texts])[ids]
+    word_before = latest(~(numeric | blank))  # where the last token that is no number stands
+    in_result = numeric & ends_with_equals[word_before]
+    in_result[1:] |= in_result[:-1]
+    weights = np.where(in_prompt, loss.prompt, np.where(in_result, loss.result, 1.0))
+    weights[ids == BOS] = 0.0  # nothing precedes it, so nothing can predict it
+    return weights.astype(np.float32)
 
 
 def plan_epoch(

@@ -29,11 +29,16 @@ from arithmetic_llm.runtime import (
     prepare_training,
 )
 from arithmetic_llm.task.expression import ExpressionError, parse
-from arithmetic_llm.training.batches import Batch, TokenisedSamples, micro_batches, plan_epoch
+from arithmetic_llm.training.batches import (
+    Batch,
+    LossWeights,
+    TokenisedSamples,
+    micro_batches,
+    plan_epoch,
+)
 from arithmetic_llm.training.loop import fit
 from arithmetic_llm.training.run import Run, open_run
 from arithmetic_llm.training.start import Beginning, Sources, begin, held_out_records
-from arithmetic_llm.training.weights import LossWeights
 
 MORE_ROOM = "raise --max-seq-length, or make a corpus of shallower problems"
 
@@ -152,7 +157,8 @@ def train_foundational(config: FoundationalConfig, shape: ModelConfig) -> Path:
     """Train a model from random weights, or from ``init_from``'s; returns the run folder."""
     config = resolve_paths(config)
     sources = Sources(config.tokenizer_path, config.corpus_path, config.init_from)
-    return _train(config, sources, config.prompt_loss_weight, shape=shape)
+    loss = LossWeights(config.prompt_loss_weight, config.result_loss_weight)
+    return _train(config, sources, loss, shape=shape)
 
 
 def train_instruction(config: InstructionConfig) -> Path:
@@ -169,19 +175,19 @@ def _tune(config: InstructionConfig, lora: LoRAConfig | None = None) -> Path:
     config = resolve_paths(config)
     start = config.init_from or config.foundational_checkpoint
     sources = Sources(config.tokenizer_path, config.instruction_corpus_path, start)
-    return _train(config, sources, prompt_loss_weight=0.0, lora=lora)
+    loss = LossWeights(0.0, config.result_loss_weight)
+    return _train(config, sources, loss, lora=lora)
 
 
 def _train(
     config: TrainingConfig,
     sources: Sources,
-    prompt_loss_weight: float,
+    loss: LossWeights,
     shape: ModelConfig | None = None,
     lora: LoRAConfig | None = None,
 ) -> Path:
     prepare_training(config.threads, config.seed)
     beginning = begin(config, sources, shape=shape, lora=lora)
-    loss = LossWeights(prompt_loss_weight, config.result_loss_weight, config.decision_loss_weight)
     task = _task(config, sources.corpus, beginning, loss)
     run = open_run(config, beginning.checkpoint, **beginning.hashes)
     _describe(run, task)
