@@ -556,12 +556,6 @@ MUTANTS = [
         "test_corpus.py -k rewriting",
     ),
     Mutant(
-        "corpus: rewritings of full trees alone",
-        "rng.uniform(LEAF_PROBABILITY, 1.0)",
-        "LEAF_PROBABILITY",
-        "test_corpus.py -k rewriting",
-    ),
-    Mutant(
         "corpus: rewritings numbered from 0",
         "rewriting(before[place], place + 1, solution.steps[place])",
         "rewriting(before[place], place, solution.steps[place])",
@@ -784,8 +778,8 @@ MUTANTS = [
     ),
     Mutant(
         "sampler: depth is only a bound",
-        "        exact_tree(depth - 1, num_range, rng, leaf_probability),\n",
-        "        _free_tree(depth - 1, num_range, rng, leaf_probability),\n",
+        "sides = [exact_tree(depth - 1, num_range, rng), ",
+        "sides = [_free_tree(depth - 1, num_range, rng), ",
         "test_sampling.py -k depth",
     ),
     Mutant(
