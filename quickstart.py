@@ -151,7 +151,7 @@ def in_processes(config):
 # --------------------------------------------------------------- how many processes are faster
 
 MOST = 4  # a batch of 2,048 tokens has few rows to share out
-PAYS = 1.05  # times as fast: one process has fewer ways to fail
+PAYS = 1.1  # times as fast: one process has fewer ways to fail
 SAMPLE = (
     "generate_foundational_plaintext.py --config {recipe}/foundational_corpus.json "
     "--num-samples 3000 --output-txt {folder}/corpus.txt"
