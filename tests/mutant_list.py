@@ -821,6 +821,12 @@ MUTANTS = [
     ),
     # --------------------------------------------------------------------------------- checkpoint
     Mutant(
+        "checkpoint: a view of the buffer stays open",
+        "with atomic_write(path) as file, memory.getbuffer() as view:\n",
+        "with atomic_write(path) as file:\n        view = memory.getbuffer()\n",
+        "test_checkpoint.py -k buffer",
+    ),
+    Mutant(
         "checkpoint: changed bytes are not noticed",
         "if part := archive.testzip():",
         "if part := None:",

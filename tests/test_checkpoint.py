@@ -1,9 +1,11 @@
 """Checkpoints: whole or not there, never executed, and refused by name if anything is wrong."""
 
+import io
 import pickle
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from helpers import (
     random_model,
 )
 
+from arithmetic_llm.model import checkpoint
 from arithmetic_llm.model.checkpoint import save_checkpoint, weights_hash
 from arithmetic_llm.model.load import check_tokenizer, load_model
 from arithmetic_llm.runtime import UserError, atomic_write, atomic_write_text
@@ -260,6 +263,23 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(
         save_checkpoint(path, checkpoint_of(tiny_model, tokenizer))
     assert "\n" not in str(caught.value)
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("model.pt", "old")] * exists
+
+
+def test_a_write_that_fails_lets_go_of_its_buffer(tmp_path, tiny_model, tokenizer, monkeypatch):
+    """Python 3.12.1 crashes where an error's traceback holds a view of one."""
+    buffers = []
+
+    class Kept(io.BytesIO):
+        def __init__(self):
+            super().__init__()
+            buffers.append(self)
+
+    monkeypatch.setattr(checkpoint, "io", SimpleNamespace(BytesIO=Kept))
+    full_when_writing(monkeypatch)
+    with pytest.raises(UserError) as caught:
+        save_checkpoint(tmp_path / "model.pt", checkpoint_of(tiny_model, tokenizer))
+    assert caught.value.__traceback__
+    buffers[0].close()  # an open view would not let it
 
 
 def test_an_interrupt_while_writing_leaves_the_old_file(tmp_path):
