@@ -21,7 +21,6 @@ from helpers import (
     random_model,
 )
 
-from arithmetic_llm.model import checkpoint
 from arithmetic_llm.model.checkpoint import save_checkpoint, weights_hash
 from arithmetic_llm.model.load import check_tokenizer, load_model
 from arithmetic_llm.runtime import UserError, atomic_write, atomic_write_text
@@ -274,7 +273,7 @@ def test_a_write_that_fails_lets_go_of_its_buffer(tmp_path, tiny_model, tokenize
             super().__init__()
             buffers.append(self)
 
-    monkeypatch.setattr(checkpoint, "io", SimpleNamespace(BytesIO=Kept))
+    monkeypatch.setattr("arithmetic_llm.model.checkpoint.io", SimpleNamespace(BytesIO=Kept))
     full_when_writing(monkeypatch)
     with pytest.raises(UserError) as caught:
         save_checkpoint(tmp_path / "model.pt", checkpoint_of(tiny_model, tokenizer))
