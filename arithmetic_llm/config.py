@@ -87,6 +87,11 @@ class SampleSpec:
     rewrite_depth: int = opt(
         6, "greatest depth of the trees of --rewrite-rate", at_least=1, at_most=MAX_DEPTH
     )
+    thin_rewrites: bool = opt(
+        False,
+        "trees of --rewrite-rate have many numbers or few, down to one more than their depth: "
+        "cheaper to show, and more of them are first steps",
+    )
     wide_range: tuple[int, int] = opt((-999, 999), "smallest and largest number of --wide-rate")
 
     def __post_init__(self) -> None:
@@ -142,6 +147,7 @@ class CorpusConfig(SampleSpec):
     flat_terms: int = like(SampleSpec, "flat_terms", needs=[{"flat_rate": Above(0)}])
     chain_numbers: int = like(SampleSpec, "chain_numbers", needs=[{"chain_rate": Above(0)}])
     rewrite_depth: int = like(SampleSpec, "rewrite_depth", needs=[{"rewrite_rate": Above(0)}])
+    thin_rewrites: bool = like(SampleSpec, "thin_rewrites", needs=[{"rewrite_rate": Above(0)}])
     wide_range: tuple[int, int] = like(SampleSpec, "wide_range", needs=[{"wide_rate": Above(0)}])
 
 

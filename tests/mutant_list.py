@@ -556,6 +556,18 @@ MUTANTS = [
         "test_corpus.py -k rewriting",
     ),
     Mutant(
+        "corpus: thin rewritings of full trees",
+        "rng.uniform(LEAF_PROBABILITY, 1.0) if spec.thin_rewrites else LEAF_PROBABILITY",
+        "LEAF_PROBABILITY",
+        "test_corpus.py -k rewriting",
+    ),
+    Mutant(
+        "corpus: all rewritings thin",
+        "if spec.thin_rewrites else LEAF_PROBABILITY",
+        "if True else LEAF_PROBABILITY",
+        "test_corpus.py -k rewriting",
+    ),
+    Mutant(
         "corpus: rewritings numbered from 0",
         "rewriting(before[place], place + 1, solution.steps[place])",
         "rewriting(before[place], place, solution.steps[place])",
@@ -778,8 +790,8 @@ MUTANTS = [
     ),
     Mutant(
         "sampler: depth is only a bound",
-        "sides = [exact_tree(depth - 1, num_range, rng), ",
-        "sides = [_free_tree(depth - 1, num_range, rng), ",
+        "        exact_tree(depth - 1, num_range, rng, leaf_probability),\n",
+        "        _free_tree(depth - 1, num_range, rng, leaf_probability),\n",
         "test_sampling.py -k depth",
     ),
     Mutant(

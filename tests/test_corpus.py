@@ -144,9 +144,10 @@ STEPS = SampleSpec(max_depth=3, rewrite_rate=1.0, rewrite_depth=5, typed_rate=0.
 
 
 @pytest.mark.parametrize("draw", [draw_samples, partial(distinct_samples, split="train")])
-def test_a_rewriting_is_one_right_step_of_a_deeper_solution(draw):
-    numbers, depths = [], Counter()
-    for sample in draw(STEPS, 400, seed=2):
+@pytest.mark.parametrize("thin", [False, True])
+def test_a_rewriting_is_one_right_step_of_a_deeper_solution(draw, thin):
+    numbers, depths, operations = [], Counter(), Counter()
+    for sample in draw(replace(STEPS, thin_rewrites=thin), 400, seed=2):
         expression, problem, solution, answer = sample.record
         assert (sample.style, answer) == ("rewrite", None)
         if first := solution.startswith("<think>\n"):
@@ -162,9 +163,14 @@ def test_a_rewriting_is_one_right_step_of_a_deeper_solution(draw):
         assert first == (number == "1")
         numbers.append(int(number))
         depths[parse(expression).depth] += 1
+        operations[expression.count(" ") // 2] += 1
     assert {*depths} == {4, 5}  # deeper than any that is solved
-    assert 80 < numbers.count(1) < 200  # those alone say that a problem may be so deep
+    first = numbers.count(1)  # those alone say that a problem may be so deep
+    assert 180 < first < 300 if thin else 80 < first < 200
     assert max(numbers) > 10
+    few = operations[4] + operations[5]  # hardly more than it takes to be so deep
+    assert few > 150 if thin else few < 100
+    assert sum(operations[n] for n in operations if n > 9) > 30
 
 
 def test_rewritings_come_from_trees_of_their_split():

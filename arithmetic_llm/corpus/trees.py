@@ -19,22 +19,33 @@ MANY = 10**15
 # ---------------------------------------------------------------------------------- trees
 
 
-def exact_tree(depth: int, num_range: tuple[int, int], rng: Random) -> Postfix:
-    """A tree exactly that deep: one side of depth - 1, the other free, swapped at random."""
+def exact_tree(
+    depth: int, num_range: tuple[int, int], rng: Random, leaf_probability: float = LEAF_PROBABILITY
+) -> Postfix:
+    """A tree exactly that deep: one side of depth - 1, the other free, swapped at random.
+
+    Args:
+        leaf_probability: 1 for the fewest numbers that a tree so deep can have.
+    """
     if depth == 0:
         return (_number(num_range, rng),)
-    sides = [exact_tree(depth - 1, num_range, rng), _free_tree(depth - 1, num_range, rng)]
+    sides = [
+        exact_tree(depth - 1, num_range, rng, leaf_probability),
+        _free_tree(depth - 1, num_range, rng, leaf_probability),
+    ]
     if rng.random() < 0.5:
         sides.reverse()
     return (*sides[0], *sides[1], _operator(rng))
 
 
-def _free_tree(depth: int, num_range: tuple[int, int], rng: Random) -> Postfix:
-    """A tree of at most that depth, which stops at a number with `LEAF_PROBABILITY`."""
-    if depth == 0 or rng.random() < LEAF_PROBABILITY:
+def _free_tree(
+    depth: int, num_range: tuple[int, int], rng: Random, leaf_probability: float
+) -> Postfix:
+    """A tree of at most that depth, which stops at a number with that probability."""
+    if depth == 0 or rng.random() < leaf_probability:
         return (_number(num_range, rng),)
-    left = _free_tree(depth - 1, num_range, rng)
-    return (*left, *_free_tree(depth - 1, num_range, rng), _operator(rng))
+    sides = [_free_tree(depth - 1, num_range, rng, leaf_probability) for _ in range(2)]
+    return (*sides[0], *sides[1], _operator(rng))
 
 
 def flat_sum(terms: int, num_range: tuple[int, int], rng: Random) -> Postfix:
