@@ -154,6 +154,5 @@ def orthogonalise(
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
     return (x.mT if tall else x).to(matrices.dtype)
