@@ -710,8 +710,8 @@ class EvaluationConfig(ModelPathConfig):
     )
     max_gen_length: int = opt(
         0,
-        "most new tokens of an answer; 0 = the longest right answer of the test and a quarter more "
-        "(at most 4 contexts), which cuts off no trained depth",
+        "most new tokens of an answer; 0 = of each problem's right answer and a quarter more (at "
+        "most 4 contexts), which cuts off no trained depth",
         at_least=0,
     )
     batch_size: int = opt(64, "problems at a time: speed and memory, not results", at_least=1)

@@ -1011,9 +1011,27 @@ MUTANTS = [
     ),
     Mutant(
         "evaluation: the length limit leaves no room",
-        "return min(longest + max(32, longest // 4), most)",
-        "return min(longest // 2, most)",
+        "return [min(length + max(32, length // 4), most) for length in lengths]",
+        "return [min(length // 2, most) for length in lengths]",
         "test_evaluate.py -k limit",
+    ),
+    Mutant(
+        "evaluation: every problem has the room of the longest",
+        "(room if ok else max(rooms))",
+        "max(rooms)",
+        "test_evaluate.py -k room",
+    ),
+    Mutant(
+        "evaluation: an invalid problem has the room of its own answer",
+        "(room if ok else max(rooms))",
+        "room",
+        "test_evaluate.py -k room",
+    ),
+    Mutant(
+        "decode: every row has the limit of the first",
+        "return [limit] * rows if isinstance(limit, int) else limit",
+        "return [limit if isinstance(limit, int) else limit[0]] * rows",
+        "test_generate.py -k limit",
     ),
     # ------------------------------------------------------------------------- pages and pictures
     Mutant(

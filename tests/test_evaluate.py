@@ -24,7 +24,7 @@ from arithmetic_llm.corpus.record import rewriting
 from arithmetic_llm.evaluation import evaluate as evaluation
 from arithmetic_llm.evaluation.evaluate import evaluate, problems_for, problems_from, save
 from arithmetic_llm.evaluation.judge import judge
-from arithmetic_llm.evaluation.length import answer_lengths, room_to_answer
+from arithmetic_llm.evaluation.length import answer_lengths, rooms_to_answer
 from arithmetic_llm.evaluation.metrics import evaluation_metrics, wilson_interval
 from arithmetic_llm.model.decode import Completion, SamplingParams
 from arithmetic_llm.model.tokenizer import END_THINK, EOS, ArithmeticTokenizer
@@ -384,7 +384,23 @@ def test_the_limit_counts_new_tokens_and_cuts(tokenizer):
 
 def test_the_limit_is_four_contexts_at_most(tokenizer):
     deep = problems_from(distinct_samples(SampleSpec(min_depth=6, max_depth=6), 10, seed=2))
-    assert room_to_answer(deep, tokenizer, context=100) == 400
+    assert max(rooms_to_answer(deep, tokenizer, context=100)) == 400
+
+
+def test_each_problem_has_the_room_of_its_own_answer(tokenizer):
+    """What has gone wrong may write on for ever, and would do so for the longest of all."""
+    short, long = problem_from("1 + 2"), problem_from("((1 + 2) - 3) - (4 + (5 - 6))")
+    endless = judged(tokenizer, lambda expression: right_answer(long.expression), [short, long])
+    (needed,) = answer_lengths([short], tokenizer)
+    assert [outcome.tokens for outcome in endless.outcomes] == [
+        needed + 32,
+        *answer_lengths([long], tokenizer),
+    ]
+    assert [outcome.cut_off for outcome in endless.outcomes] == [True, False]
+    invalid = problem_from("(1 + 2")  # what takes it for a problem should be seen to do so
+    solved = judged(tokenizer, lambda expression: right_answer(long.expression), [invalid, long])
+    assert not any(outcome.cut_off for outcome in solved.outcomes)
+    assert endless.settings["max_gen_length"] == max(rooms_to_answer([short, long], tokenizer, 99))
 
 
 def test_an_evaluation_of_nothing_is_refused(tokenizer):

@@ -23,7 +23,7 @@ from arithmetic_llm.evaluation.draft import right_continuations
 from arithmetic_llm.evaluation.judge import Outcome, judge
 from arithmetic_llm.evaluation.length import (
     check_sizes,
-    room_to_answer,
+    rooms_to_answer,
     warn_if_too_short,
 )
 from arithmetic_llm.evaluation.metrics import EvaluationResult
@@ -142,7 +142,8 @@ def evaluate(
 
     Args:
         trained_on: what the checkpoint says of its training; None if nothing is known.
-        max_new_tokens: 0 = as `room_to_answer` gives.
+        max_new_tokens: 0 = as `rooms_to_answer` gives, but to an invalid problem as many as to any:
+            what takes it for a right one is let go on to its end.
         batch_size: changes the speed and the memory, never a result (on a CPU, in fp32).
         settings: where the model and the problems come from; the result keeps them beside how the
             text was decoded.
@@ -150,7 +151,12 @@ def evaluate(
     if not problems:
         raise UserError("there is no problem to evaluate; raise --num-samples")
     context = model.config.max_seq_length
-    limit = max_new_tokens or room_to_answer(problems, tokenizer, context)
+    rooms = rooms_to_answer(problems, tokenizer, context)
+    valid = [problem.row.kind != "invalid" for problem in problems]
+    limits = [
+        max_new_tokens or (room if ok else max(rooms))
+        for room, ok in zip(rooms, valid, strict=True)
+    ]
     prompts = [tokenizer.prompt_ids(problem.expression) for problem in problems]
     outcomes: dict[int, Outcome] = {}
     mine = share(range(len(problems)))
@@ -165,10 +171,10 @@ def evaluate(
 
         started = time.monotonic()
         guess = right_continuations(problems, tokenizer)
-        generate(model, prompts, limit, sampling, batch_size, on_done, guess, mine)
+        generate(model, prompts, limits, sampling, batch_size, on_done, guess, mine)
         in_order = tuple(gather_shares([outcomes[row] for row in mine]))
         seconds = time.monotonic() - started
-    settings = {**(settings or {}), **_decoding(model, sampling, limit, batch_size)}
+    settings = {**(settings or {}), **_decoding(model, sampling, max(limits), batch_size)}
     return EvaluationResult(in_order, trained_on, settings, seconds)
 
 

@@ -25,17 +25,16 @@ def answer_lengths(problems: Sequence[Problem], tokenizer: ArithmeticTokenizer) 
     return [len(ids) for ids in tokenizer.encode_batch(texts)]
 
 
-def room_to_answer(
+def rooms_to_answer(
     problems: Sequence[Problem], tokenizer: ArithmeticTokenizer, context: int
-) -> int:
-    """New tokens that a policy may write: those of the longest right answer and a quarter more.
-
+) -> list[int]:
+    """New tokens that a policy may write to each problem: a right answer's and a quarter more.
     At most `CONTEXTS_TO_WRITE` contexts or `MOST_TO_WRITE` tokens, which cuts off no depth whose
     solutions were trained whole: such a sample, prompt and all, fits into a context.
     """
-    longest = max(answer_lengths(problems, tokenizer), default=0)
     most = max(context, min(CONTEXTS_TO_WRITE * context, MOST_TO_WRITE))
-    return min(longest + max(32, longest // 4), most)
+    lengths = answer_lengths(problems, tokenizer)
+    return [min(length + max(32, length // 4), most) for length in lengths]
 
 
 def warn_if_too_short(

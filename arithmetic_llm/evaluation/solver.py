@@ -10,7 +10,6 @@ for step in outcome.steps:
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,7 +17,7 @@ from arithmetic_llm.config import InteractiveConfig
 from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.evaluation.draft import right_continuations
 from arithmetic_llm.evaluation.judge import Outcome, judge
-from arithmetic_llm.evaluation.length import MOST_NUMBERS, room_to_answer
+from arithmetic_llm.evaluation.length import MOST_NUMBERS, rooms_to_answer
 from arithmetic_llm.folders import resolve_stamp
 from arithmetic_llm.model.decode import GREEDY, Completion, SamplingParams, decode, generate
 from arithmetic_llm.model.load import check_tokenizer, load_model
@@ -108,11 +107,10 @@ class ArithmeticSolver:
             return self.solve([expressions], batch_size)[0]
         problems = [problem_from(expression) for expression in expressions]
         prompts = [self.prompt(problem.expression) for problem in problems]
-        limits = [self._limit(problem) for problem in problems]
-        longest = max(limits, default=0)
+        limits = self._limits(problems)
         guess = right_continuations(problems, self.tokenizer)
-        written = generate(self.model, prompts, longest, self.sampling, batch_size, guess=guess)
-        return [self._judge(*row) for row in zip(problems, prompts, written, limits, strict=True)]
+        written = generate(self.model, prompts, limits, self.sampling, batch_size, guess=guess)
+        return [self._judge(*row) for row in zip(problems, prompts, written, strict=True)]
 
     def stream(self, expression: str) -> Generator[str, None, Outcome]:
         """Solve one expression, giving the text in pieces as they are written.
@@ -124,16 +122,16 @@ class ArithmeticSolver:
             UserError: as `solve`.
         """
         problem = problem_from(expression)
-        prompt, limit = self.prompt(problem.expression), self._limit(problem)
+        prompt, limits = self.prompt(problem.expression), self._limits([problem])
         written, guess = Completion(), right_continuations([problem], self.tokenizer)
         shown = 0
-        for emission in decode(self.model, [prompt], limit, self.sampling, guess=guess):
+        for emission in decode(self.model, [prompt], limits, self.sampling, guess=guess):
             written.add(emission)
             settled = self.tokenizer.settled(written.tokens)
             yield self.tokenizer.decode_completion(written.tokens[shown:settled])
             shown = settled
         yield self.tokenizer.decode_completion(written.tokens[shown:])
-        return self._judge(problem, prompt, written, limit)
+        return self._judge(problem, prompt, written)
 
     def attempt(self, expression: str) -> tuple[list[int], list[int], Outcome]:
         """Solve one expression; returns the tokens of the prompt, those written, and the outcome.
@@ -142,10 +140,10 @@ class ArithmeticSolver:
             UserError: as `solve`.
         """
         problem = problem_from(expression)
-        prompt, limit = self.prompt(problem.expression), self._limit(problem)
+        prompt, limits = self.prompt(problem.expression), self._limits([problem])
         guess = right_continuations([problem], self.tokenizer)
-        (written,) = generate(self.model, [prompt], limit, self.sampling, guess=guess)
-        return prompt, written.tokens, self._judge(problem, prompt, written, limit)
+        (written,) = generate(self.model, [prompt], limits, self.sampling, guess=guess)
+        return prompt, written.tokens, self._judge(problem, prompt, written)
 
     def prompt(self, expression: str) -> list[int]:
         """Token ids of the prompt.
@@ -178,14 +176,12 @@ class ArithmeticSolver:
             found.append(f"numbers {problem.low} to {problem.high}; trained on {low} to {high}")
         return found
 
-    def _limit(self, problem: Problem) -> int:
-        return self.max_new_tokens or room_to_answer([problem], self.tokenizer, self.context)
+    def _limits(self, problems: Sequence[Problem]) -> list[int]:
+        if self.max_new_tokens:
+            return [self.max_new_tokens] * len(problems)
+        return rooms_to_answer(problems, self.tokenizer, self.context)
 
-    def _judge(
-        self, problem: Problem, prompt: list[int], written: Completion, limit: int
-    ) -> Outcome:
-        if len(written.tokens) > limit:  # others in its batch had more room
-            written = replace(written, tokens=written.tokens[:limit], finish_reason="length")
+    def _judge(self, problem: Problem, prompt: list[int], written: Completion) -> Outcome:
         return judge(problem, written, len(prompt), self.tokenizer, self.context)
 
 

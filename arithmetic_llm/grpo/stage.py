@@ -8,7 +8,7 @@ from pathlib import Path
 
 from arithmetic_llm.config import GRPOConfig
 from arithmetic_llm.corpus.coverage import Coverage
-from arithmetic_llm.evaluation.length import room_to_answer, warn_if_too_short
+from arithmetic_llm.evaluation.length import rooms_to_answer, warn_if_too_short
 from arithmetic_llm.folders import resolve_paths
 from arithmetic_llm.grpo.prompts import PassRates, PromptSource, nested
 from arithmetic_llm.grpo.rewards import parse_rewards
@@ -94,7 +94,8 @@ def _with_room(
         warn_if_too_short(config.max_gen_length, problems, checkpoint.tokenizer)
         return config
     context = checkpoint.model.config.max_seq_length
-    return replace(config, max_gen_length=room_to_answer(problems, checkpoint.tokenizer, context))
+    most = max(rooms_to_answer(problems, checkpoint.tokenizer, context))
+    return replace(config, max_gen_length=most)
 
 
 def _report_too_long(prompts: Sequence[str], checkpoint: Checkpoint) -> None:

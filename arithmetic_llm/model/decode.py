@@ -81,7 +81,7 @@ class Emission:
 def generate(
     model: ArithmeticModel,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     sampling: SamplingParams = GREEDY,
     batch_size: int = 64,
     on_done: Callable[[int, Completion], None] = lambda row, completion: None,
@@ -96,17 +96,18 @@ def generate(
 
     Args:
         prompts: token ids, each non-empty, of any lengths.
-        max_new_tokens: most tokens written after a prompt, ``<eos>`` included.
+        max_new_tokens: most tokens written after any prompt or after each, ``<eos>`` included.
         on_done: called with the row of each prompt and its completion as soon as that is finished.
         guess: what each row might write next, see `decode`.
         rows: of the prompts to complete, in the order of the results; None = all.
     """
     completions = {row: Completion() for row in (range(len(prompts)) if rows is None else rows)}
+    limits = _each(max_new_tokens, len(prompts))
     order = sorted(completions, key=lambda row: -len(prompts[row]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        texts = [prompts[row] for row in batch]
-        for emission in decode(model, texts, max_new_tokens, sampling, batch, guess):
+        texts, most = [prompts[row] for row in batch], [limits[row] for row in batch]
+        for emission in decode(model, texts, most, sampling, batch, guess):
             completion = completions[emission.row]
             completion.add(emission)
             if completion.finish_reason == "eos":
@@ -120,14 +121,14 @@ def generate(
 def decode(
     model: ArithmeticModel,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     sampling: SamplingParams = GREEDY,
     row_ids: Sequence[int] | None = None,
     guess: Guess | None = None,
 ) -> Iterator[Emission]:
     """Write all prompts at once, yielding the tokens as they come.
 
-    A row stops after ``<eos>`` or ``max_new_tokens``; the iterator ends when all have stopped.
+    A row stops after ``<eos>`` or its ``max_new_tokens``; the iterator ends when all have stopped.
 
     The next tokens of a row are drafted (Leviathan et al., 2023): guessed, or else looked up, which
     is what followed when the row's last tokens stood in its text before. One forward pass checks a
@@ -141,11 +142,13 @@ def decode(
         guess: asked at the start of a row, and again whenever its last answer was wrong or is used
             up.
     """
-    if not prompts or max_new_tokens == 0:
+    limits = _each(max_new_tokens, len(prompts))
+    if not any(limits):
         return
     names = range(len(prompts)) if row_ids is None else row_ids
-    draws = _uniforms(sampling, names, max_new_tokens)
-    rows = [TextRow(*row, max_new_tokens, guess) for row in zip(names, prompts, draws, strict=True)]
+    draws = _uniforms(sampling, names, max(limits))
+    each = zip(names, prompts, draws, limits, strict=True)
+    rows = [TextRow(*row, guess) for row in each]
     with evaluating(model):
         cache = _read_prompts(model, prompts)
         while rows:
@@ -164,6 +167,11 @@ def decode(
             cache.lengths = cache.lengths + torch.tensor(counts, device=model.device)
             yield from _emissions(rows, choice, counts)
             _drop_finished(rows, cache)
+
+
+def _each(limit: int | Sequence[int], rows: int) -> Sequence[int]:
+    """The limit of each row."""
+    return [limit] * rows if isinstance(limit, int) else limit
 
 
 class TextRow:
