@@ -1017,14 +1017,14 @@ MUTANTS = [
     ),
     Mutant(
         "evaluation: every problem has the room of the longest",
-        "(room if ok else max(rooms))",
-        "max(rooms)",
+        "[room if ok else max(rooms) for",
+        "[max(rooms) for",
         "test_evaluate.py -k room",
     ),
     Mutant(
         "evaluation: an invalid problem has the room of its own answer",
-        "(room if ok else max(rooms))",
-        "room",
+        "[room if ok else max(rooms) for",
+        "[room for",
         "test_evaluate.py -k room",
     ),
     Mutant(

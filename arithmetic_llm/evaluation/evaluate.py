@@ -151,12 +151,9 @@ def evaluate(
     if not problems:
         raise UserError("there is no problem to evaluate; raise --num-samples")
     context = model.config.max_seq_length
-    rooms = rooms_to_answer(problems, tokenizer, context)
+    rooms = rooms_to_answer(problems, tokenizer, context, max_new_tokens)
     valid = [problem.row.kind != "invalid" for problem in problems]
-    limits = [
-        max_new_tokens or (room if ok else max(rooms))
-        for room, ok in zip(rooms, valid, strict=True)
-    ]
+    limits = [room if ok else max(rooms) for room, ok in zip(rooms, valid, strict=True)]
     prompts = [tokenizer.prompt_ids(problem.expression) for problem in problems]
     outcomes: dict[int, Outcome] = {}
     mine = share(range(len(problems)))

@@ -26,12 +26,16 @@ def answer_lengths(problems: Sequence[Problem], tokenizer: ArithmeticTokenizer) 
 
 
 def rooms_to_answer(
-    problems: Sequence[Problem], tokenizer: ArithmeticTokenizer, context: int
+    problems: Sequence[Problem], tokenizer: ArithmeticTokenizer, context: int, limit: int = 0
 ) -> list[int]:
     """New tokens that a policy may write to each problem: a right answer's and a quarter more.
+
+    ``limit`` is what to give to each instead, if it is not 0.
     At most `CONTEXTS_TO_WRITE` contexts or `MOST_TO_WRITE` tokens, which cuts off no depth whose
     solutions were trained whole: such a sample, prompt and all, fits into a context.
     """
+    if limit:
+        return [limit] * len(problems)
     most = max(context, min(CONTEXTS_TO_WRITE * context, MOST_TO_WRITE))
     lengths = answer_lengths(problems, tokenizer)
     return [min(length + max(32, length // 4), most) for length in lengths]

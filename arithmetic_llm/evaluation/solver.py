@@ -177,9 +177,7 @@ class ArithmeticSolver:
         return found
 
     def _limits(self, problems: Sequence[Problem]) -> list[int]:
-        if self.max_new_tokens:
-            return [self.max_new_tokens] * len(problems)
-        return rooms_to_answer(problems, self.tokenizer, self.context)
+        return rooms_to_answer(problems, self.tokenizer, self.context, self.max_new_tokens)
 
     def _judge(self, problem: Problem, prompt: list[int], written: Completion) -> Outcome:
         return judge(problem, written, len(prompt), self.tokenizer, self.context)

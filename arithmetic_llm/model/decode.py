@@ -147,8 +147,7 @@ def decode(
         return
     names = range(len(prompts)) if row_ids is None else row_ids
     draws = _uniforms(sampling, names, max(limits))
-    each = zip(names, prompts, draws, limits, strict=True)
-    rows = [TextRow(*row, guess) for row in each]
+    rows = [TextRow(*row, guess) for row in zip(names, prompts, draws, limits, strict=True)]
     with evaluating(model):
         cache = _read_prompts(model, prompts)
         while rows:
