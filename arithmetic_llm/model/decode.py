@@ -150,6 +150,7 @@ def decode(
     rows = [TextRow(*row, guess) for row in zip(names, prompts, draws, limits, strict=True)]
     with evaluating(model):
         cache = _read_prompts(model, prompts)
+        _drop_finished(rows, cache)  # those that may write nothing
         while rows:
             most = _longest_draft(len(rows), model.device)
             drafts = [row.draft(most) for row in rows]
