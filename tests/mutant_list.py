@@ -1017,13 +1017,13 @@ MUTANTS = [
     ),
     Mutant(
         "evaluation: every problem has the room of the longest",
-        "[room if ok else max(rooms) for",
-        "[max(rooms) for",
+        "[most if bad else room for",
+        "[most for",
         "test_evaluate.py -k room",
     ),
     Mutant(
         "evaluation: an invalid problem has the room of its own answer",
-        "[room if ok else max(rooms) for",
+        "[most if bad else room for",
         "[room for",
         "test_evaluate.py -k room",
     ),

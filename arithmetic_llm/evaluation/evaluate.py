@@ -152,8 +152,9 @@ def evaluate(
         raise UserError("there is no problem to evaluate; raise --num-samples")
     context = model.config.max_seq_length
     rooms = rooms_to_answer(problems, tokenizer, context, max_new_tokens)
-    valid = [problem.row.kind != "invalid" for problem in problems]
-    limits = [room if ok else max(rooms) for room, ok in zip(rooms, valid, strict=True)]
+    most = max(rooms)
+    invalid = [problem.row.kind == "invalid" for problem in problems]
+    limits = [most if bad else room for bad, room in zip(invalid, rooms, strict=True)]
     prompts = [tokenizer.prompt_ids(problem.expression) for problem in problems]
     outcomes: dict[int, Outcome] = {}
     mine = share(range(len(problems)))
@@ -171,7 +172,7 @@ def evaluate(
         generate(model, prompts, limits, sampling, batch_size, on_done, guess, mine)
         in_order = tuple(gather_shares([outcomes[row] for row in mine]))
         seconds = time.monotonic() - started
-    settings = {**(settings or {}), **_decoding(model, sampling, max(limits), batch_size)}
+    settings = {**(settings or {}), **_decoding(model, sampling, most, batch_size)}
     return EvaluationResult(in_order, trained_on, settings, seconds)
 
 

@@ -30,9 +30,11 @@ def rooms_to_answer(
 ) -> list[int]:
     """New tokens that a policy may write to each problem: a right answer's and a quarter more.
 
-    ``limit`` is what to give to each instead, if it is not 0.
     At most `CONTEXTS_TO_WRITE` contexts or `MOST_TO_WRITE` tokens, which cuts off no depth whose
     solutions were trained whole: such a sample, prompt and all, fits into a context.
+
+    Args:
+        limit: what each may have instead; 0 = none was asked for.
     """
     if limit:
         return [limit] * len(problems)
