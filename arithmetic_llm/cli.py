@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from arithmetic_llm.distributed import is_launched, together
-from arithmetic_llm.runtime import UserError, require_file
+from arithmetic_llm.runtime import UserError, is_out_of_memory, require_file
 
 Config = TypeVar("Config")
 Clause = Mapping[str, Any]  # settings by name, and what one of them must be; see `opt`
@@ -538,8 +538,8 @@ def run_main(
     except (UserError, OSError, MemoryError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         code = 2
-    except RuntimeError as error:  # torch's out-of-memory errors have no common base class
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         on_device = "" if "can't allocate memory" in str(error) else ", or --device cpu"
         print(f"error: {OUT_OF_MEMORY}{on_device}", file=sys.stderr)

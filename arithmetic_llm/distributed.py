@@ -18,7 +18,7 @@ from datetime import timedelta
 from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
-from arithmetic_llm.runtime import UserError, reason
+from arithmetic_llm.runtime import UserError, is_out_of_memory, reason
 
 Item = TypeVar("Item")
 TIMEOUT = "ARITHMETIC_LLM_TIMEOUT"  # of the environment: seconds
@@ -81,7 +81,7 @@ def from_main(make: Callable[[], Item]) -> Item:
     import torch.distributed as dist
 
     box = [make() if is_main() else None]
-    _collectively(dist.broadcast_object_list, box)
+    collectively(dist.broadcast_object_list, box)
     return box[0]
 
 
@@ -110,7 +110,7 @@ def add_up_in_place(tensor: Any) -> None:
     """Replace a tensor by its sum over all processes, bit for bit the same on each."""
     import torch.distributed as dist
 
-    _collectively(dist.all_reduce, tensor)
+    collectively(dist.all_reduce, tensor)
 
 
 def _gather(value: Item) -> list[Item]:
@@ -120,12 +120,12 @@ def _gather(value: Item) -> list[Item]:
     import torch.distributed as dist
 
     values: list[Any] = [None] * _place.world_size
-    _collectively(dist.all_gather_object, values, value)
+    collectively(dist.all_gather_object, values, value)
     return values
 
 
-def _collectively(call: Callable[..., Any], *arguments: Any) -> None:
-    """Do what takes all processes.
+def collectively(call: Callable[..., Any], *arguments: Any) -> None:
+    """Do what takes all processes, a backward pass included.
 
     Raises:
         UserError: another one has ended, or has not come within the time-out.
@@ -133,6 +133,8 @@ def _collectively(call: Callable[..., Any], *arguments: Any) -> None:
     try:
         call(*arguments)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"another of the {_place.world_size} processes has ended or does not answer "
             f"({reason(error)}); a training run goes on from its last checkpoint with --resume"

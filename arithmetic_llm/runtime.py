@@ -143,6 +143,11 @@ def reason(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether memory ran out, on a GPU or a CPU; torch's errors for that have no common base."""
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
 # ------------------------------------------------------------------------------- progress
 
 

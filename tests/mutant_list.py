@@ -222,21 +222,21 @@ MUTANTS = [
     ),
     Mutant(
         "loop: divided by each micro-batch's own weight",
-        "loss = task.loss(run.model, batch.to(device)) / total",
-        "loss = task.loss(run.model, batch.to(device)) / batch.loss_denominator",
+        "task.loss(model, batch.to(model.device)) / total",
+        "task.loss(model, batch.to(model.device)) / batch.loss_denominator",
         f"{STAGE} -k in_parts",
     ),
     Mutant(
         "loop: gradients add up as they come",
-        "workers(task.at_once).map if",
+        "workers(at_once).map if",
         "(lambda f, b: (done.result() for done in __import__('concurrent.futures').futures"
-        ".as_completed([workers(task.at_once).submit(f, x) for x in b]))) if",
+        ".as_completed([workers(at_once).submit(f, x) for x in b]))) if",
         "test_data.py -k in_order",
     ),
     Mutant(
         "supervised: dropout on several threads at once",
-        'return 1 if drops or self.model.device.type != "cpu" else',
-        'return 1 if self.model.device.type != "cpu" else',
+        "torch.get_num_threads() if alone and not drops else 1",
+        "torch.get_num_threads() if alone else 1",
         "test_data.py -k one_after_another",
     ),
     Mutant(
@@ -1133,14 +1133,26 @@ MUTANTS = [
     # ----------------------------------------------------------------------- several processes
     Mutant(
         "Processes: gradients of one alone",
-        "    add_up_in_place(flat)\n",
+        "nullcontext() if batch is last else parallel.no_sync()",
+        "parallel.no_sync()",
+        f"{TOGETHER} -k do_what_one_does",
+    ),
+    Mutant(
+        "Processes: gradients are averaged",
+        "    parallel.register_comm_hook(None, _sum_of_all)\n",
         "",
         f"{TOGETHER} -k do_what_one_does",
     ),
     Mutant(
+        "Processes: only the last micro-batch of each counts",
+        "for batch in (*before, last):",
+        "for batch in (last,):",
+        f"{TOGETHER} -k do_what_one_does",
+    ),
+    Mutant(
         "Processes: each computes the whole batch",
-        "mine = share(micro_batches)",
-        "mine = micro_batches",
+        "loss_of, share(micro_batches))",
+        "loss_of, micro_batches)",
         f"{TOGETHER} -k do_what_one_does",
     ),
     Mutant(

@@ -24,7 +24,8 @@ from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.solution import solve
 from arithmetic_llm.task.text import problem_text
 from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, plan_epoch
-from arithmetic_llm.training.loop import update, workers
+from arithmetic_llm.training.gradients import workers
+from arithmetic_llm.training.loop import update
 from arithmetic_llm.training.supervised import SupervisedTask, held_out_sums
 
 TOKENIZER = make_tokenizer()

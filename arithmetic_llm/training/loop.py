@@ -1,4 +1,4 @@
-"""The training loop. It knows steps, gradients, files and signals; what is learned is a `Task`.
+"""The training loop. It knows steps, files and signals; what is learned is a `Task`.
 
 A run is a function of its config and seed: a task gives the same batches for a step however often
 it is asked, and a checkpoint holds all that changes. So a run that was killed and resumed ends
@@ -16,24 +16,14 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import cache
 from statistics import fmean
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from arithmetic_llm.distributed import (
-    add_up_in_place,
-    added_up,
-    from_main,
-    is_main,
-    rank,
-    share,
-    world_size,
-)
+from arithmetic_llm.distributed import added_up, from_main, is_main, rank, world_size
 from arithmetic_llm.folders import BEST, FINISHED
 from arithmetic_llm.model.checkpoint import read_checkpoint
 from arithmetic_llm.model.decode import evaluating
@@ -41,12 +31,12 @@ from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import (
     Progress,
     UserError,
-    autocast,
     derived_seed,
     readable_seconds,
     when_asked_to_stop,
 )
 from arithmetic_llm.training.adapters import save_adapter_files
+from arithmetic_llm.training.gradients import Loss, MicroBatch, add_gradients, clip_gradients
 from arithmetic_llm.training.optim import learning_rate_factor, learning_rates
 from arithmetic_llm.training.run import MetricsLog, Run
 
@@ -54,29 +44,15 @@ SHOWN = ("reward", "accuracy")  # of a task's figures, on the bar
 STOPPING = b"\nfinishing this step and saving; a second Ctrl-C ends at once without saving\n"
 
 
-class MicroBatch(Protocol):
-    """Some sequences that a gradient is computed for at one time."""
-
-    tokens: int  # positions that the model reads, padding included
-    loss_denominator: float  # the summed loss is divided once by that of all micro-batches
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """The same on another device."""
-
-
-class Task(Protocol):
+class Task(Loss, Protocol):
     """Subject of a run: where batches come from, what the loss is, how the model is judged."""
 
     total_steps: int
     steps_per_epoch: int
     validates_start: bool  # is the model evaluated before the first step, too
-    at_once: int  # micro-batches computed side by side, on a CPU thread each; 1: on all threads
 
     def updates(self, step: int) -> Iterable[list[MicroBatch]]:
         """The optimizer updates of a step (mostly one), each as its micro-batches."""
-
-    def loss(self, model: ArithmeticModel, batch: MicroBatch) -> Tensor:
-        """The loss of a micro-batch, summed (not averaged) over what it counts."""
 
     def work(self, step: int) -> float:
         """Work done before ``step``, in any unit; what the time estimate rests on."""
@@ -206,7 +182,7 @@ def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) 
         UserError: loss or gradient is not finite; the weights are as they were.
     """
     run.optimizer.zero_grad(set_to_none=True)
-    loss_sum = add_gradients(run, task, micro_batches)
+    loss_sum = add_gradients(run.model, task, micro_batches, run.precision)
     norm = clip_gradients(run.model, run.config.gradient_clip)
     for name, value in (("loss", loss_sum), ("gradient norm", norm)):
         if not math.isfinite(value):
@@ -214,70 +190,6 @@ def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) 
             raise UserError(f"the {name} is {value} at step {run.step}; lower {flags}")
     run.optimizer.step(scale)
     return UpdateResult(loss_sum, norm)
-
-
-def add_gradients(run: Run, task: Task, micro_batches: list[MicroBatch]) -> float:
-    """Leave the gradients of all micro-batches in the weights; returns the loss of them all.
-
-    They add up and are divided once by the count of them all, so that how a batch is cut cannot
-    change the update. They add up in order, whichever is ready first: so the sum is the same, bit
-    for bit, whenever there are as many threads. Of several processes, each computes its share.
-    """
-    device, total = run.model.device, sum(batch.loss_denominator for batch in micro_batches)
-    trained = [p for p in run.model.parameters() if p.requires_grad]
-
-    def loss_and_gradients(batch: MicroBatch) -> tuple[float, tuple[Tensor | None, ...]]:
-        with autocast(device, run.precision):  # holds for the thread that enters it
-            loss = task.loss(run.model, batch.to(device)) / total
-        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
-        return loss.item(), gradients  # asked for a number only now: a GPU is waited for
-
-    mine = share(micro_batches)
-    each = workers(task.at_once).map if min(task.at_once, len(mine)) > 1 else map
-    loss_sum = 0.0
-    for loss, gradients in each(loss_and_gradients, mine):
-        loss_sum += loss
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            if gradient is not None:
-                before = parameter.grad
-                parameter.grad = gradient if before is None else before.add_(gradient)
-    return loss_sum if world_size() == 1 else over_all_processes(trained, loss_sum)
-
-
-def over_all_processes(trained: list[Tensor], loss_sum: float) -> float:
-    """Add up what the processes have found: gradients in place, and the loss that comes back.
-
-    One sum over all gradients laid end to end, and not `DistributedDataParallel`: that averages,
-    lives in the backward hooks of ``.grad``, and has each process pass backwards equally often.
-    Here a process may have no micro-batch at all, and a thread has gradients of its own. So that a
-    weight without a gradient stays without, each process says which it has.
-    """
-    has = [parameter.grad is not None for parameter in trained]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    said = torch.tensor([*has, loss_sum], dtype=torch.float32, device=trained[0].device)
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), said])
-    add_up_in_place(flat)
-    *sums, said = flat.split([*(gradient.numel() for gradient in gradients), len(said)])
-    *counts, loss_sum = said.tolist()
-    for parameter, total, count in zip(trained, sums, counts, strict=True):
-        parameter.grad = total.view_as(parameter) if count else None
-    return loss_sum
-
-
-@cache
-def workers(count: int) -> ThreadPoolExecutor:
-    """Threads that compute on one core each; kept, for each has kernels and memory of its own."""
-
-    def keep_to_one_core() -> None:
-        torch.get_num_threads()  # or the first operation here would take up the main thread's count
-        torch.set_num_threads(1)
-
-    return ThreadPoolExecutor(count, initializer=keep_to_one_core)
-
-
-def clip_gradients(model: ArithmeticModel, limit: float) -> float:
-    """Scale all gradients down to a common norm of ``limit``, 0 = none; returns what it was."""
-    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf))
 
 
 class FirstUpdate:

@@ -74,16 +74,17 @@ class SupervisedTask:
 
     @property
     def at_once(self) -> int:
-        """One micro-batch a CPU thread.
+        """One micro-batch a CPU thread, if no other processes are at work.
 
         With dropout one after another: side by side they would draw their random numbers from one
         generator in whatever order the threads come.
         """
         drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
-        return 1 if drops or self.model.device.type != "cpu" else torch.get_num_threads()
+        alone = world_size() == 1 and self.model.device.type == "cpu"
+        return torch.get_num_threads() if alone and not drops else 1
 
     def updates(self, step: int) -> list[list[Batch]]:
-        least = max(self.config.gradient_accumulation_steps, self.at_once * world_size())
+        least = max(self.config.gradient_accumulation_steps, self.at_once, world_size())
         return [self._batches(self.train, self.plan[step], least, self.at_once)]
 
     def work(self, step: int) -> int:
