@@ -6,12 +6,12 @@
 
 from arithmetic_llm.cli import parse, run_main
 from arithmetic_llm.config import EvaluationConfig
-from arithmetic_llm.distributed import is_launched, is_main, launch
+from arithmetic_llm.distributed import is_main, launch, to_launch
 
 
 def main(argv=None):
     config = parse(EvaluationConfig, argv, __doc__)
-    if config.processes > 1 and not is_launched():
+    if to_launch(config.processes):
         return launch(config.processes, __file__, argv)
     from arithmetic_llm.evaluation.evaluate import evaluate_checkpoint, prepare_folder, save
     from arithmetic_llm.evaluation.report import summary_text

@@ -6,14 +6,14 @@
 
 from arithmetic_llm.cli import run_main
 from arithmetic_llm.config import FoundationalConfig, ModelConfig
-from arithmetic_llm.distributed import is_launched, launch
+from arithmetic_llm.distributed import launch, to_launch
 from arithmetic_llm.folders import parse_run
 
 
 def main(argv=None):
     sections = {"config": FoundationalConfig, "model_config": ModelConfig}
     config, shape = parse_run(sections, argv, __doc__)
-    if config.processes > 1 and not is_launched():
+    if to_launch(config.processes, bool(config.resume)):
         return launch(config.processes, __file__, argv)
     from arithmetic_llm.training.supervised import train_foundational
 

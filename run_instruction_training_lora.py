@@ -8,13 +8,13 @@
 
 from arithmetic_llm.cli import run_main
 from arithmetic_llm.config import LoRAInstructionConfig
-from arithmetic_llm.distributed import is_launched, launch
+from arithmetic_llm.distributed import launch, to_launch
 from arithmetic_llm.folders import parse_run
 
 
 def main(argv=None):
     (config,) = parse_run({"config": LoRAInstructionConfig}, argv, __doc__)
-    if config.processes > 1 and not is_launched():
+    if to_launch(config.processes, bool(config.resume)):
         return launch(config.processes, __file__, argv)
     from arithmetic_llm.training.supervised import train_instruction_lora
 

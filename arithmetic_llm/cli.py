@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from arithmetic_llm.distributed import is_launched, together
-from arithmetic_llm.runtime import UserError, is_out_of_memory, require_file
+from arithmetic_llm.runtime import UserError, require_file
 
 Config = TypeVar("Config")
 Clause = Mapping[str, Any]  # settings by name, and what one of them must be; see `opt`
@@ -343,7 +343,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
-    except (UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no UTF-8, a number beyond all bounds, too deep
         raise UserError(f"{path}: not a JSON text file") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object, {{...}}, not {type(value).__name__}")
@@ -538,8 +538,8 @@ def run_main(
     except (UserError, OSError, MemoryError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         code = 2
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except RuntimeError as error:  # torch's out-of-memory errors have no common base class
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         on_device = "" if "can't allocate memory" in str(error) else ", or --device cpu"
         print(f"error: {OUT_OF_MEMORY}{on_device}", file=sys.stderr)

@@ -155,8 +155,8 @@ class CorpusConfig(SampleSpec):
 class FoundationalCorpusConfig(CorpusConfig):
     """Foundational corpus.
 
-    It is where arithmetic facts (drills) and the counting of parentheses (padded) are learned. The
-    shares are those of the CPU recipe, the best of what docs/LOG.md has measured.
+    It is where arithmetic facts (drills) and the counting of parentheses (padded) are learned. Real
+    recipes (configs/) have more kinds of samples.
     """
 
     typed_rate: float = like(SampleSpec, "typed_rate", 0.1)
@@ -537,7 +537,7 @@ class GRPOConfig(RunConfig, LoRAConfig, AdapterFilesConfig):
         4, "completions of each prompt: one group", at_least=2, needs=[ATTEMPTS]
     )
     temperature: float = opt(
-        0.8, "of the rollouts and of the loss alike", above=0.0, needs=[ATTEMPTS]
+        0.8, "of the rollouts and of the loss alike", at_least=0.01, needs=[ATTEMPTS]
     )
     top_k: int = opt(
         0, "sample from the k likeliest tokens only; 0 = off", at_least=0, needs=[ATTEMPTS]
@@ -703,21 +703,25 @@ class EvaluationConfig(ModelPathConfig):
     seed: int = opt(
         42, "seed of the problems drawn, and of sampling", at_least=0, needs=[DRAWN | SAMPLED]
     )
-    temperature: float = opt(0.0, "0 = greedy", at_least=0.0)
+    temperature: float = opt(0.0, "0 = greedy; else 0.01 and above", at_least=0.0)
     top_k: int = opt(0, "sample among the k likeliest tokens; 0 = all", at_least=0, needs=[SAMPLED])
     top_p: float = opt(
         1.0, "sample among the likeliest this much", above=0.0, at_most=1.0, needs=[SAMPLED]
     )
     max_gen_length: int = opt(
         0,
-        "most new tokens of an answer; 0 = of each problem's right answer and a quarter more (at "
-        "most 4 contexts), which cuts off no trained depth",
+        "most new tokens of an answer; 0 = of each problem's right answer and a quarter more, to a "
+        "bound (4 contexts or 16,384 tokens) that cuts off no trained depth",
         at_least=0,
     )
     batch_size: int = opt(64, "problems at a time: speed and memory, not results", at_least=1)
     output_dir: str = opt("evaluation_results", "folder for the three result files")
     device: str = opt("auto", "cpu, cuda, cuda:N or mps; auto = the CPU, where results repeat")
     processes: int = PROCESSES
+
+    def __post_init__(self) -> None:
+        if 0 < self.temperature < 0.01:  # logits would overflow
+            raise UserError(f"--temperature {self.temperature:g}: give 0, or 0.01 and above")
 
 
 @dataclass(frozen=True)

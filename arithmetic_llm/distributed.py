@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from datetime import timedelta
 from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
-from arithmetic_llm.runtime import UserError, is_out_of_memory, reason
+from arithmetic_llm.runtime import UserError, reason
 
 Item = TypeVar("Item")
 TIMEOUT = "ARITHMETIC_LLM_TIMEOUT"  # of the environment: seconds
@@ -124,21 +125,29 @@ def _gather(value: Item) -> list[Item]:
     return values
 
 
-def collectively(call: Callable[..., Any], *arguments: Any) -> None:
-    """Do what takes all processes, a backward pass included.
+def collectively(call: Callable[..., Item], *arguments: Any) -> Item:
+    """Do what takes all processes, a backward pass included; returns what it gives.
 
     Raises:
         UserError: another one has ended, or has not come within the time-out.
     """
     try:
-        call(*arguments)
+        return call(*arguments)
     except RuntimeError as error:
-        if is_out_of_memory(error):
+        if not _is_of_others(error):
             raise
         raise UserError(
             f"another of the {_place.world_size} processes has ended or does not answer "
             f"({reason(error)}); a training run goes on from its last checkpoint with --resume"
         ) from error
+
+
+def _is_of_others(error: RuntimeError) -> bool:
+    """Whether the other processes are to blame; gloo's errors have no type of their own."""
+    import torch.distributed as dist
+
+    of_gloo = re.search("gloo|connection|timed out", str(error), re.IGNORECASE)
+    return isinstance(error, dist.DistError) or of_gloo is not None
 
 
 # -------------------------------------------------------------------------- beginning and end
@@ -231,6 +240,23 @@ def _restarts() -> int:
 
 
 # ----------------------------------------------------------------------------------- starting
+
+
+def to_launch(processes: int, resuming: bool = False) -> bool:
+    """Whether a script that was asked for so many processes has to start them.
+
+    Args:
+        resuming: the number may be that of the run before; the launcher's counts then.
+
+    Raises:
+        UserError: a launcher has started another number.
+    """
+    if not is_launched():
+        return processes > 1
+    started = int(os.environ["WORLD_SIZE"])
+    if processes not in (1, started) and not resuming:
+        raise UserError(f"--processes {processes}: leave it out, a launcher has started {started}")
+    return False
 
 
 def launch(processes: int, script: str, argv: Sequence[str] | None) -> int:

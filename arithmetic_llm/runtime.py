@@ -143,11 +143,6 @@ def reason(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out, on a GPU or a CPU; torch's errors for that have no common base."""
-    return "out of memory" in str(error) or "can't allocate memory" in str(error)
-
-
 # ------------------------------------------------------------------------------- progress
 
 
@@ -249,6 +244,13 @@ def readable_seconds(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60}m{seconds % 60:02d}s"
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def readable_limit(settings: Mapping[str, Any]) -> str:
+    """How much a model might write in an evaluation of these settings."""
+    if settings["max_gen_length"]:
+        return f"at most {settings['max_gen_length']:,} new tokens"
+    return f"a quarter more than a right answer, at most {settings['longest_room']:,} new tokens"
 
 
 # ------------------------------------------------------------ devices, precision and seeds

@@ -943,8 +943,8 @@ MUTANTS = [
     ),
     Mutant(
         "judge: a number that was cut off is read as a whole one",
-        'if cut_off and verdict.error != "cut_off":',
-        "if False:",
+        "verify(problem.expression, settled(text, cut_off), cut_off)",
+        "verify(problem.expression, text, cut_off)",
         "test_evaluate.py -k cut_anywhere",
     ),
     Mutant(
@@ -1148,6 +1148,24 @@ MUTANTS = [
         "for batch in (*before, last):",
         "for batch in (last,):",
         f"{TOGETHER} -k do_what_one_does",
+    ),
+    Mutant(
+        "Processes: what a GPU computes is summed on the CPU",
+        "torch.zeros((), device=model.device)",
+        "torch.zeros(())",
+        f"{TOGETHER} -k where_the_model_does",
+    ),
+    Mutant(
+        "Processes: every error is that of the others",
+        "if not _is_of_others(error):",
+        "if False:",
+        f"{TOGETHER} -k ones_own",
+    ),
+    Mutant(
+        "Study: a text without a result is read as one",
+        'entry["predicted"] is not None',
+        'entry["error"] not in ("unparseable", "cut_off")',
+        "test_study_table.py -k counts_as_right",
     ),
     Mutant(
         "Processes: each computes the whole batch",

@@ -240,7 +240,10 @@ def test_a_flag_value_that_does_not_fit_is_refused(argv):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[1]", b"5", b"\xff\xfe", b'{"max_len": 1, }', b"[" * 100_000, b'{"a": 1}}'],
+    [
+        *(b"", b"{", b"[1]", b"5", b"\xff\xfe", b'{"max_len": 1, }', b"[" * 100_000, b'{"a": 1}}'),
+        b'{"seed": ' + b"9" * 5000 + b"}",
+    ],
 )
 def test_a_malformed_json_file_is_refused_by_name(tmp_path, content):
     path = tmp_path / "config.json"

@@ -524,6 +524,7 @@ def test_a_corpus_may_begin_with_a_mark_of_its_encoding(tmp_path):
         (json.dumps({**ONE, "answer": 1.0}), 1, "is not the final result"),
         (json.dumps({**FIELDS, "problem": "Evaluate: 1"}), 1, "the problem is not"),
         (json.dumps({**FIELDS, "expression": 5}), 1, "'expression' is not a string"),
+        (json.dumps({**FIELDS, "expression": "\ud800 + 3"}), 1, "has half of a character"),
         (json.dumps({**REWRITING, "expression": "2 - 1"}), 1, "not 'Evaluate: 2 - 1'"),
         (json.dumps({**REWRITING, "problem": "Evaluate: 1 - 2"}), 1, "no <think>"),
         (json.dumps({**REWRITING, "solution": "Step 1: 1 - 2 = -1"}), 1, "not one step"),

@@ -15,7 +15,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, Ended, call, checkpoint_of, command, one_thread, records
+from helpers import (
+    ROOT,
+    Ended,
+    call,
+    checkpoint_of,
+    command,
+    one_thread,
+    random_model,
+    records,
+)
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from arithmetic_llm import distributed
@@ -25,6 +34,7 @@ from arithmetic_llm.distributed import Place, gather_shares, is_mine, share
 from arithmetic_llm.folders import FINISHED
 from arithmetic_llm.model.checkpoint import read_checkpoint, save_checkpoint
 from arithmetic_llm.runtime import UserError
+from arithmetic_llm.training.gradients import _LossModule
 from arithmetic_llm.training.loop import seed_dropout
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
@@ -376,6 +386,40 @@ def test_a_process_that_hangs_ends_the_job_after_the_time_out(tmp_path):
     assert done.code != 0
     (line,) = done.error_lines
     assert line.startswith("error: another of the 2 processes has ended or does not answer")
+
+
+def test_what_is_summed_lies_where_the_model_does():
+    """`DistributedDataParallel` takes no weights on two kinds of devices."""
+    module = _LossModule(random_model(9).to("meta"))
+    assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("what", ["[gloo/pair.cc:5] Connection closed by peer", "Timed out"])
+def test_others_that_have_ended_are_named(what):
+    with pytest.raises(UserError, match="another of the 1 processes has ended"):
+        distributed.collectively(fail, RuntimeError(what))
+    with pytest.raises(UserError, match="another"):
+        distributed.collectively(fail, torch.distributed.DistBackendError("NCCL"))
+
+
+@pytest.mark.parametrize("what", ["CUDA out of memory", "modified by an inplace operation"])
+def test_a_mistake_of_ones_own_is_not_blamed_on_others(what):
+    with pytest.raises(RuntimeError, match=what):
+        distributed.collectively(fail, RuntimeError(what))
+
+
+def fail(error):
+    raise error
+
+
+def test_a_number_of_processes_that_a_launcher_overrules_is_refused(monkeypatch):
+    assert [distributed.to_launch(asked) for asked in (1, 2)] == [False, True]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert [distributed.to_launch(asked) for asked in (1, 2)] == [False, False]
+    assert not distributed.to_launch(4, resuming=True)  # 4 is what the run had before
+    with pytest.raises(UserError, match="--processes 4: leave it out, a launcher has started 2"):
+        distributed.to_launch(4)
 
 
 def test_a_launcher_that_cannot_start_says_why_in_a_line(monkeypatch):

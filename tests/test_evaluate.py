@@ -300,7 +300,7 @@ def test_figures_by_hand(tokenizer):
     assert found["correct_samples"] == 2
     assert found["parseable_samples"] == 3
     assert found["parse_success_rate"] == 75
-    assert found["step_validity_rate"] == 75  # 2 + 1 + 1 + 2 of 8
+    assert found["step_validity_rate"] == 62.5  # 2 + 1 + 1 + 1 of 8; a last 7 may go on
     assert found["exact_trace_rate"] == 25
     assert found["cut_off_rate"] == 25
     assert found["errors"] == {"arithmetic": 1, "cut_off": 1}
@@ -400,7 +400,13 @@ def test_each_problem_has_the_room_of_its_own_answer(tokenizer):
     invalid = problem_from("(1 + 2")  # what takes it for a problem should be seen to do so
     solved = judged(tokenizer, lambda expression: right_answer(long.expression), [invalid, long])
     assert not any(outcome.cut_off for outcome in solved.outcomes)
-    assert endless.settings["max_gen_length"] == max(rooms_to_answer([short, long], tokenizer, 99))
+    assert endless.settings["max_gen_length"] == 0  # what was asked for, so that it can be again
+    assert endless.settings["longest_room"] == max(rooms_to_answer([short, long], tokenizer, 99))
+
+
+def test_a_temperature_that_logits_cannot_be_divided_by_is_refused():
+    with pytest.raises(UserError, match="--temperature 1e-40: give 0, or 0.01 and above"):
+        EvaluationConfig(model_path="m", temperature=1e-40)
 
 
 def test_an_evaluation_of_nothing_is_refused(tokenizer):

@@ -119,6 +119,13 @@ def test_thousands_of_hopeless_texts_make_a_page_that_can_be_read(tmp_path, unil
     assert 6_000 < len(text) < 9_000
 
 
+def test_a_number_that_was_cut_off_is_judged_as_the_evaluation_judges_it(tmp_path, unillustrated):
+    """The units come first: what reads 1 might have become 41, and is no error."""
+    half = f"{RIGHT[0]} Step 2: 3 + 4 = 1"
+    page = report(tmp_path, [sample(EXPRESSION, half, cut_off=True)]).read_text()
+    assert "steps right before the first error (cut_off)" in page
+
+
 def test_the_worst_of_errors_come_first(tmp_path):
     late = " ".join([*RIGHT[:2], "Step 3: 3 - 7 = 4 Expression now: 4 </think> Final Result: 4"])
     short = "Step 1: 1 + 2 = 4 Expression now: 4 </think> Final Result: 4"

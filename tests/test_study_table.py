@@ -63,7 +63,8 @@ def reached(name, *solved, problems="test", place=None, depths=(1,), stages=""):
 def entry(expression, correct, depth=1, **more):
     error = None if correct else "arithmetic"
     found = {"expression": expression, "correct": correct, "depth": depth, "terms": None}
-    return {**found, "ground_truth": 1, "error": error, "trace_error": error, **more}
+    of_text = {"predicted": 1 if correct else 2, "error": error, "trace_error": error}
+    return {**found, "ground_truth": 1, **of_text, **more}
 
 
 def ones(count, of=100):
@@ -223,8 +224,9 @@ def test_the_row_of_a_problem(facts, row):
 
 def test_what_counts_as_right():
     by_luck = entry("x", True, trace_error="wrong_copy")
-    cut_off, wrong = (entry("x", False, error=error) for error in ("cut_off", "arithmetic"))
-    marks = {m: [is_right(e, m) for e in (by_luck, cut_off, wrong)] for m in MEASURES}
+    cut_off = entry("x", False, predicted=None)  # but for that, its first error is in its sums
+    garbled = entry("x", False, error="unparseable", trace_error="unparseable")
+    marks = {m: [is_right(e, m) for e in (by_luck, cut_off, garbled)] for m in MEASURES}
     assert marks == {
         "exact match": [True, False, False],
         "whole trace": [False, False, False],

@@ -202,6 +202,8 @@ def _checked(record: Record) -> Record:
     for name, value in zip(Record._fields[:3], record, strict=False):
         if not isinstance(value, str):
             raise ValueError(f"{name!r} is not a string")
+        if any("\ud800" <= character <= "\udfff" for character in value):  # JSON can say so
+            raise ValueError(f"{name!r} has half of a character, a lone surrogate")
     if record.problem == expression_text(record.expression):
         if record.answer is None and is_one_step(record.solution):
             return record

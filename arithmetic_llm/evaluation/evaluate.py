@@ -172,18 +172,16 @@ def evaluate(
         generate(model, prompts, limits, sampling, batch_size, on_done, guess, mine)
         in_order = tuple(gather_shares([outcomes[row] for row in mine]))
         seconds = time.monotonic() - started
-    settings = {**(settings or {}), **_decoding(model, sampling, most, batch_size)}
+    settings = {**(settings or {}), **_decoding(model, sampling, batch_size)}
+    settings |= {"max_gen_length": max_new_tokens, "longest_room": most}
     return EvaluationResult(in_order, trained_on, settings, seconds)
 
 
-def _decoding(
-    model: ArithmeticModel, sampling: SamplingParams, max_new_tokens: int, batch_size: int
-) -> dict[str, Any]:
+def _decoding(model: ArithmeticModel, sampling: SamplingParams, batch_size: int) -> dict[str, Any]:
     return {
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
-        "max_gen_length": max_new_tokens,
         "context": model.config.max_seq_length,
         "batch_size": batch_size,
         "device": str(model.device),

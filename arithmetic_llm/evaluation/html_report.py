@@ -23,6 +23,7 @@ from arithmetic_llm.evaluation.html import listed, page, table
 from arithmetic_llm.evaluation.marks import Passage, passages, right_instead
 from arithmetic_llm.evaluation.report import errors, footnote, notes, stage_rows, standing
 from arithmetic_llm.runtime import UserError, atomic_write_text, processor
+from arithmetic_llm.task.text import settled
 from arithmetic_llm.task.verifier import verify
 
 WORST = 3  # errors that are shown of each model
@@ -177,8 +178,8 @@ def _errors(name: str, stage: StageRecord) -> str:
 
 def _worked(sample: dict[str, Any]) -> str:
     """A wrong answer as a worked trace."""
-    expression, text = sample["expression"], sample["generated_text"]
-    verdict = verify(expression, text, sample["cut_off"])
+    expression, text, cut_off = (sample[k] for k in ("expression", "generated_text", "cut_off"))
+    verdict = verify(expression, settled(text, cut_off), cut_off)
     said = "no result" if verdict.predicted is None else verdict.predicted
     heading = (
         f"<p><code><strong>{escape(expression)}</strong></code><br>"

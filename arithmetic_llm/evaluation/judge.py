@@ -9,7 +9,7 @@ from typing import Any
 from arithmetic_llm.model.decode import Completion
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.task.problem import Problem
-from arithmetic_llm.task.text import Answer
+from arithmetic_llm.task.text import Answer, settled
 from arithmetic_llm.task.verifier import StepVerdict, Verdict, verify
 
 NEAR_TIE = 1e-4  # a gap between the two best logits that another kernel's rounding might close
@@ -96,14 +96,10 @@ def judge(
     """
     cut_off = completion.finish_reason == "length"
     text = tokenizer.decode_completion(completion.tokens).strip()
-    verdict = verify(problem.expression, text, cut_off)
-    if cut_off and verdict.error != "cut_off":  # unless a last number was to go on: `2` is no `12`
-        known = tokenizer.decode(completion.tokens[: tokenizer.settled(completion.tokens)])
-        verdict = verify(problem.expression, known.strip(), cut_off)
     return Outcome(
         problem=problem,
         text=text,
-        verdict=verdict,
+        verdict=verify(problem.expression, settled(text, cut_off), cut_off),
         tokens=len(completion.tokens),
         cut_off=cut_off,
         beyond_context=prompt_tokens + len(completion.tokens) > context,

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from arithmetic_llm.runtime import readable_limit
+
 GOOD, EXCELLENT, READABLE = 60.0, 80.0, 90.0  # percent; the last one of texts with a result
 # From so many problems of trained depths on they have a sentence: their 95 % interval is at most
 # 20 points wide, as "good" itself is. With fewer the rate would be chance.
@@ -73,8 +75,7 @@ def _decoding(settings: dict[str, Any]) -> str:
         how += f", top-k {settings['top_k']}"
     if not greedy and settings["top_p"] < 1:
         how += f", top-p {settings['top_p']:g}"
-    limit = f"at most {settings['max_gen_length']:,} new tokens"
-    return f"{how}, {limit}, {settings['precision']} on {settings['device']}"
+    return f"{how}, {readable_limit(settings)}, {settings['precision']} on {settings['device']}"
 
 
 def overall(metrics: Metrics) -> str:

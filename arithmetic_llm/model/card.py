@@ -8,6 +8,7 @@ from typing import Any
 from arithmetic_llm.corpus.coverage import Coverage
 from arithmetic_llm.model.checkpoint import Checkpoint
 from arithmetic_llm.model.tokenizer import BOS, END_THINK, EOS, THINK
+from arithmetic_llm.runtime import readable_limit
 from arithmetic_llm.task.solution import solve
 from arithmetic_llm.task.text import SPECIAL_TOKENS, problem_text, prompt_text, sequence_text
 
@@ -152,7 +153,7 @@ def _test(metrics: Metrics) -> str:
         )
     temperature = settings["temperature"]
     way = "greedy decoding" if temperature == 0 else f"sampled at temperature {temperature:g}"
-    return f"{problems}; {way}, at most {settings['max_gen_length']:,} new tokens."
+    return f"{problems}; {way}, {readable_limit(settings)}."
 
 
 def _rows(metrics: Metrics) -> Iterator[tuple[str, Metrics]]:

@@ -104,10 +104,7 @@ def is_right(entry: dict[str, Any], measure: str) -> bool:
     """Whether a measure counts a problem."""
     if measure == EXACT:
         return entry["correct"]
-    return entry["trace_error"] is None if measure == TRACE else entry["error"] not in NO_RESULT
-
-
-NO_RESULT = ("unparseable", "cut_off")  # kinds of errors of a text without a result
+    return entry["trace_error"] is None if measure == TRACE else entry["predicted"] is not None
 
 
 # ---------------------------------------------------------------------------------------- an arm

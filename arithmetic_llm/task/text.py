@@ -131,6 +131,11 @@ def is_first_step(solution: str) -> bool:
     return begins is not None and ends is None and is_one_step(solution[begins.end() :])
 
 
+def settled(text: str, cut_off: bool) -> str:
+    """A text that was cut off without the digits at its end: they may be part of any number."""
+    return text.rstrip("0123456789") if cut_off else text
+
+
 def one_spaced(text: str) -> str:
     """The words of a text, one space apart."""
     return " ".join(text.split())

@@ -266,7 +266,7 @@ def micro_batches(
         most_rows: rows of a part at most.
         at_once: parts that are computed side by side: at least as many, which share the memory.
     """
-    most_tokens, most_bytes = _most(device)
+    most_tokens, most_bytes = most_at_once(device)
 
     def fits(rows: int, longest: int) -> bool:
         return (
@@ -280,11 +280,12 @@ def micro_batches(
     return [part for piece in pieces for part in _cut(piece, lengths, fits)]
 
 
-def _most(device: torch.device) -> tuple[int, int]:
-    """Tokens and bytes that a micro-batch may hold."""
+def most_at_once(device: torch.device) -> tuple[int, int]:
+    """Tokens and bytes that a micro-batch may hold; of a GPU half of its memory, in whole GiB."""
     if device.type != "cuda":
         return _MOST_TOKENS, _MOST_BYTES if device.type == "cpu" else _MOST_BYTES_OF_APPLE
-    return _MOST_TOKENS_ON_GPU, torch.cuda.get_device_properties(device).total_memory // 2
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return _MOST_TOKENS_ON_GPU, memory // 2**31 * 2**30
 
 
 def working_memory(rows: int, width: int, shape: ModelConfig) -> int:

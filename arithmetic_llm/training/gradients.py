@@ -6,7 +6,6 @@ among how many, cannot change the update.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -109,7 +108,8 @@ class _LossModule(nn.Module):
     def __init__(self, model: ArithmeticModel):
         super().__init__()
         self.model = model
-        self.unused = nn.Parameter(torch.zeros(()))  # or DDP would warn that it looks in vain
+        # Or DDP would warn that it looks in vain.
+        self.unused = nn.Parameter(torch.zeros((), device=model.device))
 
     def forward(self, loss_of: LossOf, batch: MicroBatch | None) -> Tensor:
         if batch is None:
@@ -146,13 +146,16 @@ def _with_other_processes(
     They are summed during a process's last backward pass. One that has no micro-batch takes part
     with gradients of zero, or the others would wait for it.
     """
-    parallel, loss_sum = _parallel(model), 0.0
+    parallel, loss_sum = collectively(_parallel, model), 0.0
     *before, last = mine or [None]
-    for batch in (*before, last):
-        with contextlib.nullcontext() if batch is last else parallel.no_sync():
+    for batch in before:
+        with parallel.no_sync():
             loss = parallel(loss_of, batch)
-            collectively(loss.backward)
+            loss.backward()
         loss_sum += loss.item()
+    loss = parallel(loss_of, last)
+    collectively(loss.backward)
+    loss_sum += loss.item()
     return added_up([loss_sum])[0]
 
 

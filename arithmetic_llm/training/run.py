@@ -50,6 +50,7 @@ from arithmetic_llm.runtime import (
     versions,
 )
 from arithmetic_llm.training.adapters import keep_base
+from arithmetic_llm.training.batches import most_at_once
 from arithmetic_llm.training.optim import MuonAdamW, build_optimizer
 
 ROLLOUTS = "rollouts.jsonl"
@@ -253,6 +254,7 @@ def _require_same_start(model: ArithmeticModel, hashes: dict[str, str]) -> None:
     """
     require_same({**hashes, "weights": weights_hash(model)}, "corpus and start")
     require_same((torch.get_num_threads(), model.device.type), "--threads and kind of --device")
+    require_same(most_at_once(model.device), "memory on their GPUs")
 
 
 def _check_unfinished(
