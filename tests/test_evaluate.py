@@ -405,7 +405,7 @@ def test_each_problem_has_the_room_of_its_own_answer(tokenizer):
 
 
 def test_a_temperature_that_logits_cannot_be_divided_by_is_refused():
-    with pytest.raises(UserError, match="--temperature 1e-40: give 0, or 0.01 and above"):
+    with pytest.raises(UserError, match=r"--temperature 1e-40: give 0, or 0\.01 and above"):
         EvaluationConfig(model_path="m", temperature=1e-40)
 
 
