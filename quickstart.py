@@ -4,6 +4,7 @@
     python quickstart.py                                 (inside one)
     python quickstart.py --processes 1                   as README.md has its figures
     python quickstart.py --recipe configs/gpu
+    python quickstart.py --resume                        go on after Ctrl-C
 
 Each stage is one command, printed before it runs; paste it to run that stage alone.
 """
@@ -16,10 +17,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from arithmetic_llm.cli import parse, run_main
+from arithmetic_llm.cli import parse, read_json, run_main
 from arithmetic_llm.config import QuickstartConfig
 from arithmetic_llm.distributed import cores
-from arithmetic_llm.runtime import UserError, pasted, quoted, resolve_device
+from arithmetic_llm.folders import FACTS, FINISHED, step_checkpoints
+from arithmetic_llm.runtime import UserError, atomic_write_text, pasted, quoted, resolve_device
 
 TEST = "--tokenizer-path data/tokenizer --test-file data/instruction_corpus_test.txt"
 FOUNDATIONAL = "models/foundational_YYYYMMDD_HHMMSS/best_model.pt"
@@ -27,6 +29,7 @@ INSTRUCTION = "models/instruction_YYYYMMDD_HHMMSS/best_model.pt"
 LORA = "models/instruction_lora_YYYYMMDD_HHMMSS/lora_adapter.pt"
 GRPO = "models/grpo/grpo_YYYYMMDD_HHMMSS/final_model.pt"
 REPORT = "evaluation_results/report.html"
+PROGRESS = Path("models/quickstart.json")  # what --resume goes by
 ROOM = 20 * 2**30  # bytes of a card that has room for the caches of many long texts
 
 
@@ -99,14 +102,31 @@ STAGES = (
 
 def main(argv=None):
     config = parse(QuickstartConfig, argv, __doc__)
-    done = []
-    for name, command, results in STAGES:
+    config, seconds = progress() if config.resume else (config, [])
+    try:
+        config = run_stages(config, seconds)
+    except (KeyboardInterrupt, UserError):
+        go_on = f"{quoted([sys.executable])} quickstart.py --resume"
+        print(f"\ngo on with\n  {go_on}", file=sys.stderr)
+        raise
+    done = [
+        (name, pasted(words(command, config)), taken, results and newest_metrics(results))
+        for (name, command, results), taken in zip(STAGES, seconds, strict=True)
+    ]
+    finish(done, config)
+
+
+def run_stages(config, seconds):
+    """Run the stages that are not done yet, and keep count of them and of their ``seconds``."""
+    for name, command, _ in STAGES[len(seconds) :]:
         if command.startswith("run_") and not config.processes:
             config = replace(config, processes=fastest(config.recipe))
+        keep_progress(config, seconds)
         arguments = words(command, config)
-        seconds = run(name, arguments)
-        done.append((name, pasted(arguments), seconds, results and newest_metrics(results)))
-    finish(done, config)
+        seconds.append(run(name, going_on(arguments) if config.resume else arguments))
+        config = replace(config, resume=False)  # the others have not begun
+    keep_progress(config, seconds)
+    return config
 
 
 def finish(done, config):
@@ -146,6 +166,41 @@ def on_gpu(device):
 def in_processes(config):
     """The flag of training and evaluation, if they are to have several."""
     return ["--processes", str(config.processes)] if config.processes > 1 else []
+
+
+# ------------------------------------------------------------------- going on after Ctrl-C
+
+
+def keep_progress(config, seconds):
+    """Write down what is done, with what is the same for all stages."""
+    PROGRESS.parent.mkdir(exist_ok=True)
+    said = {"recipe": config.recipe, "processes": config.processes, "seconds": seconds}
+    atomic_write_text(PROGRESS, json.dumps(said) + "\n")
+
+
+def progress():
+    """The config of the last quickstart here, and the seconds of its stages that were done."""
+    if not PROGRESS.exists():
+        raise UserError(f"--resume: no quickstart has begun here ({PROGRESS}); leave it out")
+    said = read_json(PROGRESS)
+    try:
+        config = QuickstartConfig(said["recipe"], said["processes"], resume=True)
+        return config, said["seconds"][: len(STAGES)]
+    except (KeyError, TypeError):
+        raise UserError(f"{PROGRESS}: not of a quickstart; leave --resume out") from None
+
+
+def going_on(arguments):
+    """The command of a stage, or that which goes on with the run that it has begun."""
+    runs = [
+        facts.parent
+        for facts in Path("models").glob(f"**/{FACTS}")
+        if read_json(facts).get("command", [])[1:] == arguments[1:]
+    ]
+    newest = max(runs, key=lambda folder: folder.name, default=None)
+    if newest is None or (newest / FINISHED).exists() or not step_checkpoints(newest):
+        return arguments
+    return [arguments[0], "--resume", str(newest)]
 
 
 # --------------------------------------------------------------- how many processes are faster

@@ -30,6 +30,7 @@ from arithmetic_llm.runtime import UserError, require_file
 Config = TypeVar("Config")
 Clause = Mapping[str, Any]  # settings by name, and what one of them must be; see `opt`
 OUT_OF_MEMORY = "out of memory; use a smaller batch (--help says which flags cut it) or model"
+SET_UP = "activate the environment that `make quickstart` or `make test` has set up (README.md)"
 ANY_NUMBER = "*"  # of values, as argparse spells it
 COMMAND_LINE, DEFAULT = "the command line", "the default"  # where a value comes from, if not a file
 
@@ -537,6 +538,11 @@ def run_main(
         code = 0
     except (UserError, OSError, MemoryError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
+        code = 2
+    except ModuleNotFoundError as error:
+        print(
+            f"error: {error.name} is not installed for {sys.executable}; {SET_UP}", file=sys.stderr
+        )
         code = 2
     except RuntimeError as error:  # torch's out-of-memory errors have no common base class
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):

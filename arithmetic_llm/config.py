@@ -35,6 +35,7 @@ MAX_DEPTH = 10
 MAX_FLAT_TERMS = 200
 MAX_CHAIN_NUMBERS = 200
 LARGEST_NUMBER = 10**100
+DRILLS = 0.3  # of the samples of a foundational corpus
 
 
 def _rate(default: float, help: str) -> float:
@@ -162,7 +163,14 @@ class FoundationalCorpusConfig(CorpusConfig):
     typed_rate: float = like(SampleSpec, "typed_rate", 0.1)
     padded_rate: float = like(SampleSpec, "padded_rate", 0.05)
     flat_rate: float = like(SampleSpec, "flat_rate", 0.0)
-    drill_rate: float = like(SampleSpec, "drill_rate", 0.3)
+    drill_rate: float | None = like(
+        SampleSpec, "drill_rate", None, unset=f"{DRILLS} to train on, else 0.0"
+    )
+
+    def __post_init__(self) -> None:
+        if self.drill_rate is None:  # a test of steps would pass for one of problems
+            object.__setattr__(self, "drill_rate", DRILLS if self.split == "train" else 0.0)
+        super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +194,7 @@ def _of_each(name: str) -> Any:
         for kind in (FoundationalCorpusConfig, CorpusConfig)
     )
     same = foundational == instruction
-    where = "foundational corpus" + (" to train on" if name == "drill_rate" else "")
-    unset = instruction if same else f"{instruction}; in the {where} {foundational}"
+    unset = instruction if same else f"{instruction}; in the foundational corpus {foundational}"
     return like(CorpusConfig, name, None, unset=unset)
 
 
@@ -198,7 +205,12 @@ class BothCorporaConfig(CorpusConfig):
     typed_rate: float | None = _of_each("typed_rate")
     padded_rate: float | None = _of_each("padded_rate")
     flat_rate: float | None = _of_each("flat_rate")
-    drill_rate: float | None = _of_each("drill_rate")
+    drill_rate: float | None = like(
+        CorpusConfig,
+        "drill_rate",
+        None,
+        unset=f"0.0; in the foundational corpus to train on {DRILLS}",
+    )
     output_foundational: str = opt(
         "data/foundational_corpus.txt",
         "the plain-text file to write",
@@ -226,8 +238,6 @@ class BothCorporaConfig(CorpusConfig):
     def of(self, kind: type[CorpusConfig]) -> Any:
         """The settings of one kind of corpus, with its own defaults for what is not given."""
         values = {field.name: getattr(self, field.name) for field in fields(kind)}
-        if self.drill_rate is None and self.split != "train":
-            values["drill_rate"] = 0.0  # a test of steps would pass for one of problems
         return kind(**{name: value for name, value in values.items() if value is not None})
 
 
@@ -812,13 +822,17 @@ class ExportConfig:
 class QuickstartConfig:
     """Quickstart."""
 
-    recipe: str = opt("configs/cpu", "folder with the configs of the stages")
+    recipe: str = opt(
+        "configs/cpu", "folder with the configs of the stages", needs=[{"resume": False}]
+    )
     processes: int = opt(
         0,
         "processes that share the work of training and evaluation; 0 = one, or one for each CPU "
-        "core if a short trial says that this is faster",
+        "core (4 at most) if a short trial says that this is faster",
         at_least=0,
+        needs=[{"resume": False}],
     )
+    resume: bool = opt(False, "go on where the last quickstart in this folder was interrupted")
 
 
 @dataclass(frozen=True)

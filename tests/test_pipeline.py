@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from helpers import ROOT, load_script, one_thread, recipe, run
 
 from arithmetic_llm.config import QuickstartConfig
 from arithmetic_llm.distributed import cores
+from arithmetic_llm.runtime import UserError
 
 # The manual's quick start, steps 1 to 4.1, word for word.
 MANUAL = r"""
@@ -263,6 +265,68 @@ def test_ctrl_c_in_the_quickstart_leaves_the_stage_time_to_save():
     os.killpg(process.pid, signal.SIGINT)
     assert process.communicate(timeout=60)[0] == "saved\n"
     assert process.returncode == 130
+
+
+def test_a_quickstart_that_was_interrupted_goes_on_with_the_run_it_had_begun(tmp_path, monkeypatch):
+    quickstart, ran, ended = load_script("quickstart.py"), [], []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "finish", lambda done, config: ended.append((done, config)))
+    monkeypatch.setattr(quickstart, "newest_metrics", lambda folder: f"{folder}/metrics")
+
+    def run(name, arguments):
+        ran.append(arguments)
+        if len(ran) == 7:  # the instruction model's training, in its midst
+            begun_run(tmp_path / "models" / "instruction_20260101_000000", arguments)
+            raise KeyboardInterrupt
+        return float(len(ran))
+
+    monkeypatch.setattr(quickstart, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        quickstart.main(["--recipe", "r", "--processes", "2"])
+    quickstart.main(["--resume"])
+    assert ran[7] == [
+        "run_instruction_training.py",
+        "--resume",
+        str(Path("models", "instruction_20260101_000000")),
+    ]
+    assert len(ran) == len(quickstart.STAGES) + 1
+    ((done, config),) = ended
+    assert (config.recipe, config.processes) == ("r", 2)
+    assert [name for name, *_ in done] == [name for name, *_ in quickstart.STAGES]
+    assert [seconds for _, _, seconds, _ in done] == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13]
+    assert done[6][1].startswith("python run_instruction_training.py --config r/instruction.json")
+    quickstart.main(["--resume"])  # once more, when all is done
+    assert len(ran) == len(quickstart.STAGES) + 1
+
+
+def begun_run(folder, arguments, *more):
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"command": ["/x/script.py", *arguments[1:]]}))
+    for name in ("checkpoint_step_5.pt", *more):
+        (folder / name).touch()
+
+
+def test_what_did_not_begin_or_is_finished_begins_anew(tmp_path, monkeypatch):
+    quickstart = load_script("quickstart.py")
+    monkeypatch.chdir(tmp_path)
+    line = ["run_grpo_training.py", "--config", "a b/grpo.json"]
+    assert quickstart.going_on(line) == line
+    begun_run(tmp_path / "models" / "grpo" / "grpo_20260101_000000", [*line, "--seed", "2"])
+    assert quickstart.going_on(line) == line  # another command's
+    begun_run(tmp_path / "models" / "grpo" / "grpo_20260101_000001", line)
+    assert quickstart.going_on(line)[1:] == ["--resume", "models/grpo/grpo_20260101_000001"]
+    begun_run(tmp_path / "models" / "grpo" / "grpo_20260101_000002", line, "training_summary.json")
+    assert quickstart.going_on(line) == line
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"recipe": "r"}', '{"seconds": 3}'])
+def test_nothing_to_go_on_with_is_a_line(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    if content:
+        (tmp_path / "models").mkdir()
+        (tmp_path / "models" / "quickstart.json").write_text(content)
+    with pytest.raises(UserError, match=r"quickstart\.json"):
+        load_script("quickstart.py").main(["--resume"])
 
 
 @pytest.mark.parametrize(
