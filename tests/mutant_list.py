@@ -247,8 +247,8 @@ MUTANTS = [
     ),
     Mutant(
         "data: one part takes the whole card",
-        "total_memory // 2",
-        "total_memory",
+        "memory // 2**31 * 2**30",
+        "memory",
         "test_memory.py -k documented_batch",
     ),
     Mutant(
@@ -1133,8 +1133,12 @@ MUTANTS = [
     # ----------------------------------------------------------------------- several processes
     Mutant(
         "Processes: gradients of one alone",
-        "nullcontext() if batch is last else parallel.no_sync()",
-        "parallel.no_sync()",
+        "    parallel.register_comm_hook(None, _sum_of_all)\n",
+        "    parallel.register_comm_hook(None, lambda _, bucket: _alone(bucket.buffer()))\n\n"
+        "    def _alone(gradients):\n"
+        "        future = torch.futures.Future()\n"
+        "        future.set_result(gradients)\n"
+        "        return future\n\n",
         f"{TOGETHER} -k do_what_one_does",
     ),
     Mutant(
@@ -1145,8 +1149,8 @@ MUTANTS = [
     ),
     Mutant(
         "Processes: only the last micro-batch of each counts",
-        "for batch in (*before, last):",
-        "for batch in (last,):",
+        "*before, last = mine or [None]",
+        "before, last = [], (mine or [None])[-1]",
         f"{TOGETHER} -k do_what_one_does",
     ),
     Mutant(

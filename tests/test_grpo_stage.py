@@ -440,7 +440,7 @@ def test_a_limit_that_cuts_right_solutions_off_is_warned_of(world, tmp_path):
     ("argv", "message"),
     [
         (["--num-candidates", 1], "--num-candidates: must be at least 2"),
-        (["--temperature", 0], "--temperature: must be above 0"),
+        (["--temperature", 0], "--temperature: must be at least 0.01"),
         (["--rewards", "corect=1"], "no reward 'corect'; there are correct"),
         (["--min-depth", 3], "--min-depth 3: is above --max-depth 2"),
         (["--num-range", 9, 1], "the smaller number comes first"),

@@ -188,14 +188,14 @@ def test_each_step_has_the_mark_of_the_verifier(solver):
     )
 
 
-def test_what_was_cut_off_is_marked_though_nothing_stands_there(solver):
+def test_what_was_cut_off_behind_the_steps_is_marked(solver):
     prompt = solver.prompt("1 + 2")
-    written = solver.tokenizer.encode(" Step 1: 1 + 2 = 3 Expression now: 3")
+    written = solver.tokenizer.encode(" Step 1: 1 + 2 = 3 Expression now: 3 </think>")
     completion = Completion(written, finish_reason="length")
     outcome = judge(problem_from("1 + 2"), completion, len(prompt), solver.tokenizer, 1536)
     page = trace_page(trace_of(solver, prompt, written, outcome), "m")
     assert re.findall(r'<div class="line ([^"]*)"', page) == ["right", "wrong first"]
-    assert '<div class="line wrong first"><span class="mark">✗ cut off; the exact' in page
+    assert "✗ cut off; the exact" in page
 
 
 def test_a_right_refusal_is_marked_and_the_reason_told(solver):
