@@ -188,14 +188,25 @@ def test_each_step_has_the_mark_of_the_verifier(solver):
     )
 
 
-def test_what_was_cut_off_behind_the_steps_is_marked(solver):
+@pytest.mark.parametrize(
+    ("end", "lines", "last"),
+    [
+        ("", ["wrong first", "wrong"], '<div class="line wrong"><span class="mark">'),  # 3, or 13?
+        (" </think>", ["right", "wrong first"], '<div class="line wrong first"><span class="token'),
+    ],
+)
+def test_what_was_cut_off_is_marked_whether_anything_stands_there_or_not(solver, end, lines, last):
     prompt = solver.prompt("1 + 2")
-    written = solver.tokenizer.encode(" Step 1: 1 + 2 = 3 Expression now: 3 </think>")
+    written = solver.tokenizer.encode(f" Step 1: 1 + 2 = 3 Expression now: 3{end}")
     completion = Completion(written, finish_reason="length")
     outcome = judge(problem_from("1 + 2"), completion, len(prompt), solver.tokenizer, 1536)
     page = trace_page(trace_of(solver, prompt, written, outcome), "m")
-    assert re.findall(r'<div class="line ([^"]*)"', page) == ["right", "wrong first"]
-    assert "✗ cut off; the exact" in page
+    assert re.findall(r'<div class="line ([^"]*)"', page) == lines
+    ending = page[page.index(last) :]
+    assert '<span class="mark">✗ cut off; the exact' in ending
+    assert end or ending.startswith(
+        '<div class="line wrong"><span class="mark">✗ cut off; the exact'
+    )
 
 
 def test_a_right_refusal_is_marked_and_the_reason_told(solver):
