@@ -91,9 +91,10 @@ def added_up(values: Sequence[float]) -> list[float]:
     if _place.world_size == 1:
         return [*values]
     import torch
+    import torch.distributed as dist
 
     sums = torch.tensor(values, dtype=torch.float64)
-    add_up_in_place(sums)
+    collectively(dist.all_reduce, sums)
     return sums.tolist()
 
 
@@ -105,13 +106,6 @@ def require_same(value: Any, what: str) -> None:
     """
     if any(theirs != value for theirs in _gather(value)):
         raise UserError(f"the processes do not have the same {what}; give all of them the same")
-
-
-def add_up_in_place(tensor: Any) -> None:
-    """Replace a tensor by its sum over all processes, bit for bit the same on each."""
-    import torch.distributed as dist
-
-    collectively(dist.all_reduce, tensor)
 
 
 def _gather(value: Item) -> list[Item]:
