@@ -95,6 +95,7 @@ def trainings(world):
         "foundational": foundational(world, "--dropout", 0, "--learning-rate", 1e-3, *MUON),
         "instruction": instruction(
             *("run_instruction_training.py", world, "--gradient-accumulation-steps", 2),
+            *("--hardest-of", 2),
         ),
         "lora": instruction(lora, world, "--lora-rank", 4, "--save-merged-model", *MUON),
         "grpo": grpo(
@@ -110,7 +111,8 @@ def trainings(world):
 
 def with_dropout(world):
     """A run whose random numbers matter."""
-    return foundational(world, "--dropout", 0.2, "--learning-rate", 1e-3, "--save-every", 5)
+    few = ("--hardest-of", 2, "--save-every", 5)
+    return foundational(world, "--dropout", 0.2, "--learning-rate", 1e-3, *few)
 
 
 def evaluation(world):
