@@ -383,7 +383,7 @@ MUTANTS = [
         "supervised: the losses belong to other samples",
         "return np.concatenate(parts)[hardest]",
         "return planned[hardest]",
-        f"{STAGE} -k hardest",
+        "test_data.py -k hardest",
     ),
     Mutant(
         "supervised: the hardest are looked for among one batch",

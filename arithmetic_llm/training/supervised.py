@@ -94,8 +94,9 @@ class SupervisedTask:
         """The samples of a step: all that are planned, or of several batches one of the hardest.
 
         What the model knows has hardly any gradient. Late in a run that is nearly everything, and
-        reading a sample costs a third of learning from it (Jiang et al., 2019, skip the backward
-        pass likewise, by chance and not by rank).
+        reading a sample costs a third or less of learning from it. (Jiang et al., 2019, choose
+        likewise, but by chance.) The trap: a model that is still wrong in two opposite ways is
+        shown only the one at hand, and swings between them.
         """
         planned, config = self.plan[step], self.config
         longest = int(self.train.lengths[planned].max())
