@@ -419,12 +419,6 @@ class TrainingConfig(RunConfig):
         "learn from a longer sample in excerpts of whole steps, of at most so many tokens; 0 = off",
         at_least=0,
     )
-    hardest_of: int = opt(
-        1,
-        "in each step read so many batches of samples of like length, and learn from one batch of "
-        "those with the highest loss; 1 = from all that is read",
-        at_least=1,
-    )
     init_from: str = opt("", "start a new run from this checkpoint's weights")
 
 

@@ -369,33 +369,9 @@ MUTANTS = [
     ),
     Mutant(
         "supervised: weights left out of the loss",
-        'return F.cross_entropy(logits, targets, reduction="none") * weights',
-        'return F.cross_entropy(logits, targets, reduction="none")',
+        'return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()',
+        'return F.cross_entropy(logits, targets, reduction="none").sum()',
         STAGE,
-    ),
-    Mutant(
-        "supervised: the easiest in place of the hardest",
-        "np.argsort(-self._losses(parts)",
-        "np.argsort(self._losses(parts)",
-        f"{STAGE} -k hardest",
-    ),
-    Mutant(
-        "supervised: the losses belong to other samples",
-        "return np.concatenate(parts)[hardest]",
-        "return planned[hardest]",
-        "test_data.py -k hardest",
-    ),
-    Mutant(
-        "supervised: the hardest are looked for among one batch",
-        "rows * config.hardest_of, tokens * config.hardest_of",
-        "rows, tokens",
-        "test_data.py -k hardest",
-    ),
-    Mutant(
-        "supervised: the hardest are looked for with dropout",
-        "with evaluating(self.model):\n            found",
-        "if True:\n            found",
-        "test_data.py -k hardest",
     ),
     Mutant(
         "supervised: every epoch in the same order",

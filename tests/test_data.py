@@ -428,55 +428,6 @@ def test_the_loss_is_the_mean_over_weighted_tokens():
     torch.testing.assert_close(job.loss(model, batch), expected)
 
 
-# ---------------------------------------------------------------------------------- the hardest
-
-
-def losses_alone(job):
-    """The loss of each sample, one at a time."""
-    with torch.no_grad():
-        rows = [job.train.batch([index]) for index in range(len(job.train))]
-        return np.array([job.loss(job.model, row).item() for row in rows])
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("size", [{"batch_tokens": 1000}, {"batch_size": 5}])
-def test_a_step_learns_from_one_batch_of_the_hardest(size, threads):
-    job = task(hardest_of=4, num_epochs=1, **size)
-    losses, lengths = losses_alone(job), job.train.lengths
-    job.plan = [planned[::-1] for planned in job.plan]  # any order will do
-    cut = 0
-    for step, planned in enumerate(job.plan):
-        with on_threads(threads):
-            chosen = job.samples_of(step)
-        left = np.setdiff1d(planned, chosen)
-        assert sorted([*chosen, *left]) == sorted(planned)
-        if len(left):
-            cut += 1
-            assert losses[left].max() <= losses[chosen].min() + 1e-4
-            one_more = (len(chosen) + 1) * lengths[planned].max()
-            assert one_more > 1000 if "batch_tokens" in size else len(chosen) == 5
-        assert "batch_size" in size or len(chosen) * lengths[chosen].max() <= 1000
-    assert cut > 0.8 * len(job.plan)
-
-
-def test_a_step_learns_from_all_that_is_read_unless_asked_otherwise(monkeypatch):
-    job = task(batch_tokens=300)
-    monkeypatch.setattr(job.model, "forward", None)
-    monkeypatch.setattr(job.model, "hidden_states", None)  # nothing is read beforehand
-    assert all(job.samples_of(step) is planned for step, planned in enumerate(job.plan))
-
-
-def test_the_hardest_are_found_without_dropout_or_a_trace_of_the_search():
-    job = task(batch_size=5, hardest_of=4)
-    job.model = random_model(TOKENIZER.vocab_size, dropout=0.5).train()
-    before = torch.get_rng_state()
-    once, again = job.samples_of(0), job.samples_of(0)
-    assert np.array_equal(once, again)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert job.model.training
-    assert all(p.grad is None for p in job.model.parameters())
-
-
 # ------------------------------------------------------------------------------------ budgets
 
 

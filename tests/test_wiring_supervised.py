@@ -227,8 +227,7 @@ def plain_loop(model, samples, settings):
     """Train for five steps; yields of each step the weights after it and what to log of it."""
     lengths = np.array([len(ids) for ids, _ in samples])
     order = np.random.default_rng((settings["seed"], 0))
-    rows, read = settings["batch_size"], settings.get("hardest_of", 1)
-    plan = plan_epoch(lengths, rows * read, 0, order)
+    plan = plan_epoch(lengths, settings["batch_size"], 0, order)
     shares, optimizers = SHARES[settings["schedule"]], optimizers_of(model, settings)
     schedules = {
         name: torch.optim.lr_scheduler.LambdaLR(each, lambda step: [*shares, 0.0][step])
@@ -237,7 +236,7 @@ def plain_loop(model, samples, settings):
     limit = settings["gradient_clip"] or math.inf
     for indices in plan[: len(shares)]:
         model.zero_grad()
-        loss = backward(model, hardest(model, [samples[index] for index in indices], rows))
+        loss = backward(model, [samples[index] for index in indices])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         told = {name: each.get_last_lr()[0] for name, each in schedules.items()}
         for each in (*optimizers.values(), *schedules.values()):
@@ -250,23 +249,11 @@ def backward(model, samples):
     """The weighted mean over the tokens of all samples, one sample at a time, with gradients."""
     total, loss = sum(weights.sum() for _, weights in samples), 0.0
     for ids, weights in samples:
-        part = summed_loss(model, ids, weights) / total
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        part = (F.cross_entropy(logits, ids[1:], reduction="none") * weights).sum() / total
         part.backward()
         loss += part.item()
     return loss
-
-
-def summed_loss(model, ids, weights):
-    logits = model(input_ids=ids[None]).logits[0, :-1]
-    return (F.cross_entropy(logits, ids[1:], reduction="none") * weights).sum()
-
-
-def hardest(model, samples, most):
-    """Those of the highest loss; all of them if there are no more."""
-    with torch.no_grad():
-        losses = [summed_loss(model, *sample).item() for sample in samples]
-    order = sorted(range(len(samples)), key=lambda place: -losses[place])
-    return [samples[place] for place in order[:most]]
 
 
 def of_base(world):
@@ -367,12 +354,6 @@ def test_the_steps_of_excerpts_are_those_of_a_plain_loop(world, tmp_path, stage)
     samples = samples_of(world, stage, {**SETTINGS, "excerpt_tokens": 30})
     assert len(samples) > 1.3 * len(samples_of(world, stage, SETTINGS))
     assert_like_plain_loop(world, stage, tmp_path, excerpt_tokens=30)
-
-
-@pytest.mark.usefixtures("in_fp32")
-@pytest.mark.parametrize("stage", ["foundational", "instruction"])
-def test_the_hardest_samples_are_those_of_a_plain_loop(world, tmp_path, stage):
-    assert_like_plain_loop(world, stage, tmp_path, hardest_of=3)
 
 
 def test_excerpts_longer_than_the_context_are_refused(world, tmp_path):

@@ -7,10 +7,10 @@ among how many, cannot change the update.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,6 @@ class Loss(Protocol):
 
 
 LossOf = Callable[[ArithmeticModel, MicroBatch], Tensor]
-Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def add_gradients(
@@ -78,22 +77,15 @@ def _by_threads(
         gradients = torch.autograd.grad(loss, trained, allow_unused=True)
         return loss.item(), gradients  # asked for a number only now: a GPU is waited for
 
+    each = workers(at_once).map if min(at_once, len(micro_batches)) > 1 else map
     loss_sum = 0.0
-    for loss, gradients in side_by_side(loss_and_gradients, micro_batches, at_once):
+    for loss, gradients in each(loss_and_gradients, micro_batches):
         loss_sum += loss
         for parameter, gradient in zip(trained, gradients, strict=True):
             if gradient is not None:
                 before = parameter.grad
                 parameter.grad = gradient if before is None else before.add_(gradient)
     return loss_sum
-
-
-def side_by_side(
-    function: Callable[[Item], Result], items: Sequence[Item], at_once: int
-) -> Iterator[Result]:
-    """`map`, with so many items at once, on a thread each that keeps to one core."""
-    each = workers(at_once).map if min(at_once, len(items)) > 1 else map
-    return iter(each(function, items))
 
 
 @cache

@@ -22,10 +22,12 @@ from arithmetic_llm.config import (
 from arithmetic_llm.corpus.files import read_corpus, read_problems
 from arithmetic_llm.distributed import gather_shares, share, world_size
 from arithmetic_llm.folders import resolve_paths
-from arithmetic_llm.model.decode import evaluating
 from arithmetic_llm.model.lora import parameter_summary
 from arithmetic_llm.model.transformer import ArithmeticModel
-from arithmetic_llm.runtime import UserError, autocast, prepare_training
+from arithmetic_llm.runtime import (
+    UserError,
+    prepare_training,
+)
 from arithmetic_llm.task.expression import ExpressionError, parse
 from arithmetic_llm.training.batches import (
     Batch,
@@ -34,7 +36,6 @@ from arithmetic_llm.training.batches import (
     micro_batches,
     plan_epoch,
 )
-from arithmetic_llm.training.gradients import side_by_side
 from arithmetic_llm.training.loop import fit
 from arithmetic_llm.training.run import Run, open_run
 from arithmetic_llm.training.start import Beginning, Sources, begin, held_out_records
@@ -63,17 +64,13 @@ class SupervisedTask:
         epoch = 0
         while len(plan) < config.max_steps if config.max_steps else epoch < config.num_epochs:
             rng = np.random.default_rng((config.seed, epoch))
-            rows, tokens = config.batch_size, config.batch_tokens
-            plan += plan_epoch(
-                train.lengths, rows * config.hardest_of, tokens * config.hardest_of, rng
-            )
+            plan += plan_epoch(train.lengths, config.batch_size, config.batch_tokens, rng)
             epoch += 1
         self.steps_per_epoch = math.ceil(len(plan) / epoch)  # they differ by a few
         self.plan = plan[: config.max_steps or None]
         self.total_steps = len(self.plan)
-        read = [int(train.lengths[batch].sum()) for batch in self.plan]
-        self._tokens_before = np.cumsum([0, *read])
-        self.precision = torch.float32  # of the training forward; set when the run is open
+        tokens = [int(train.lengths[batch].sum()) for batch in self.plan]
+        self._tokens_before = np.cumsum([0, *tokens])
 
     @property
     def at_once(self) -> int:
@@ -88,36 +85,7 @@ class SupervisedTask:
 
     def updates(self, step: int) -> list[list[Batch]]:
         least = max(self.config.gradient_accumulation_steps, self.at_once, world_size())
-        return [self._batches(self.train, self.samples_of(step), least, self.at_once)]
-
-    def samples_of(self, step: int) -> np.ndarray:
-        """The samples of a step: all that are planned, or of several batches one of the hardest.
-
-        What the model knows has hardly any gradient. Late in a run that is nearly everything, and
-        reading a sample costs a third or less of learning from it. (Jiang et al., 2019, choose
-        likewise, but by chance.) The trap: a model that is still wrong in two opposite ways is
-        shown only the one at hand, and swings between them.
-        """
-        planned, config = self.plan[step], self.config
-        longest = int(self.train.lengths[planned].max())
-        rows = max(1, config.batch_tokens // longest) if config.batch_tokens else config.batch_size
-        if len(planned) <= rows:
-            return planned
-        parts = self._parts(self.train, planned, max(self.at_once, world_size()), self.at_once)
-        hardest = np.argsort(-self._losses(parts), kind="stable")[:rows]
-        return np.concatenate(parts)[hardest]
-
-    def _losses(self, parts: list[np.ndarray]) -> np.ndarray:
-        """The loss of each sample, summed over its tokens, under the weights as they are."""
-
-        def losses(part: np.ndarray) -> list[float]:
-            batch = self.train.batch(part).to(self.model.device)
-            with torch.no_grad(), autocast(self.model.device, self.precision):  # of this thread
-                return losses_by_row(self.model, batch).tolist()
-
-        with evaluating(self.model):
-            found = [*side_by_side(losses, share(parts), self.at_once)]
-        return np.concatenate(gather_shares(found))
+        return [self._batches(self.train, self.plan[step], least, self.at_once)]
 
     def work(self, step: int) -> int:
         """Tokens of the samples before ``step``."""
@@ -144,14 +112,9 @@ class SupervisedTask:
     def _batches(
         self, samples: TokenisedSamples, indices: np.ndarray, least: int = 1, at_once: int = 1
     ) -> list[Batch]:
-        return [samples.batch(part) for part in self._parts(samples, indices, least, at_once)]
-
-    def _parts(
-        self, samples: TokenisedSamples, indices: np.ndarray, least: int, at_once: int
-    ) -> list[np.ndarray]:
-        """Indices of the samples that go through the model together."""
         shape, device = self.model.config, self.model.device
-        return micro_batches(samples.lengths, indices, shape, device, least, at_once=at_once)
+        parts = micro_batches(samples.lengths, indices, shape, device, least, at_once=at_once)
+        return [samples.batch(part) for part in parts]
 
     def selection_loss(self, metrics: dict[str, float]) -> float:
         return metrics["eval_loss"]
@@ -183,21 +146,9 @@ def counted_logits(model: ArithmeticModel, batch: Batch) -> tuple[Tensor, Tensor
     return model.lm_head(hidden).float(), targets, weights
 
 
-def losses_by_row(model: ArithmeticModel, batch: Batch) -> Tensor:
-    """(B,) weighted negative log-likelihood of each sample's tokens together, in nats."""
-    rows, width = batch.input_ids.shape
-    losses = weighted_cross_entropy(*counted_logits(model, batch))
-    return losses.new_zeros(rows).index_add_(0, batch.counted // width, losses)
-
-
 def summed_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Sum over tokens of weight x negative log-likelihood, in nats."""
-    return weighted_cross_entropy(logits, targets, weights).sum()
-
-
-def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """(N,) weight x negative log-likelihood of each token, in nats."""
-    return F.cross_entropy(logits, targets, reduction="none") * weights
+    return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
 
 
 # ------------------------------------------------------------------------------ the stages
@@ -240,7 +191,6 @@ def _train(
     beginning = begin(config, sources, shape=shape, lora=lora)
     task = _task(config, sources.corpus, beginning, loss)
     run = open_run(config, beginning.checkpoint, **beginning.hashes)
-    task.precision = run.precision
     _describe(run, task)
     summary = fit(run, task)
     print(f"done: best eval loss {summary['best']['eval_loss']:.4g}; models in {run.folder}")
