@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 import numpy as np
@@ -17,10 +16,6 @@ from arithmetic_llm.model.transformer import initialise
 from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, plan_epoch
 from arithmetic_llm.training.optim import build_optimizer, learning_rate_factor
 from arithmetic_llm.training.supervised import counted_logits
-
-# Tests ask for the same bits twice and start three processes at once, which one GPU does not do.
-# With CUDA_VISIBLE_DEVICES=0 set outside they run on it all the same.
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
 # A shell's background jobs ignore Ctrl-C, what nohup starts a closed terminal, and so would all
 # that the tests start from there.
