@@ -796,8 +796,8 @@ MUTANTS = [
     ),
     Mutant(
         "sampler: the largest number never occurs",
-        "rng.randrange(num_range[0], num_range[1] + 1)",
-        "rng.randrange(num_range[0], max(num_range[1], num_range[0] + 1))",
+        "rng.choice(range(num_range[0], num_range[1] + 1))",
+        "rng.choice(range(num_range[0], max(num_range[1], num_range[0] + 1)))",
         "test_sampling.py -k range",
     ),
     # ----------------------------------------------------------------------------------- LoRA

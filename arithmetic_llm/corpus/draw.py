@@ -161,16 +161,23 @@ def drill(spec: SampleSpec, rng: Random) -> Postfix:
 
     So drills have just the numbers, large and negative ones included, that traces meet, as often.
     """
-    results: list[int] = []
-    steps: list[Postfix] = []
-    for symbol in exact_tree(spec.max_depth, spec.num_range, rng):
+    tree = exact_tree(spec.max_depth, spec.num_range, rng)
+    return _operation(tree, rng.randrange(len(tree) // 2))
+
+
+def _operation(tree: Postfix, place: int) -> Postfix:
+    """The operation that is carried out at a place, from 0, with the numbers that it meets."""
+    values: list[int] = []  # of what waits for its operation
+    for symbol in tree:
         if isinstance(symbol, int):
-            results.append(symbol)
+            values.append(symbol)
             continue
-        right, left = results.pop(), results.pop()
-        steps.append((left, right, symbol))
-        results.append(apply(left, symbol, right))
-    return rng.choice(steps)
+        right, left = values.pop(), values.pop()
+        if place == 0:
+            return (left, right, symbol)
+        place -= 1
+        values.append(apply(left, symbol, right))
+    raise IndexError(place)
 
 
 def draw_any(spec: SampleSpec, style: str, split: str, rng: Random) -> Drawn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -36,6 +37,7 @@ from arithmetic_llm.task.text import (
     result_text,
 )
 
+_HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 NO_PROBLEM = "has rewritings alone and no problem; lower --rewrite-rate and make it anew"
 
 # ------------------------------------------------------------------------------- writing
@@ -202,7 +204,7 @@ def _checked(record: Record) -> Record:
     for name, value in zip(Record._fields[:3], record, strict=False):
         if not isinstance(value, str):
             raise ValueError(f"{name!r} is not a string")
-        if any("\ud800" <= character <= "\udfff" for character in value):  # JSON can say so
+        if _HALF_A_CHARACTER.search(value):  # JSON can say so
             raise ValueError(f"{name!r} has half of a character, a lone surrogate")
     if record.problem == expression_text(record.expression):
         if record.answer is None and is_one_step(record.solution):

@@ -67,7 +67,7 @@ def expression_text(expression: str) -> str:
 
 def step_text(number: int, operation: str, result: int, expression: str) -> str:
     """The two lines that state a step."""
-    return f"{step_label(number)}: {operation} = {result}\n{expression_text(expression)}"
+    return f"{STEP} {number}: {operation} = {result}\n{NEW_EXPRESSION} {expression}"
 
 
 def refusal_text(reason: str) -> str:
