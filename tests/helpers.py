@@ -287,3 +287,14 @@ def full_when_flushing(monkeypatch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(runtime.os, "fsync", fsync)
+
+
+@contextlib.contextmanager
+def on_threads(count):
+    """Torch with so many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -674,9 +674,15 @@ MUTANTS = [
     ),
     Mutant(
         "decoder: the cache keeps all that a pass has read",
-        "cache.lengths = cache.lengths + torch.tensor(counts, device=model.device)",
-        "cache.lengths = cache.lengths + ids.shape[1]",
+        "self.cache.lengths = self.cache.lengths + torch.tensor(counts, device=self.model.device)",
+        "self.cache.lengths = self.cache.lengths + ids.shape[1]",
         "test_generate.py -k greedy",
+    ),
+    Mutant(
+        "decoder: threads leave the last rows out",
+        "[rows[place::count] for place in range(count)]",
+        "[rows[place::count][: len(rows) // count] for place in range(count)]",
+        "test_generate.py -k threads",
     ),
     Mutant(
         "decoder: random numbers by place in the batch",
@@ -698,14 +704,14 @@ MUTANTS = [
     ),
     Mutant(
         "decoder: dropout on while writing",
-        "    with evaluating(model):\n        cache = _read_prompts",
-        "    with torch.enable_grad():\n        cache = _read_prompts",
+        "    with evaluating(model):\n        lanes =",
+        "    with torch.enable_grad():\n        lanes =",
         f"{GRPO} -k dropout",
     ),
     Mutant(
         "decoder: the wrong rows leave the cache",
         "cache.remove(place)",
-        "cache.remove(len(rows) - 1)",
+        "cache.remove(len(self.rows) - 1)",
         "test_generate.py -k batch_size",
     ),
     # ------------------------------------------------------------------------------- the task

@@ -1,6 +1,5 @@
 """From records to batches: loss weights by hand, tight batches, gradients whatever the cut."""
 
-import contextlib
 import re
 import threading
 import time
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import load_script, make_tokenizer, random_model, records
+from helpers import load_script, make_tokenizer, on_threads, random_model, records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -23,8 +22,8 @@ from arithmetic_llm.model.tokenizer import PAD
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.solution import solve
 from arithmetic_llm.task.text import problem_text
+from arithmetic_llm.threads import workers
 from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, plan_epoch
-from arithmetic_llm.training.gradients import workers
 from arithmetic_llm.training.loop import update
 from arithmetic_llm.training.supervised import SupervisedTask, held_out_sums
 
@@ -338,16 +337,6 @@ def gradient(pieces, threads=1):
         (micro_batches,) = job.updates(3)
         assert len(micro_batches) == max(pieces, threads)
         return of_update(model, job, micro_batches)
-
-
-@contextlib.contextmanager
-def on_threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def of_update(model, job, micro_batches):

@@ -1,11 +1,12 @@
 """The decoder against a naive loop and transformers; and batches change nothing."""
 
 import math
+import threading
 from collections import Counter
 
 import pytest
 import torch
-from helpers import of_transformers, random_model
+from helpers import of_transformers, on_threads, random_model
 
 from arithmetic_llm.config import SampleSpec
 from arithmetic_llm.corpus.draw import draw_samples
@@ -144,6 +145,43 @@ def test_a_row_writes_the_same_whoever_its_neighbours_are():
         assert generate(MODEL, [PROMPTS[0], *make_prompts(9, seed)], LIMIT)[0].tokens == alone
 
 
+@MODELS
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("rows", [16, 40])
+def test_threads_that_share_the_rows_change_no_token(rows, sampling, model):
+    one, three = (
+        [c.tokens for c in on_so_many(threads, generate, model, PROMPTS[:rows], LIMIT, sampling)]
+        for threads in (1, 3)
+    )
+    assert one == three
+
+
+def test_each_thread_reads_its_share_of_the_rows_on_a_core_of_its_own():
+    mine, seen, all_here = threading.get_ident(), {}, threading.Barrier(3, timeout=60)
+
+    def note(module, args, output):
+        thread = threading.get_ident()
+        if thread not in seen:
+            seen[thread] = (torch.get_num_threads(), len(args[0]))
+            if thread != mine:  # which has all cores for the share that is left in the end
+                all_here.wait()  # so no thread has had two shares
+
+    handle = MODEL.model.register_forward_hook(note)
+    try:
+        on_so_many(3, generate, MODEL, PROMPTS[:40], LIMIT)
+    finally:
+        handle.remove()
+    cores, rows = seen.pop(mine)
+    assert cores == 3
+    assert rows < 13
+    assert sorted(seen.values()) == [(1, 13), (1, 13), (1, 14)]
+
+
+def on_so_many(threads, function, *args):
+    with on_threads(threads):
+        return function(*args)
+
+
 def test_completions_stand_in_the_order_of_the_prompts():
     forwards = [c.tokens for c in generate(MODEL, PROMPTS, LIMIT, batch_size=7)]
     backwards = [c.tokens for c in generate(MODEL, PROMPTS[::-1], LIMIT, batch_size=7)]
@@ -190,21 +228,23 @@ def test_a_stream_that_is_left_early_leaves_the_model_as_it_was():
 
 
 class Passes:
-    """The shapes that a model reads inside a block, a forward pass each."""
+    """The shapes that a model reads inside a block, a forward pass each, all on one thread."""
 
     def __init__(self, model):
-        self.model, self.shapes = model, []
+        self.model, self.shapes, self.alone = model, [], on_threads(1)
 
     @property
     def count(self):
         return len(self.shapes)
 
     def __enter__(self):
+        self.alone.__enter__()
         self.hook = self.model.model.register_forward_hook(self.add)
         return self
 
     def __exit__(self, *_):
         self.hook.remove()
+        self.alone.__exit__(None, None, None)
 
     def add(self, module, inputs, output):
         self.shapes.append(tuple(inputs[0].shape))

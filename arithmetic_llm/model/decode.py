@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from arithmetic_llm.model.tokenizer import EOS, PAD
 from arithmetic_llm.model.transformer import ArithmeticModel, KVCache
+from arithmetic_llm.threads import map_at_once
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class SamplingParams:
 GREEDY = SamplingParams()
 # A CPU is as busy as it gets with some thousand positions a pass: many rows have short drafts.
 POSITIONS, LONGEST_DRAFT = 1024, 48
+LEAST_ROWS = 8  # of a lane; with fewer, Python is what threads wait for
 LOOKED_UP = 8  # most tokens of a draft that is looked up
 LONGEST_MATCH = 4  # tokens; longer matches draft no better in traces of depth 4
 
@@ -136,6 +139,9 @@ def decode(
     drafted one is the last that counts. So drafts decide how many passes a text takes, and never
     the text, be it greedy or sampled.
 
+    On a CPU each thread reads a share of the rows: threads that share each operation wait for each
+    other, and with other work on the machine that is most of what they do.
+
     Args:
         row_ids: the rows' names in what is yielded, in the random streams and for ``guess``
             (default 0, 1, ...).
@@ -148,25 +154,19 @@ def decode(
     names = range(len(prompts)) if row_ids is None else row_ids
     draws = _uniforms(sampling, names, max(limits))
     rows = [TextRow(*row, guess) for row in zip(names, prompts, draws, limits, strict=True)]
+    count = _lanes_for(len(rows), model.device)
+    shares = [rows[place::count] for place in range(count)]
     with evaluating(model):
-        cache = _read_prompts(model, prompts)
-        _drop_finished(rows, cache)  # those that may write nothing
-        while rows:
-            most = _longest_draft(len(rows), model.device)
-            drafts = [row.draft(most) for row in rows]
-            # Each row reads its last token, the only one that is certain and not in the cache, and
-            # its draft. The padding behind a shorter draft is read as well, and never looked at.
-            ids = _padded([[row.last, *draft] for row, draft in zip(rows, drafts, strict=True)])
-            uniform = torch.stack([row.uniforms(ids.shape[1]) for row in rows])
-            choice = _choose(_forward(model, ids, cache), sampling, uniform)
-            read = zip(rows, choice.tokens.tolist(), drafts, strict=True)
-            counts = [row.accept(tokens, draft) for row, tokens, draft in read]
-            # The pass has left the whole draft in the cache, but lengths alone say what counts
-            # there: moving them on by what was accepted forgets the rest. The last token accepted
-            # is not in it yet; the next pass reads that first.
-            cache.lengths = cache.lengths + torch.tensor(counts, device=model.device)
-            yield from _emissions(rows, choice, counts)
-            _drop_finished(rows, cache)
+        lanes = [*map_at_once(partial(Lane, model, sampling), shares, count)]
+        while lanes := [lane for lane in lanes if lane.rows]:
+            for emissions in map_at_once(Lane.step, lanes, count):
+                yield from emissions
+
+
+def _lanes_for(rows: int, device: torch.device) -> int:
+    """Into how many lanes so many rows are to be shared out."""
+    most = torch.get_num_threads() if device.type == "cpu" else 1
+    return max(1, min(most, rows // LEAST_ROWS))
 
 
 def _each(limit: int | Sequence[int], rows: int) -> Sequence[int]:
@@ -231,6 +231,42 @@ class TextRow:
         return len(new)
 
 
+class Lane:
+    """Rows that read their next tokens in one pass, and what the model remembers of them."""
+
+    def __init__(self, model: ArithmeticModel, sampling: SamplingParams, rows: list[TextRow]):
+        self.model, self.sampling, self.rows = model, sampling, rows
+        self.cache = _read_prompts(model, [_tokens(row.text) for row in rows])
+        self._drop_finished()  # those that may write nothing
+
+    def step(self) -> list[Emission]:
+        """One pass, which gives every row a token at least; rows that are done with it leave."""
+        most = _longest_draft(len(self.rows), self.model.device)
+        drafts = [row.draft(most) for row in self.rows]
+        # Each row reads its last token, the only one that is certain and not in the cache, and
+        # its draft. The padding behind a shorter draft is read as well, and never looked at.
+        ids = _padded([[row.last, *draft] for row, draft in zip(self.rows, drafts, strict=True)])
+        uniform = torch.stack([row.uniforms(ids.shape[1]) for row in self.rows])
+        choice = _choose(_forward(self.model, ids, self.cache), self.sampling, uniform)
+        read = zip(self.rows, choice.tokens.tolist(), drafts, strict=True)
+        counts = [row.accept(tokens, draft) for row, tokens, draft in read]
+        # The pass has left the whole draft in the cache, but lengths alone say what counts
+        # there: moving them on by what was accepted forgets the rest. The last token accepted
+        # is not in it yet; the next pass reads that first.
+        self.cache.lengths = self.cache.lengths + torch.tensor(counts, device=self.model.device)
+        emissions = [*_emissions(self.rows, choice, counts)]
+        self._drop_finished()
+        return emissions
+
+    def _drop_finished(self) -> None:
+        """Forget the rows that are done; the last row moves into the place of each."""
+        for place in reversed(range(len(self.rows))):
+            if self.rows[place].done:
+                self.cache.remove(place)
+                self.rows[place] = self.rows[-1]
+                self.rows.pop()
+
+
 def _letters(tokens: Sequence[int]) -> str:
     return "".join(map(chr, tokens))
 
@@ -268,15 +304,6 @@ def _emissions(rows: list[TextRow], choice: Choice, counts: list[int]) -> Iterat
     for i, (row, n) in enumerate(zip(rows, counts, strict=True)):
         support = [] if choice.support is None else [*choice.support[i, :n].clone().cpu()]
         yield Emission(row.name, tokens[i][:n], logprobs[i][:n], margins[i][:n], support)
-
-
-def _drop_finished(rows: list[TextRow], cache: KVCache) -> None:
-    """Forget the rows that are done; the last row moves into the place of each."""
-    for place in reversed(range(len(rows))):
-        if rows[place].done:
-            cache.remove(place)
-            rows[place] = rows[-1]
-            rows.pop()
 
 
 @contextlib.contextmanager

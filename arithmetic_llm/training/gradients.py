@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from arithmetic_llm.distributed import added_up, collectively, share, world_size
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import autocast
+from arithmetic_llm.threads import map_at_once
 
 
 class MicroBatch(Protocol):
@@ -77,26 +77,14 @@ def _by_threads(
         gradients = torch.autograd.grad(loss, trained, allow_unused=True)
         return loss.item(), gradients  # asked for a number only now: a GPU is waited for
 
-    each = workers(at_once).map if min(at_once, len(micro_batches)) > 1 else map
     loss_sum = 0.0
-    for loss, gradients in each(loss_and_gradients, micro_batches):
+    for loss, gradients in map_at_once(loss_and_gradients, micro_batches, at_once):
         loss_sum += loss
         for parameter, gradient in zip(trained, gradients, strict=True):
             if gradient is not None:
                 before = parameter.grad
                 parameter.grad = gradient if before is None else before.add_(gradient)
     return loss_sum
-
-
-@cache
-def workers(count: int) -> ThreadPoolExecutor:
-    """Threads that compute on one core each; kept, for each has kernels and memory of its own."""
-
-    def keep_to_one_core() -> None:
-        torch.get_num_threads()  # or the first operation here would take up the main thread's count
-        torch.set_num_threads(1)
-
-    return ThreadPoolExecutor(count, initializer=keep_to_one_core)
 
 
 # ----------------------------------------------------------------------------------- processes

@@ -1,0 +1,36 @@
+"""Work side by side on the threads of a CPU, each on a core of its own.
+
+Threads that share every operation wait for each other at the end of each; with other work on the
+machine that is most of what they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TypeVar
+
+import torch
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
+
+
+def map_at_once(
+    function: Callable[[Given], Result], given: Sequence[Given], at_once: int
+) -> Iterable[Result]:
+    """`map` with so many calls at a time; where there is one to make, it has all threads."""
+    each = workers(at_once).map if min(at_once, len(given)) > 1 else map
+    return each(function, given)
+
+
+@cache
+def workers(count: int) -> ThreadPoolExecutor:
+    """Threads that compute on one core each; kept, for each has kernels and memory of its own."""
+
+    def keep_to_one_core() -> None:
+        torch.get_num_threads()  # or the first operation here would take up the main thread's count
+        torch.set_num_threads(1)
+
+    return ThreadPoolExecutor(count, initializer=keep_to_one_core)
