@@ -679,6 +679,12 @@ MUTANTS = [
         "test_generate.py -k greedy",
     ),
     Mutant(
+        "decoder: drafts are as long as ever where they are wrong",
+        "useful = max(2 * gained, FEW_POSITIONS // rows)",
+        "useful = LONGEST_DRAFT",
+        "test_generate.py -k drafts",
+    ),
+    Mutant(
         "decoder: threads leave the last rows out",
         "[rows[place::count] for place in range(count)]",
         "[rows[place::count][: len(rows) // count] for place in range(count)]",

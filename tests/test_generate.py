@@ -297,6 +297,27 @@ def test_a_right_guess_takes_few_passes_and_a_wrong_one_no_more_than_none():
     assert passes["right"] < passes["wrong"] <= passes["none"] + 1 <= 20 + 2
 
 
+def test_drafts_are_twice_as_long_as_what_they_gained_of_late():
+    prompt, text = prompt_and_text()
+    wrong = [token % (VOCAB - 1) + 1 for token in text]
+    widths = {}
+    for name, guessed in {"wrong": wrong, "right for eight": [*text[:8], *wrong[8:]]}.items():
+        with Passes(MODEL) as passed:
+            generate(MODEL, [prompt] * 32, 20, guess=lambda _, new, g=guessed: g[len(new) :])
+        widths[name] = [width for _, width in passed.shapes[1:]]  # the first reads the prompt
+    # A pass reads a token of each row and its draft, and the last token of all is never drafted.
+    assert widths["wrong"] == [20, *[3] * 17, 2, 1]
+    assert widths["right for eight"] == [20, 11, *[3] * 8, 2, 1]
+
+
+def test_a_single_row_has_long_drafts_whatever_became_of_them():
+    prompt, text = prompt_and_text()
+    wrong = [token % (VOCAB - 1) + 1 for token in text]
+    with Passes(MODEL) as passed:
+        generate(MODEL, [prompt], 20, guess=lambda _, new: wrong[len(new) :])
+    assert [width for _, width in passed.shapes[1:]] == [*range(20, 0, -1)]
+
+
 def test_a_guess_is_asked_for_again_when_it_is_wrong_or_used_up_and_not_before():
     prompt, text = prompt_and_text()
     answers = {0: [*text[:5], 9, *text[6:]], 6: text[6:9], 10: text[10:]}

@@ -39,8 +39,10 @@ class SamplingParams:
 
 
 GREEDY = SamplingParams()
-# A CPU is as busy as it gets with some thousand positions a pass: many rows have short drafts.
-POSITIONS, LONGEST_DRAFT = 1024, 48
+# On a CPU, some sixty positions take hardly longer than one, and some thousand are all that a core
+# has use for at a time.
+FEW_POSITIONS, MOST_POSITIONS = 64, 1024
+LONGEST_DRAFT, LONGEST_ON_GPU = 128, 48
 LEAST_ROWS = 8  # of a lane; with fewer, Python is what threads wait for
 LOOKED_UP = 8  # most tokens of a draft that is looked up
 LONGEST_MATCH = 4  # tokens; longer matches draft no better in traces of depth 4
@@ -237,11 +239,12 @@ class Lane:
     def __init__(self, model: ArithmeticModel, sampling: SamplingParams, rows: list[TextRow]):
         self.model, self.sampling, self.rows = model, sampling, rows
         self.cache = _read_prompts(model, [_tokens(row.text) for row in rows])
+        self.gained = math.inf  # tokens that a row got from the last pass, on average
         self._drop_finished()  # those that may write nothing
 
     def step(self) -> list[Emission]:
         """One pass, which gives every row a token at least; rows that are done with it leave."""
-        most = _longest_draft(len(self.rows), self.model.device)
+        most = _longest_draft(len(self.rows), self.gained, self.model.device)
         drafts = [row.draft(most) for row in self.rows]
         # Each row reads its last token, the only one that is certain and not in the cache, and
         # its draft. The padding behind a shorter draft is read as well, and never looked at.
@@ -254,6 +257,7 @@ class Lane:
         # there: moving them on by what was accepted forgets the rest. The last token accepted
         # is not in it yet; the next pass reads that first.
         self.cache.lengths = self.cache.lengths + torch.tensor(counts, device=self.model.device)
+        self.gained = sum(counts) / len(counts)
         emissions = [*_emissions(self.rows, choice, counts)]
         self._drop_finished()
         return emissions
@@ -287,9 +291,17 @@ def look_up(text: str, most: int) -> str:
     return ""
 
 
-def _longest_draft(rows: int, device: torch.device) -> int:
-    """Most tokens of a draft in a batch of so many rows."""
-    return min(max(POSITIONS // rows, 1), LONGEST_DRAFT) if device.type == "cpu" else LONGEST_DRAFT
+def _longest_draft(rows: int, gained: float, device: torch.device) -> int:
+    """Most tokens of a draft in a batch of so many rows.
+
+    Args:
+        gained: tokens that a row has had from a pass of late. Twice as many are drafted: where
+            drafts are right they grow at once, where they are wrong little is read in vain.
+    """
+    if device.type != "cpu":
+        return LONGEST_ON_GPU
+    useful = max(2 * gained, FEW_POSITIONS // rows)
+    return int(max(1, min(useful, MOST_POSITIONS // rows, LONGEST_DRAFT)))
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
