@@ -674,8 +674,8 @@ MUTANTS = [
     ),
     Mutant(
         "decoder: the cache keeps all that a pass has read",
-        "self.cache.lengths = self.cache.lengths + torch.tensor(counts, device=self.model.device)",
-        "self.cache.lengths = self.cache.lengths + ids.shape[1]",
+        "cache.lengths = cache.lengths + torch.tensor(counts, device=model.device)",
+        "cache.lengths = cache.lengths + ids.shape[1]",
         "test_generate.py -k greedy",
     ),
     Mutant(
@@ -686,8 +686,8 @@ MUTANTS = [
     ),
     Mutant(
         "decoder: threads leave the last rows out",
-        "[rows[place::count] for place in range(count)]",
-        "[rows[place::count][: len(rows) // count] for place in range(count)]",
+        "for start in range(0, len(order), part)]",
+        "for start in range(0, len(order) - part + 1, part)]",
         "test_generate.py -k threads",
     ),
     Mutant(
@@ -710,14 +710,20 @@ MUTANTS = [
     ),
     Mutant(
         "decoder: dropout on while writing",
-        "    with evaluating(model):\n        lanes =",
-        "    with torch.enable_grad():\n        lanes =",
-        f"{GRPO} -k dropout",
+        "    with evaluating(model):\n        cache = _read_prompts",
+        "    with torch.enable_grad():\n        cache = _read_prompts",
+        "test_generate.py -k left_early",
+    ),
+    Mutant(
+        "decoder: the first thread to end turns dropout on",
+        "    with evaluating(model):  # here,",
+        "    with torch.enable_grad():  # here,",
+        "test_generate.py -k dropout",
     ),
     Mutant(
         "decoder: the wrong rows leave the cache",
         "cache.remove(place)",
-        "cache.remove(len(self.rows) - 1)",
+        "cache.remove(len(rows) - 1)",
         "test_generate.py -k batch_size",
     ),
     # ------------------------------------------------------------------------------- the task

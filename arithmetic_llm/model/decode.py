@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -43,7 +44,7 @@ GREEDY = SamplingParams()
 # has use for at a time.
 FEW_POSITIONS, MOST_POSITIONS = 64, 1024
 LONGEST_DRAFT, LONGEST_ON_GPU = 128, 48
-LEAST_ROWS = 8  # of a lane; with fewer, Python is what threads wait for
+LEAST_ROWS = 8  # that are worth a thread of their own
 LOOKED_UP = 8  # most tokens of a draft that is looked up
 LONGEST_MATCH = 4  # tokens; longer matches draft no better in traces of depth 4
 
@@ -99,28 +100,53 @@ def generate(
     change the speed and the memory, never a result: rows do not see each other, and each row draws
     its own random numbers from ``(seed, row)``.
 
+    On a CPU each thread decodes a part of a batch. Threads that share each operation wait for each
+    other, and with other work on the machine that is most of what they do.
+
     Args:
         prompts: token ids, each non-empty, of any lengths.
         max_new_tokens: most tokens written after any prompt or after each, ``<eos>`` included.
-        on_done: called with the row of each prompt and its completion as soon as that is finished.
+        on_done: called with the row of each prompt and its completion as soon as that is finished,
+            one at a time, by any thread.
         guess: what each row might write next, see `decode`.
         rows: of the prompts to complete, in the order of the results; None = all.
     """
     completions = {row: Completion() for row in (range(len(prompts)) if rows is None else rows)}
     limits = _each(max_new_tokens, len(prompts))
     order = sorted(completions, key=lambda row: -len(prompts[row]))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    threads, part = _parts(min(batch_size, len(order)), model.device)
+    stopped, reporting = threading.Event(), threading.Lock()
+
+    def report(row: int) -> None:
+        with reporting:
+            on_done(row, completions[row])
+
+    def complete(batch: Sequence[int]) -> None:
         texts, most = [prompts[row] for row in batch], [limits[row] for row in batch]
         for emission in decode(model, texts, most, sampling, batch, guess):
-            completion = completions[emission.row]
-            completion.add(emission)
-            if completion.finish_reason == "eos":
-                on_done(emission.row, completion)
+            if stopped.is_set():
+                return
+            completions[emission.row].add(emission)
+            if completions[emission.row].finish_reason == "eos":
+                report(emission.row)
         for row in batch:
             if completions[row].finish_reason == "length":
-                on_done(row, completions[row])
+                report(row)
+
+    batches = [order[start : start + part] for start in range(0, len(order), part)]
+    with evaluating(model):  # here, for the first thread to end would end it for all
+        try:
+            deque(map_at_once(complete, batches, threads), maxlen=0)
+        finally:
+            stopped.set()  # Ctrl-C comes to this thread alone
     return [*completions.values()]
+
+
+def _parts(rows: int, device: torch.device) -> tuple[int, int]:
+    """How many threads are to decode so many rows, and how many rows at a time each."""
+    most = torch.get_num_threads() if device.type == "cpu" else 1
+    threads = max(1, min(most, rows // LEAST_ROWS))
+    return threads, max(1, math.ceil(rows / threads))
 
 
 def decode(
@@ -141,9 +167,6 @@ def decode(
     drafted one is the last that counts. So drafts decide how many passes a text takes, and never
     the text, be it greedy or sampled.
 
-    On a CPU each thread reads a share of the rows: threads that share each operation wait for each
-    other, and with other work on the machine that is most of what they do.
-
     Args:
         row_ids: the rows' names in what is yielded, in the random streams and for ``guess``
             (default 0, 1, ...).
@@ -156,19 +179,27 @@ def decode(
     names = range(len(prompts)) if row_ids is None else row_ids
     draws = _uniforms(sampling, names, max(limits))
     rows = [TextRow(*row, guess) for row in zip(names, prompts, draws, limits, strict=True)]
-    count = _lanes_for(len(rows), model.device)
-    shares = [rows[place::count] for place in range(count)]
     with evaluating(model):
-        lanes = [*map_at_once(partial(Lane, model, sampling), shares, count)]
-        while lanes := [lane for lane in lanes if lane.rows]:
-            for emissions in map_at_once(Lane.step, lanes, count):
-                yield from emissions
-
-
-def _lanes_for(rows: int, device: torch.device) -> int:
-    """Into how many lanes so many rows are to be shared out."""
-    most = torch.get_num_threads() if device.type == "cpu" else 1
-    return max(1, min(most, rows // LEAST_ROWS))
+        cache = _read_prompts(model, prompts)
+        _drop_finished(rows, cache)  # those that may write nothing
+        gained = math.inf  # tokens that a row got from the last pass, on average
+        while rows:
+            most = _longest_draft(len(rows), gained, model.device)
+            drafts = [row.draft(most) for row in rows]
+            # Each row reads its last token, the only one that is certain and not in the cache, and
+            # its draft. The padding behind a shorter draft is read as well, and never looked at.
+            ids = _padded([[row.last, *draft] for row, draft in zip(rows, drafts, strict=True)])
+            uniform = torch.stack([row.uniforms(ids.shape[1]) for row in rows])
+            choice = _choose(_forward(model, ids, cache), sampling, uniform)
+            read = zip(rows, choice.tokens.tolist(), drafts, strict=True)
+            counts = [row.accept(tokens, draft) for row, tokens, draft in read]
+            # The pass has left the whole draft in the cache, but lengths alone say what counts
+            # there: moving them on by what was accepted forgets the rest. The last token accepted
+            # is not in it yet; the next pass reads that first.
+            cache.lengths = cache.lengths + torch.tensor(counts, device=model.device)
+            gained = sum(counts) / len(counts)
+            yield from _emissions(rows, choice, counts)
+            _drop_finished(rows, cache)
 
 
 def _each(limit: int | Sequence[int], rows: int) -> Sequence[int]:
@@ -233,44 +264,6 @@ class TextRow:
         return len(new)
 
 
-class Lane:
-    """Rows that read their next tokens in one pass, and what the model remembers of them."""
-
-    def __init__(self, model: ArithmeticModel, sampling: SamplingParams, rows: list[TextRow]):
-        self.model, self.sampling, self.rows = model, sampling, rows
-        self.cache = _read_prompts(model, [_tokens(row.text) for row in rows])
-        self.gained = math.inf  # tokens that a row got from the last pass, on average
-        self._drop_finished()  # those that may write nothing
-
-    def step(self) -> list[Emission]:
-        """One pass, which gives every row a token at least; rows that are done with it leave."""
-        most = _longest_draft(len(self.rows), self.gained, self.model.device)
-        drafts = [row.draft(most) for row in self.rows]
-        # Each row reads its last token, the only one that is certain and not in the cache, and
-        # its draft. The padding behind a shorter draft is read as well, and never looked at.
-        ids = _padded([[row.last, *draft] for row, draft in zip(self.rows, drafts, strict=True)])
-        uniform = torch.stack([row.uniforms(ids.shape[1]) for row in self.rows])
-        choice = _choose(_forward(self.model, ids, self.cache), self.sampling, uniform)
-        read = zip(self.rows, choice.tokens.tolist(), drafts, strict=True)
-        counts = [row.accept(tokens, draft) for row, tokens, draft in read]
-        # The pass has left the whole draft in the cache, but lengths alone say what counts
-        # there: moving them on by what was accepted forgets the rest. The last token accepted
-        # is not in it yet; the next pass reads that first.
-        self.cache.lengths = self.cache.lengths + torch.tensor(counts, device=self.model.device)
-        self.gained = sum(counts) / len(counts)
-        emissions = [*_emissions(self.rows, choice, counts)]
-        self._drop_finished()
-        return emissions
-
-    def _drop_finished(self) -> None:
-        """Forget the rows that are done; the last row moves into the place of each."""
-        for place in reversed(range(len(self.rows))):
-            if self.rows[place].done:
-                self.cache.remove(place)
-                self.rows[place] = self.rows[-1]
-                self.rows.pop()
-
-
 def _letters(tokens: Sequence[int]) -> str:
     return "".join(map(chr, tokens))
 
@@ -316,6 +309,15 @@ def _emissions(rows: list[TextRow], choice: Choice, counts: list[int]) -> Iterat
     for i, (row, n) in enumerate(zip(rows, counts, strict=True)):
         support = [] if choice.support is None else [*choice.support[i, :n].clone().cpu()]
         yield Emission(row.name, tokens[i][:n], logprobs[i][:n], margins[i][:n], support)
+
+
+def _drop_finished(rows: list[TextRow], cache: KVCache) -> None:
+    """Forget the rows that are done; the last row moves into the place of each."""
+    for place in reversed(range(len(rows))):
+        if rows[place].done:
+            cache.remove(place)
+            rows[place] = rows[-1]
+            rows.pop()
 
 
 @contextlib.contextmanager
