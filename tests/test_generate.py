@@ -1,5 +1,6 @@
 """The decoder against a naive loop and transformers; and batches change nothing."""
 
+import itertools
 import math
 import threading
 import time
@@ -191,12 +192,13 @@ def test_dropout_is_off_for_all_threads_until_the_last_has_ended():
 
 
 def test_an_error_in_a_thread_is_told_and_ends_the_others():
-    passes, both = [], threading.Barrier(2, timeout=60)
+    numbers, passes, both = itertools.count(1), [], threading.Barrier(2, timeout=60)
 
     def fail(module, args, output):
-        passes.append(None)
-        time.sleep(0.01)
-        if len(passes) == 5:
+        number = next(numbers)
+        passes.append(number)
+        time.sleep(0.01)  # so that the others can be told before they have ended
+        if number == 5:
             raise MemoryError("no more")
 
     handle = MODEL.model.register_forward_hook(fail)
