@@ -6,7 +6,9 @@ machine that is most of what they do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
@@ -23,6 +25,16 @@ def map_at_once(
     """`map` with so many calls at a time; where there is one to make, it has all threads."""
     each = workers(at_once).map if min(at_once, len(given)) > 1 else map
     return each(function, given)
+
+
+@contextlib.contextmanager
+def setting_on_error(event: threading.Event) -> Iterator[None]:
+    """Set an event if the block ends with an error, for other threads to see."""
+    try:
+        yield
+    except BaseException:
+        event.set()
+        raise
 
 
 @cache

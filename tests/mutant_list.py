@@ -715,9 +715,15 @@ MUTANTS = [
         "test_generate.py -k left_early",
     ),
     Mutant(
+        "decoder: a thread that fails does not stop the others",
+        "            if stopped.is_set():",
+        "            if False:",
+        "test_generate.py -k error_in",
+    ),
+    Mutant(
         "decoder: the first thread to end turns dropout on",
-        "    with evaluating(model):  # here,",
-        "    with torch.enable_grad():  # here,",
+        "    with evaluating(model), setting_on_error(stopped):",
+        "    with setting_on_error(stopped):",
         "test_generate.py -k dropout",
     ),
     Mutant(

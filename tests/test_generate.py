@@ -192,11 +192,10 @@ def test_dropout_is_off_for_all_threads_until_the_last_has_ended():
 
 
 def test_an_error_in_a_thread_is_told_and_ends_the_others():
-    numbers, passes, both = itertools.count(1), [], threading.Barrier(2, timeout=60)
+    passes, both = itertools.count(1), threading.Barrier(2, timeout=60)
 
     def fail(module, args, output):
-        number = next(numbers)
-        passes.append(number)
+        number = next(passes)
         time.sleep(0.01)  # so that the others can be told before they have ended
         if number == 5:
             raise MemoryError("no more")
@@ -208,7 +207,7 @@ def test_an_error_in_a_thread_is_told_and_ends_the_others():
         list(workers(2).map(lambda _: both.wait(), range(2)))  # until both have nothing to do
     finally:
         handle.remove()
-    assert len(passes) < 200
+    assert next(passes) < 200
 
 
 def on_so_many(threads, function, *args):

@@ -183,7 +183,13 @@ def _from_json(line: str) -> Record:
     missing = [key for key in Record._fields if key not in fields]
     if missing:
         raise ValueError(f"key {missing[0]!r} is missing")
-    return _checked(Record(*(fields[key] for key in Record._fields)))
+    record = Record(*(fields[key] for key in Record._fields))
+    for name, value in zip(Record._fields[:3], record, strict=False):
+        if not isinstance(value, str):
+            raise ValueError(f"{name!r} is not a string")
+        if _HALF_A_CHARACTER.search(value):  # JSON can say so
+            raise ValueError(f"{name!r} has half of a character, a lone surrogate")
+    return _checked(record)
 
 
 def _check_plain_problem(line: str) -> None:
@@ -201,11 +207,6 @@ def _from_plain(problem: str, solution: str | None) -> Record:
 
 def _checked(record: Record) -> Record:
     """The record, if its parts agree with each other; that the sums are right is not checked."""
-    for name, value in zip(Record._fields[:3], record, strict=False):
-        if not isinstance(value, str):
-            raise ValueError(f"{name!r} is not a string")
-        if _HALF_A_CHARACTER.search(value):  # JSON can say so
-            raise ValueError(f"{name!r} has half of a character, a lone surrogate")
     if record.problem == expression_text(record.expression):
         if record.answer is None and is_one_step(record.solution):
             return record

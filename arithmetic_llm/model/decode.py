@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arithmetic_llm.model.tokenizer import EOS, PAD
 from arithmetic_llm.model.transformer import ArithmeticModel, KVCache
-from arithmetic_llm.threads import map_at_once
+from arithmetic_llm.threads import map_at_once, setting_on_error
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ def generate(
         with reporting:
             on_done(row, completions[row])
 
+    @setting_on_error(stopped)
     def complete(batch: Sequence[int]) -> None:
         texts, most = [prompts[row] for row in batch], [limits[row] for row in batch]
         for emission in decode(model, texts, most, sampling, batch, guess):
@@ -134,11 +135,9 @@ def generate(
                 report(row)
 
     batches = [order[start : start + part] for start in range(0, len(order), part)]
-    with evaluating(model):  # here, for the first thread to end would end it for all
-        try:
-            deque(map_at_once(complete, batches, threads), maxlen=0)
-        finally:
-            stopped.set()  # Ctrl-C comes to this thread alone
+    # What `decode` does in each thread would end with the first. Ctrl-C comes to this one alone.
+    with evaluating(model), setting_on_error(stopped):
+        deque(map_at_once(complete, batches, threads), maxlen=0)
     return [*completions.values()]
 
 
