@@ -100,8 +100,8 @@ def generate(
     change the speed and the memory, never a result: rows do not see each other, and each row draws
     its own random numbers from ``(seed, row)``.
 
-    On a CPU each thread decodes a part of a batch. Threads that share each operation wait for each
-    other, and with other work on the machine that is most of what they do.
+    Of several batches each thread of a CPU decodes a part. Threads that share each operation wait
+    for each other, and with other work on the machine that is most of what they do.
 
     Args:
         prompts: token ids, each non-empty, of any lengths.
@@ -114,7 +114,7 @@ def generate(
     completions = {row: Completion() for row in (range(len(prompts)) if rows is None else rows)}
     limits = _each(max_new_tokens, len(prompts))
     order = sorted(completions, key=lambda row: -len(prompts[row]))
-    threads, part = _parts(min(batch_size, len(order)), model.device)
+    threads, part = _parts(len(order), batch_size, model.device)
     stopped, reporting = threading.Event(), threading.Lock()
 
     def report(row: int) -> None:
@@ -141,11 +141,14 @@ def generate(
     return [*completions.values()]
 
 
-def _parts(rows: int, device: torch.device) -> tuple[int, int]:
-    """How many threads are to decode so many rows, and how many rows at a time each."""
-    most = torch.get_num_threads() if device.type == "cpu" else 1
-    threads = max(1, min(most, rows // LEAST_ROWS))
-    return threads, max(1, math.ceil(rows / threads))
+def _parts(rows: int, batch_size: int, device: torch.device) -> tuple[int, int]:
+    """How many threads are to decode so many rows, and how many rows at a time each.
+
+    A single batch is left to all threads: cut up, it would end with one thread alone.
+    """
+    several = device.type == "cpu" and rows > batch_size
+    threads = min(torch.get_num_threads(), batch_size // LEAST_ROWS) if several else 1
+    return max(1, threads), math.ceil(batch_size / max(1, threads))
 
 
 def decode(
