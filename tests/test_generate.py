@@ -1,5 +1,6 @@
 """The decoder against a naive loop and transformers; and batches change nothing."""
 
+import contextlib
 import itertools
 import math
 import threading
@@ -169,25 +170,19 @@ def test_each_thread_decodes_a_part_of_the_rows_on_a_core_of_its_own():
         if len(passes) == 1:
             all_here.wait()  # so no thread has had two parts
 
-    handle = MODEL.model.register_forward_hook(note)
-    try:
+    with MODEL.model.register_forward_hook(note):
         on_so_many(3, generate, MODEL, PROMPTS[:40], LIMIT, batch_size=36)
-    finally:
-        handle.remove()
     assert [*map(max, seen.values())] == [(1, 12)] * 3
 
 
 def test_dropout_is_off_for_all_threads_until_the_last_has_ended():
     prompts, states = sorted(PROMPTS[:48], key=len, reverse=True), []
     limits = [1] * 16 + [LIMIT] * 32  # the first part ends long before the others
-    handle = MODEL.model.register_forward_hook(lambda module, *_: states.append(module.training))
     MODEL.train()
-    try:
+    with MODEL.model.register_forward_hook(lambda module, *_: states.append(module.training)):
         on_so_many(3, generate, MODEL, prompts, limits, batch_size=47)
-        assert MODEL.training
-    finally:
-        handle.remove()
-        MODEL.eval()
+    assert MODEL.training
+    MODEL.eval()
     assert len(states) > LIMIT
     assert not any(states)
 
@@ -201,25 +196,22 @@ def test_an_error_in_a_thread_is_told_and_ends_the_others():
         if number == 5:
             raise MemoryError("no more")
 
-    handle = MODEL.model.register_forward_hook(fail)
-    try:
+    with MODEL.model.register_forward_hook(fail):
         with pytest.raises(MemoryError, match="no more"):
             # 269 passes each, two at a time
             on_so_many(2, generate, MODEL, [PROMPTS[67]] * 32, 400, batch_size=31)
         list(workers(2).map(lambda _: both.wait(), range(2)))  # until both have nothing to do
-    finally:
-        handle.remove()
     assert next(passes) < 200
 
 
 def test_all_threads_share_a_single_batch():
     cores = set()
-    note = lambda *_: cores.add((threading.get_ident(), torch.get_num_threads()))  # noqa: E731
-    handle = MODEL.model.register_forward_hook(note)
-    try:
+
+    def note(*_):
+        cores.add((threading.get_ident(), torch.get_num_threads()))
+
+    with MODEL.model.register_forward_hook(note):
         on_so_many(3, generate, MODEL, PROMPTS[:40], LIMIT, batch_size=40)
-    finally:
-        handle.remove()
     assert cores == {(threading.get_ident(), 3)}
 
 
@@ -277,20 +269,19 @@ class Passes:
     """The shapes that a model reads inside a block, a forward pass each, all on one thread."""
 
     def __init__(self, model):
-        self.model, self.shapes, self.alone = model, [], on_threads(1)
+        self.model, self.shapes, self.block = model, [], contextlib.ExitStack()
 
     @property
     def count(self):
         return len(self.shapes)
 
     def __enter__(self):
-        self.alone.__enter__()
-        self.hook = self.model.model.register_forward_hook(self.add)
+        self.block.enter_context(on_threads(1))
+        self.block.enter_context(self.model.model.register_forward_hook(self.add))
         return self
 
     def __exit__(self, *_):
-        self.hook.remove()
-        self.alone.__exit__(None, None, None)
+        self.block.close()
 
     def add(self, module, inputs, output):
         self.shapes.append(tuple(inputs[0].shape))

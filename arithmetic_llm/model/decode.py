@@ -127,8 +127,9 @@ def generate(
         for emission in decode(model, texts, most, sampling, batch, guess):
             if stopped.is_set():
                 return
-            completions[emission.row].add(emission)
-            if completions[emission.row].finish_reason == "eos":
+            completion = completions[emission.row]
+            completion.add(emission)
+            if completion.finish_reason == "eos":
                 report(emission.row)
         for row in batch:
             if completions[row].finish_reason == "length":
@@ -146,9 +147,10 @@ def _parts(rows: int, batch_size: int, device: torch.device) -> tuple[int, int]:
 
     A single batch is left to all threads: cut up, it would end with one thread alone.
     """
-    several = device.type == "cpu" and rows > batch_size
-    threads = min(torch.get_num_threads(), batch_size // LEAST_ROWS) if several else 1
-    return max(1, threads), math.ceil(batch_size / max(1, threads))
+    if device.type != "cpu" or rows <= batch_size:
+        return 1, batch_size
+    threads = max(1, min(torch.get_num_threads(), batch_size // LEAST_ROWS))
+    return threads, math.ceil(batch_size / threads)
 
 
 def decode(
