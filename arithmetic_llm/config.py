@@ -400,7 +400,10 @@ class TrainingConfig(RunConfig):
         32, "sequences per optimizer step", at_least=1, needs=[{"batch_tokens": 0}]
     )
     batch_tokens: int = opt(
-        0, "tokens per optimizer step instead of batch_size sequences; 0 = off", at_least=0
+        0,
+        "most tokens per optimizer step, in an even number of sequences, instead of batch_size "
+        "of them; 0 = off",
+        at_least=0,
     )
     gradient_accumulation_steps: int = opt(
         1,

@@ -1359,6 +1359,12 @@ MUTANTS = [
         "        seen",
         "test_training.py -k no_sample_fits",
     ),
+    Mutant(
+        "Batches: a third sample without room for a fourth",
+        "(rows + rows % 2) * longest",
+        "rows * longest",
+        "test_data.py -k even_number",
+    ),
     # ------------------------------------------------------------------ gradients written by hand
     Mutant(
         "attention: a position sees the one behind it",

@@ -293,6 +293,12 @@ def test_batch_tokens_bounds_a_batch_padding_included():
     assert np.mean(widths) > 600  # and they are well filled
 
 
+@pytest.mark.parametrize(("length", "rows"), [(100, 10), (111, 8), (200, 4), (333, 2), (400, 2)])
+def test_a_batch_has_an_even_number_of_samples_for_two_threads_to_share(length, rows):
+    batches = plan_epoch(np.full(40, length), 0, 1000, np.random.default_rng(0))
+    assert {len(batch) for batch in batches} == {rows}
+
+
 def test_a_sample_beyond_batch_tokens_is_a_batch_of_its_own():
     batches = plan_epoch(np.array([10, 500, 12]), 0, 100, np.random.default_rng(0))
     assert [1] in [batch.tolist() for batch in batches]

@@ -226,11 +226,16 @@ def plan_epoch(
 
     Args:
         batch_size: samples a batch, unless
-        batch_tokens: tokens a batch, padding included (a longer sample is a batch of its own).
+        batch_tokens: tokens a batch at most, padding included, of an even number of samples where
+            lengths allow it; a sample of more than half of them is a batch of its own.
     """
 
     def fits(rows: int, longest: int) -> bool:
-        return rows * longest <= batch_tokens if batch_tokens else rows <= batch_size
+        if not batch_tokens:
+            return rows <= batch_size
+        # A third only with room for a fourth: of two threads that compute a half each, one would
+        # have two samples and the other wait for it.
+        return (rows + rows % 2) * longest <= batch_tokens
 
     order = rng.permutation(len(lengths))
     per_batch = batch_size if not batch_tokens else max(1, int(batch_tokens / lengths.mean()))
