@@ -205,7 +205,7 @@ def going_on(arguments):
 
 # --------------------------------------------------------------- how many processes are faster
 
-MOST = 4  # a batch of 2,048 tokens has few rows to share out
+MOST = 4  # a batch of 2,304 tokens has few rows to share out
 PAYS = 1.1  # times as fast: one process has fewer ways to fail
 SAMPLE = (
     "generate_foundational_plaintext.py --config {recipe}/foundational_corpus.json "

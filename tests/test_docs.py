@@ -95,7 +95,10 @@ def test_readme_commands_are_accepted(script, argv):
     accept(script, argv)
 
 
-@pytest.mark.parametrize("recipe", ["configs/cpu", "configs/gpu", "configs/narrow"])
+RECIPES = [f"configs/{name}" for name in ("cpu", "cpu_fast", "gpu", "narrow")]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_commands_of_the_quickstart_are_accepted_without_a_word(recipe, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     quickstart = load_script("quickstart.py")
