@@ -95,7 +95,7 @@ def test_readme_commands_are_accepted(script, argv):
     accept(script, argv)
 
 
-RECIPES = [f"configs/{name}" for name in ("cpu", "cpu_fast", "gpu", "narrow")]
+RECIPES = [f"configs/{path.parent.name}" for path in (ROOT / "configs").glob("*/model.json")]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

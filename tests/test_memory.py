@@ -119,7 +119,7 @@ def test_a_small_models_batch_is_cut_by_tokens():
 
 @pytest.mark.parametrize(("recipe", "device"), [("cpu", CPU), ("cpu_fast", CPU), ("gpu", GPU)])
 def test_no_batch_of_a_recipe_is_cut_or_put_in_another_order(card, monkeypatch, recipe, device):
-    """So its runs are those of before, bit for bit: the largest batch of every length is whole."""
+    """The largest batch of every length is whole, in the order that it had."""
     monkeypatch.setattr(card, "total_memory", 32 * GIB)
     shape = build(ModelConfig, read_json(ROOT / "configs" / recipe / "model.json"), {})
     for stage in ("foundational", "instruction", "lora"):
