@@ -73,8 +73,8 @@ class SampleSpec:
     rewrite_rate: float = _rate(
         0.0,
         "fraction of rewritings: single steps of trees deeper than --max-depth, up to "
-        "--rewrite-depth, as expression, step and next expression without an answer; about one "
-        "in three is a first step and has its problem",
+        "--rewrite-depth, behind the step before and without an answer; about one in three is a "
+        "first step and has its problem",
     )
     wide_rate: float = _rate(
         0.0,

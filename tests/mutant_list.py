@@ -479,8 +479,14 @@ MUTANTS = [
     ),
     Mutant(
         "data: every excerpt begins with the problem",
-        "        begin = [BOS, *expression]",
+        "        begin = [BOS, *step]",
         "        begin = [BOS, *problem]",
+        "test_data.py -k excerpt",
+    ),
+    Mutant(
+        "data: excerpts do not say how far they are",
+        "        begin = [BOS, *step]",
+        "        begin = [BOS, *expression]",
         "test_data.py -k excerpt",
     ),
     Mutant(
@@ -568,10 +574,22 @@ MUTANTS = [
         "test_corpus.py -k rewriting",
     ),
     Mutant(
-        "corpus: rewritings numbered from 0",
-        "rewriting(before[place], place + 1, solution.steps[place])",
-        "rewriting(before[place], place, solution.steps[place])",
+        "corpus: rewritings of the step before",
+        "rewriting(expression, solution, place + 1)",
+        "rewriting(expression, solution, place)",
         "test_corpus.py -k rewriting",
+    ),
+    Mutant(
+        "corpus: the step before has the number of the next",
+        "one_line(before.text(number - 1))",
+        "one_line(before.text(number))",
+        "test_corpus.py -k rewriting",
+    ),
+    Mutant(
+        "corpus: any step may follow",
+        "numbers[1] == numbers[0] + 1",
+        "numbers[1] > 0",
+        "test_corpus.py -k bad_line",
     ),
     Mutant(
         "corpus: first steps without their problem",
@@ -587,8 +605,8 @@ MUTANTS = [
     ),
     Mutant(
         "corpus: any step begins a problem",
-        "(?={STEP} 1:)",
-        "",
+        "_number_of_step(solution[begins.end() :]) == 1",
+        "_number_of_step(solution[begins.end() :]) is not None",
         "test_corpus.py -k bad_line",
     ),
     Mutant(
@@ -599,13 +617,13 @@ MUTANTS = [
     ),
     Mutant(
         "corpus: rewritings with an end are taken",
-        "in_turn(lines) and not framed",
-        "in_turn(lines)",
+        "not in_turn(lines) or framed:",
+        "not in_turn(lines):",
         "test_corpus.py -k bad_line",
     ),
     Mutant(
         "corpus: rewritings with tokens of their own",
-        'return f" {text}" if self.problem.startswith(NEW_EXPRESSION) else text',
+        'return f" {text}" if self.problem.startswith(STEP) else text',
         "return text",
         "test_data.py -k rewriting",
     ),

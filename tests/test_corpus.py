@@ -152,10 +152,16 @@ def test_a_rewriting_is_one_right_step_of_a_deeper_solution(draw, thin):
         assert (sample.style, answer) == ("rewrite", None)
         if first := solution.startswith("<think>\n"):
             solution = solution.removeprefix("<think>\n")
-        assert problem == f"{'Evaluate' if first else 'Expression now'}: {expression}"
         step, line = solution.split("\n")
         number, left, right = re.fullmatch(r"Step (\d+): (.*) = (-?\d+)", step).groups()
         assert eval(left) == int(right)
+        if first:
+            assert problem == f"Evaluate: {expression}"
+        else:
+            last, begins = problem.split(" Expression now: ")
+            done, left, right = re.fullmatch(r"Step (\d+): (.*) = (-?\d+)", last).groups()
+            assert (eval(left), int(done)) == (int(right), int(number) - 1)
+            assert begins == expression
         rewritten = line.removeprefix("Expression now: ")
         assert eval(rewritten) == eval(expression)
         assert rewritten.count(" ") == expression.count(" ") - 2  # one operation fewer
@@ -473,8 +479,8 @@ ONE = {
 }
 REWRITING = {
     "expression": "1 - 2",
-    "problem": "Expression now: 1 - 2",
-    "solution": "Step 7: 1 - 2 = -1\nExpression now: -1",
+    "problem": "Step 2: 9 - 8 = 1 Expression now: 1 - 2",
+    "solution": "Step 3: 1 - 2 = -1\nExpression now: -1",
     "answer": None,
 }
 FIRST = {
@@ -488,7 +494,7 @@ FIRST = {
 @pytest.mark.parametrize("fields", [REWRITING, FIRST])
 def test_rewritings_are_read_in_both_formats(tmp_path, fields):
     record = Record(**fields)
-    assert rewriting(record.expression, *STEP_OF[record]) == record
+    assert rewriting(*STEP_OF[record]) == record
     for as_text in (json_line, plain_lines):
         (tmp_path / "c.txt").write_text(as_text(record))
         (read,) = read_corpus(tmp_path / "c.txt")
@@ -497,8 +503,8 @@ def test_rewritings_are_read_in_both_formats(tmp_path, fields):
 
 
 STEP_OF = {
-    Record(**REWRITING): (7, solve("1 - 2").steps[0]),
-    Record(**FIRST): (1, solve("4 - 2 - 3").steps[0]),
+    Record(**REWRITING): ("3 + 6 - 8 - 2", solve("3 + 6 - 8 - 2"), 3),
+    Record(**FIRST): ("4 - 2 - 3", solve("4 - 2 - 3"), 1),
 }
 
 
@@ -525,13 +531,23 @@ def test_a_corpus_may_begin_with_a_mark_of_its_encoding(tmp_path):
         (json.dumps({**FIELDS, "problem": "Evaluate: 1"}), 1, "the problem is not"),
         (json.dumps({**FIELDS, "expression": 5}), 1, "'expression' is not a string"),
         (json.dumps({**FIELDS, "expression": "\ud800 + 3"}), 1, "has half of a character"),
-        (json.dumps({**REWRITING, "expression": "2 - 1"}), 1, "not 'Evaluate: 2 - 1'"),
+        (json.dumps({**REWRITING, "expression": "2 - 1"}), 1, "not a step, the next"),
         (json.dumps({**REWRITING, "problem": "Evaluate: 1 - 2"}), 1, "no <think>"),
-        (json.dumps({**REWRITING, "solution": "Step 1: 1 - 2 = -1"}), 1, "not one step"),
-        (json.dumps({**REWRITING, "answer": -1}), 1, "not one step"),
+        (json.dumps({**REWRITING, "problem": "Expression now: 1 - 2"}), 1, "the problem is not"),
+        (json.dumps({**REWRITING, "answer": -1}), 1, "not a step, the next"),
         *[
-            (json.dumps({**REWRITING, "solution": odd}), 1, "not one step")
+            (json.dumps({**REWRITING, "problem": odd}), 1, "not a step, the next")
             for odd in (
+                REWRITING["problem"].replace("Step 2", "Step 3"),
+                REWRITING["problem"] + " - 3",
+                "Step 1: 4 + 5 = 9 Expression now: 9 - 8 - 2 " + REWRITING["problem"],
+            )
+        ],
+        *[
+            (json.dumps({**REWRITING, "solution": odd}), 1, "not a step, the next")
+            for odd in (
+                "Step 3: 1 - 2 = -1",
+                REWRITING["solution"].replace("Step 3", "Step 4"),
                 "garbage " + REWRITING["solution"],
                 REWRITING["solution"] + " <eos>",
                 "<think>\n" + REWRITING["solution"],
@@ -550,14 +566,15 @@ def test_a_corpus_may_begin_with_a_mark_of_its_encoding(tmp_path):
         ],
         (json.dumps({**FIRST, "answer": 2}), 1, "the solution"),
         (json.dumps({**ONE, "answer": None}), 1, "is not the final result"),
-        ("Expression now: 1 - 2\n", 1, "no solution line"),
-        (f"Expression now: 1 - 2\n{ONE['solution'].replace(chr(10), ' ')}\n", 2, "not one step"),
+        (f"{REWRITING['problem']}\n", 1, "no solution line"),
+        (f"{REWRITING['problem']}\n{ONE['solution'].replace(chr(10), ' ')}\n", 2, "not a step"),
         (json.dumps({**FIELDS, "solution": "Final Result: 1"}), 1, "no <think>"),
         (json.dumps({k: v for k, v in FIELDS.items() if k != "answer"}), 1, "'answer' is missing"),
         (GOOD_PLAIN + "\nEvaluate: 1 + 1", 3, "no solution line"),
         (GOOD_PLAIN + "\nEvaluate: 1 + 1\n<think> </think>\n", 4, "Final Result"),
         (GOOD_PLAIN + "\nEvaluate: 1 + 1\n" + GOOD_PLAIN, 4, "no <think>"),
-        ("Step 1\n", 1, "neither"),
+        ("Expression now: 1 - 2\n", 1, "neither"),
+        ("Step 1\n", 1, "no solution line"),
         (GOOD_JSON + "\n\ufeff" + GOOD_JSON, 2, "neither"),  # at the beginning it may be
         (GOOD_JSON.encode() + b"\n\xff\xfe\n", 2, "not UTF-8"),
     ],

@@ -112,15 +112,17 @@ def test_token_weights_by_hand():
 
 
 def test_an_excerpt_begins_where_the_one_before_it_ended():
-    samples = tokenised([record("1 + 2 + 3 - 4")], loss=LossWeights(0.5, 3.0), excerpt_tokens=35)
+    samples = tokenised([record("1 + 2 + 3 - 4")], loss=LossWeights(0.5, 3.0), excerpt_tokens=45)
     assert texts_of(samples) == [
-        "<bos>Evaluate: 1 + 2 + 3 - 4 <think> Step 1: 1 + 2 = 3 Expression now: 3 + 3 - 4",
-        "<bos> Expression now: 3 + 3 - 4 Step 2: 3 + 3 = 6 Expression now: 6 - 4"
+        "<bos>Evaluate: 1 + 2 + 3 - 4 <think> Step 1: 1 + 2 = 3 Expression now: 3 + 3 - 4"
+        " Step 2: 3 + 3 = 6 Expression now: 6 - 4",
+        "<bos> Step 2: 3 + 3 = 6 Expression now: 6 - 4"
         " Step 3: 6 - 4 = 2 Expression now: 2 </think> Final Result: 2<eos>",
     ]
     first, second = np.split(samples.weights, samples.starts[1:-1])
-    assert first.tolist() == [0, *[0.5] * 10, *[1] * 7, *[3] * 2, *[1] * 5]
-    assert second[:16].tolist() == [0, *[0.5] * 6, *[1] * 7, *[3] * 2]
+    steps = [*[1] * 7, *[3] * 2, *[1] * 5, *[1] * 7, *[3] * 2, *[1] * 3]
+    assert first.tolist() == [0, *[0.5] * 10, *steps]
+    assert second[:22].tolist() == [0, *[0.5] * 12, *[1] * 7, *[3] * 2]
 
 
 @settings(max_examples=30, deadline=None)
@@ -130,7 +132,8 @@ def test_excerpts_have_every_step_once_and_no_more_than_fits(most, seed):
     whole, cut = tokenised(drawn), tokenised(drawn, excerpt_tokens=most)
     solution = texts_of(whole)[0].partition("<think>")[2]
     pieces = texts_of(cut)
-    seeds = [re.match(r"<bos>(.*?<think>| Expression now: [^S]*(?= Step ))", t)[0] for t in pieces]
+    begin = r"<bos>(.*?<think>| Step [^S]* Expression now: [^S]*(?= Step ))"
+    seeds = [re.match(begin, text)[0] for text in pieces]
     rests = [text.removeprefix(seed) for text, seed in zip(pieces, seeds, strict=True)]
     assert "".join(rests) == solution
     for piece, rest, length in zip(pieces, rests, cut.lengths, strict=True):
@@ -166,23 +169,23 @@ def test_a_solution_in_which_steps_and_expressions_take_no_turns_stays_whole(tra
 
 
 def test_a_rewriting_is_like_the_excerpt_of_one_step():
-    """Its expression stands there like a prompt, and nothing ends with it."""
+    """The step before stands there like a prompt, and nothing ends with it."""
     long, loss = record("1 + 2 + 3 - 4"), LossWeights(0.5, 3.0)
     cut = tokenised([long], loss=loss, excerpt_tokens=2)  # a step each
-    step = rewriting("3 + 3 - 4", 2, solve("3 + 3 - 4").steps[0])
+    step = rewriting(long.expression, solve(long.expression), 2)
     alone = tokenised([step], loss=loss, excerpt_tokens=2)
     middle = slice(cut.starts[1], cut.starts[2])
     assert alone.ids.tolist() == cut.ids[middle].tolist()
     assert alone.weights.tolist() == cut.weights[middle].tolist()
     assert texts_of(alone) == [
-        "<bos> Expression now: 3 + 3 - 4 Step 2: 3 + 3 = 6 Expression now: 6 - 4"
+        "<bos> Step 1: 1 + 2 = 3 Expression now: 3 + 3 - 4 Step 2: 3 + 3 = 6 Expression now: 6 - 4"
     ]
 
 
 def test_a_first_step_is_like_the_first_excerpt_of_its_problem():
     long, loss = record("1 + 2 + 3 - 4"), LossWeights(0.5, 3.0)
     cut = tokenised([long], loss=loss, excerpt_tokens=2)  # a step each
-    step = rewriting(long.expression, 1, solve(long.expression).steps[0])
+    step = rewriting(long.expression, solve(long.expression), 1)
     alone = tokenised([step], loss=loss, excerpt_tokens=2)
     assert alone.ids.tolist() == cut.ids[: cut.starts[1]].tolist()
     assert alone.weights.tolist() == cut.weights[: cut.starts[1]].tolist()
@@ -190,7 +193,7 @@ def test_a_first_step_is_like_the_first_excerpt_of_its_problem():
 
 def test_the_table_of_lengths_has_a_row_for_rewritings(tmp_path):
     TOKENIZER.save(tmp_path / "tokenizer")
-    step = rewriting("((3 + 3) - 4)", 2, solve("3 + 3 - 4").steps[0])
+    step = rewriting("1 + 2 + 3 - 4", solve("1 + 2 + 3 - 4"), 2)
     (tmp_path / "c.jsonl").write_text("".join(map(json_line, [step, record("1 + 2")])))
     counted = load_script("check_sequence_lengths.py").lengths_by_depth
     told = counted(tmp_path / "c.jsonl", tmp_path / "tokenizer")

@@ -104,7 +104,7 @@ def _one_step(expression: str, solution: Solution, deeper_than: int, rng: Random
         first = rng.random() < _FIRST_STEPS
         place = 0 if first else rng.randrange(len(solution.steps))
         if parse(before[place]).depth > deeper_than:
-            return rewriting(before[place], place + 1, solution.steps[place])
+            return rewriting(expression, solution, place + 1)
 
 
 def shuffled(counts: dict[str, int], rng: Random) -> Iterator[str]:

@@ -27,9 +27,10 @@ from arithmetic_llm.runtime import (
 from arithmetic_llm.task.text import (
     CLOSE,
     OPEN,
+    STEP,
     expression_text,
     is_first_step,
-    is_one_step,
+    is_next_step,
     is_solution,
     one_line,
     problem_text,
@@ -193,24 +194,25 @@ def _from_json(line: str) -> Record:
 
 
 def _check_plain_problem(line: str) -> None:
-    if not line.startswith((problem_text(""), expression_text(""))):
-        begins = f"{problem_text('...')!r}, {expression_text('...')!r}"
+    if not line.startswith((problem_text(""), STEP)):
+        begins = f"{problem_text('...')!r}, '{STEP} ...'"
         raise ValueError(f"neither a JSON object nor a problem ({begins})")
 
 
 def _from_plain(problem: str, solution: str | None) -> Record:
     if solution is None:
         raise ValueError("the problem has no solution line after it")
-    expression = problem.removeprefix(problem_text("")).removeprefix(expression_text(""))
+    expression = problem.rpartition(expression_text(""))[2].removeprefix(problem_text(""))
     return _checked(Record(expression, problem, solution, read_answer(solution)))
 
 
 def _checked(record: Record) -> Record:
     """The record, if its parts agree with each other; that the sums are right is not checked."""
-    if record.problem == expression_text(record.expression):
-        if record.answer is None and is_one_step(record.solution):
+    if record.problem.startswith(STEP):
+        ends = record.problem.endswith(f" {expression_text(record.expression)}")
+        if record.answer is None and ends and is_next_step(record.problem, record.solution):
             return record
-        raise ValueError(f"not one step, its next {expression_text('...')!r} and no answer")
+        raise ValueError(f"not a step, the next one, {expression_text('...')!r} and no answer")
     if record.problem != problem_text(record.expression):
         raise ValueError(f"the problem is not {problem_text(record.expression)!r}")
     if record.answer is None and is_first_step(record.solution):

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from arithmetic_llm.task.solution import Solution, Step, solve
-from arithmetic_llm.task.text import (
-    NEW_EXPRESSION,
-    Answer,
-    begun,
-    expression_text,
-    problem_text,
-    sequence_text,
-)
+from arithmetic_llm.task.solution import Solution, solve
+from arithmetic_llm.task.text import STEP, Answer, begun, one_line, problem_text, sequence_text
 
 
 class Record(NamedTuple):
     """One line of a corpus; the fields are its JSON keys, in their order.
 
-    A rewriting has one step for its solution and no answer, and begins with ``Expression now: E``
-    unless it is the first step of a problem.
+    A rewriting has one step for its solution and no answer. Its problem is the step before, on one
+    line, unless it is the first step of a problem.
     """
 
     expression: str
@@ -39,7 +32,7 @@ class Record(NamedTuple):
         In the midst of a solution it begins with a space, as there: the same tokens.
         """
         text = sequence_text(self.problem, self.solution)
-        return f" {text}" if self.problem.startswith(NEW_EXPRESSION) else text
+        return f" {text}" if self.problem.startswith(STEP) else text
 
 
 class Sample(NamedTuple):
@@ -56,11 +49,17 @@ def solved(expression: str) -> Record:
     return record_of(expression, solve(expression))
 
 
-def rewriting(expression: str, number: int, step: Step) -> Record:
-    """The record of a single step, the ``number``-th of a solution, from an expression."""
+def rewriting(expression: str, solution: Solution, number: int) -> Record:
+    """The record of a single step, the ``number``-th (from 1) of an expression's solution.
+
+    The step before it tells its number. Where nothing does, a model learns to guess it, and at
+    each step that is far behind the last one it will.
+    """
+    text = solution.steps[number - 1].text(number)
     if number == 1:
-        return Record(expression, problem_text(expression), begun(step.text(number)), None)
-    return Record(expression, expression_text(expression), step.text(number), None)
+        return Record(expression, problem_text(expression), begun(text), None)
+    before = solution.steps[number - 2]
+    return Record(before.expression, one_line(before.text(number - 1)), text, None)
 
 
 def record_of(expression: str, solution: Solution) -> Record:

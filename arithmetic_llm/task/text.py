@@ -29,7 +29,8 @@ Answer = int | Literal["ERROR"]
 NEXT_STEP = re.compile(rf"(?={STEP}\s+[0-9]+:)")
 BEFORE_LINE = re.compile(rf"(?= (?:{STEP} [0-9]+:|{NEW_EXPRESSION}) )")  # in a solution on one line
 EQUATION = re.compile(rf"{STEP} ([0-9]+): (-?[0-9]+ [+-] -?[0-9]+) = (-?[0-9]+)")
-_FIRST_STEP = re.compile(rf"{OPEN}\s+(?={STEP} 1:)")
+_STEP_NUMBER = re.compile(rf" {STEP} ([0-9]+):")
+_BEGUN = re.compile(rf"{OPEN}\s+")
 _NUMBER_AT_END = re.compile(rf"{NEW_EXPRESSION}\s+-?[0-9]+\s*\Z")
 FOREIGN = re.compile("|".join([PROBLEM, *_FRAME]))  # what no completion holds
 _RESULT = re.compile(FINAL_RESULT.replace(" ", r"\s+"))
@@ -117,18 +118,26 @@ def in_turn(lines: list[str]) -> bool:
     )
 
 
-def is_one_step(solution: str) -> bool:
-    """Whether a text is a step and the expression after it, and nothing else."""
-    before, *lines = BEFORE_LINE.split(f" {one_line(solution)}")
-    framed = CLOSE in solution or FOREIGN.search(solution)
-    return not before and len(lines) == 2 and in_turn(lines) and not framed
+def is_next_step(step: str, following: str) -> bool:
+    """Whether two texts are a step each with the expression after it, the second the next one."""
+    numbers = [_number_of_step(step), _number_of_step(following)]
+    return None not in numbers and numbers[1] == numbers[0] + 1
+
+
+def _number_of_step(text: str) -> int | None:
+    """The number of a step, if a text is one with the expression after it, and nothing else."""
+    before, *lines = BEFORE_LINE.split(f" {one_line(text)}")
+    framed = CLOSE in text or FOREIGN.search(text)
+    if before or len(lines) != 2 or not in_turn(lines) or framed:
+        return None
+    return int(_STEP_NUMBER.match(lines[0])[1])
 
 
 def is_first_step(solution: str) -> bool:
     """Whether a text begins a solution, with one of its steps and the expression after it."""
-    begins = _FIRST_STEP.match(solution)
+    begins = _BEGUN.match(solution)
     ends = _NUMBER_AT_END.search(solution)  # nothing is left to do: it has lost its end
-    return begins is not None and ends is None and is_one_step(solution[begins.end() :])
+    return begins is not None and ends is None and _number_of_step(solution[begins.end() :]) == 1
 
 
 def settled(text: str, cut_off: bool) -> str:

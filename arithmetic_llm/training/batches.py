@@ -153,11 +153,11 @@ def _pieces(
 def excerpts(record: Record, tokenizer: ArithmeticTokenizer, most: int) -> list[Piece]:
     """A long sample cut between its steps, as documents are that are longer than a context.
 
-    The first excerpt begins with the problem, each other one with the expression that its first
-    step goes on from, and only the last has an answer and an end:
+    The first excerpt begins with the problem, each other one with the step before its first, and
+    only the last has an answer and an end:
 
         <bos> Evaluate: ... <think> Step 1: ... Expression now: ...
-        <bos> Expression now: ... Step 9: ... Expression now: ... </think> Final Result: 7 <eos>
+        <bos> Step 8: ... Expression now: ... Step 9: ... Expression now: ... </think> Final ...
 
     Args:
         most: tokens of an excerpt; only a step that is longer by itself makes it longer.
@@ -176,7 +176,7 @@ def excerpts(record: Record, tokenizer: ArithmeticTokenizer, most: int) -> list[
             found[-1][1].extend(step)
         else:
             found.append((len(begin), [*begin, *step]))
-        begin = [BOS, *expression]
+        begin = [BOS, *step]
     found[-1][1].append(EOS)
     return found
 
