@@ -72,9 +72,9 @@ class SampleSpec:
     )
     rewrite_rate: float = _rate(
         0.0,
-        "fraction of rewritings: single steps of trees deeper than --max-depth, up to "
-        "--rewrite-depth, behind the step before and without an answer; about one in three is a "
-        "first step and has its problem",
+        "fraction of rewritings: --rewrite-steps of the steps of a tree deeper than --max-depth, "
+        "up to --rewrite-depth, behind the step before and without an answer; about one in three "
+        "has first steps and their problem",
     )
     wide_rate: float = _rate(
         0.0,
@@ -88,10 +88,13 @@ class SampleSpec:
     rewrite_depth: int = opt(
         6, "greatest depth of the trees of --rewrite-rate", at_least=1, at_most=MAX_DEPTH
     )
+    rewrite_steps: int = opt(
+        1, "most steps, one after the other, of each of --rewrite-rate", at_least=1
+    )
     thin_rewrites: bool = opt(
         False,
         "trees of --rewrite-rate have many numbers or few, down to one more than their depth: "
-        "cheaper to show, and more of them are first steps",
+        "cheaper to show, and more of them begin with first steps",
     )
     wide_range: tuple[int, int] = opt((-999, 999), "smallest and largest number of --wide-rate")
 
@@ -148,6 +151,7 @@ class CorpusConfig(SampleSpec):
     flat_terms: int = like(SampleSpec, "flat_terms", needs=[{"flat_rate": Above(0)}])
     chain_numbers: int = like(SampleSpec, "chain_numbers", needs=[{"chain_rate": Above(0)}])
     rewrite_depth: int = like(SampleSpec, "rewrite_depth", needs=[{"rewrite_rate": Above(0)}])
+    rewrite_steps: int = like(SampleSpec, "rewrite_steps", needs=[{"rewrite_rate": Above(0)}])
     thin_rewrites: bool = like(SampleSpec, "thin_rewrites", needs=[{"rewrite_rate": Above(0)}])
     wide_range: tuple[int, int] = like(SampleSpec, "wide_range", needs=[{"wide_rate": Above(0)}])
 

@@ -179,6 +179,24 @@ def test_a_rewriting_is_one_right_step_of_a_deeper_solution(draw, thin):
     assert sum(operations[n] for n in operations if n > 9) > 30
 
 
+def test_a_rewriting_goes_on_for_some_steps_while_it_is_deep():
+    """Each is the step that is due, and behind the last the limit is reached or the depth left."""
+    lengths = Counter()
+    for sample in draw_samples(replace(STEPS, rewrite_steps=3), 200, seed=4):
+        expression, problem, solution, _ = sample.record
+        lines = solution.removeprefix("<think>\n").split("\n")
+        first, count = int(re.match(r"Step (\d+)", lines[0])[1]), len(lines) // 2
+        assert (first == 1) == problem.startswith("Evaluate:")
+        due = solve(expression).steps[:count]
+        assert lines == "\n".join(step.text(n) for n, step in enumerate(due, first)).split("\n")
+        *begins, after = [parse(text).depth for text in (expression, *(s.expression for s in due))]
+        assert min(begins) > 3
+        assert count == 3 or after <= 3
+        lengths[count] += 1
+    assert {*lengths} == {1, 2, 3}
+    assert lengths[3] > 50
+
+
 def test_rewritings_come_from_trees_of_their_split():
     """The expression before a step may be another tree, whatever split that belongs to."""
     checked = 0
@@ -483,15 +501,22 @@ REWRITING = {
     "solution": "Step 3: 1 - 2 = -1\nExpression now: -1",
     "answer": None,
 }
+MORE = {
+    "expression": "9 - 8 - 2",
+    "problem": "Step 1: 3 + 6 = 9 Expression now: 9 - 8 - 2",
+    "solution": "Step 2: 9 - 8 = 1\nExpression now: 1 - 2\n" + REWRITING["solution"],
+    "answer": None,
+}
 FIRST = {
-    "expression": "4 - 2 - 3",
-    "problem": "Evaluate: 4 - 2 - 3",
-    "solution": "<think>\nStep 1: 4 - 2 = 2\nExpression now: 2 - 3",
+    "expression": "4 - 2 - 3 + 1",
+    "problem": "Evaluate: 4 - 2 - 3 + 1",
+    "solution": "<think>\nStep 1: 4 - 2 = 2\nExpression now: 2 - 3 + 1\n"
+    "Step 2: 2 - 3 = -1\nExpression now: -1 + 1",
     "answer": None,
 }
 
 
-@pytest.mark.parametrize("fields", [REWRITING, FIRST])
+@pytest.mark.parametrize("fields", [REWRITING, MORE, FIRST])
 def test_rewritings_are_read_in_both_formats(tmp_path, fields):
     record = Record(**fields)
     assert rewriting(*STEP_OF[record]) == record
@@ -503,8 +528,9 @@ def test_rewritings_are_read_in_both_formats(tmp_path, fields):
 
 
 STEP_OF = {
-    Record(**REWRITING): ("3 + 6 - 8 - 2", solve("3 + 6 - 8 - 2"), 3),
-    Record(**FIRST): ("4 - 2 - 3", solve("4 - 2 - 3"), 1),
+    Record(**REWRITING): ("3 + 6 - 8 - 2", solve("3 + 6 - 8 - 2"), 3, 3),
+    Record(**MORE): ("3 + 6 - 8 - 2", solve("3 + 6 - 8 - 2"), 2, 3),
+    Record(**FIRST): ("4 - 2 - 3 + 1", solve("4 - 2 - 3 + 1"), 1, 2),
 }
 
 
@@ -548,6 +574,7 @@ def test_a_corpus_may_begin_with_a_mark_of_its_encoding(tmp_path):
             for odd in (
                 "Step 3: 1 - 2 = -1",
                 REWRITING["solution"].replace("Step 3", "Step 4"),
+                REWRITING["solution"] + "\nStep 5: -1 + 0 = -1\nExpression now: -1",
                 "garbage " + REWRITING["solution"],
                 REWRITING["solution"] + " <eos>",
                 "<think>\n" + REWRITING["solution"],
@@ -557,8 +584,9 @@ def test_a_corpus_may_begin_with_a_mark_of_its_encoding(tmp_path):
         *[
             (json.dumps({**FIRST, "solution": odd}), 1, "the solution")
             for odd in (
-                FIRST["solution"].replace("Step 1", "Step 2"),
-                FIRST["solution"] + "\nStep 2: 1 - 2 = -1\nExpression now: -1",
+                FIRST["solution"].replace("Step 2", "Step 3"),
+                FIRST["solution"].replace("Step 2", "Step 3").replace("Step 1", "Step 2"),
+                FIRST["solution"] + "\nStep 3: -1 + 1 = 0\nExpression now: 0",
                 FIRST["solution"] + " <eos>",
                 "so " + FIRST["solution"],
                 "<think>\nStep 1: 4 - 2 = 2\nExpression now: 2",

@@ -299,7 +299,7 @@ def test_rewritings_are_counted_and_cover_nothing(tmp_path):
 
 def test_a_corpus_of_rewritings_alone_is_refused(tmp_path):
     path = tmp_path / "c.jsonl"
-    path.write_text(json_line(rewriting("5 - 4 - 2", solve("5 - 4 - 2"), 2)))
+    path.write_text(json_line(rewriting("5 - 4 - 2", solve("5 - 4 - 2"), 2, 2)))
     with pytest.raises(UserError, match=r"c\.jsonl: has rewritings alone"):
         coverage_of(path)
 

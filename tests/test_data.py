@@ -172,7 +172,7 @@ def test_a_rewriting_is_like_the_excerpt_of_one_step():
     """The step before stands there like a prompt, and nothing ends with it."""
     long, loss = record("1 + 2 + 3 - 4"), LossWeights(0.5, 3.0)
     cut = tokenised([long], loss=loss, excerpt_tokens=2)  # a step each
-    step = rewriting(long.expression, solve(long.expression), 2)
+    step = rewriting(long.expression, solve(long.expression), 2, 2)
     alone = tokenised([step], loss=loss, excerpt_tokens=2)
     middle = slice(cut.starts[1], cut.starts[2])
     assert alone.ids.tolist() == cut.ids[middle].tolist()
@@ -185,7 +185,7 @@ def test_a_rewriting_is_like_the_excerpt_of_one_step():
 def test_a_first_step_is_like_the_first_excerpt_of_its_problem():
     long, loss = record("1 + 2 + 3 - 4"), LossWeights(0.5, 3.0)
     cut = tokenised([long], loss=loss, excerpt_tokens=2)  # a step each
-    step = rewriting(long.expression, solve(long.expression), 1)
+    step = rewriting(long.expression, solve(long.expression), 1, 1)
     alone = tokenised([step], loss=loss, excerpt_tokens=2)
     assert alone.ids.tolist() == cut.ids[: cut.starts[1]].tolist()
     assert alone.weights.tolist() == cut.weights[: cut.starts[1]].tolist()
@@ -193,7 +193,7 @@ def test_a_first_step_is_like_the_first_excerpt_of_its_problem():
 
 def test_the_table_of_lengths_has_a_row_for_rewritings(tmp_path):
     TOKENIZER.save(tmp_path / "tokenizer")
-    step = rewriting("1 + 2 + 3 - 4", solve("1 + 2 + 3 - 4"), 2)
+    step = rewriting("1 + 2 + 3 - 4", solve("1 + 2 + 3 - 4"), 2, 2)
     (tmp_path / "c.jsonl").write_text("".join(map(json_line, [step, record("1 + 2")])))
     counted = load_script("check_sequence_lengths.py").lengths_by_depth
     told = counted(tmp_path / "c.jsonl", tmp_path / "tokenizer")

@@ -470,7 +470,7 @@ def test_problems_are_of_the_test_split_and_of_the_style_asked_for():
 
 def test_a_test_file_is_used_whole_and_its_train_problems_are_counted(tmp_path):
     train = [sample.record for sample in draw(SPEC, 30, seed=1, split="train")]
-    step = rewriting("5 - 4 - 2", solve("5 - 4 - 2"), 2)  # no problem, so passed over
+    step = rewriting("5 - 4 - 2", solve("5 - 4 - 2"), 2, 2)  # no problem, so passed over
     held_out = [sample.record for sample in distinct_samples(SPEC, 20, seed=1, split="test")]
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(map(json_line, [*train, step, *held_out])))

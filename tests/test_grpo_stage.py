@@ -859,7 +859,7 @@ def test_an_epoch_asks_each_prompt_once_in_an_order_of_its_own(world):
 
 
 def test_rewritings_are_not_asked(world, tmp_path):
-    step = rewriting("5 - 4 - 2", solve("5 - 4 - 2"), 2)
+    step = rewriting("5 - 4 - 2", solve("5 - 4 - 2"), 2, 2)
     (tmp_path / "i.jsonl").write_text((world / "i.jsonl").read_text() + json_line(step))
     assert corpus_source(tmp_path).corpus == corpus_source(world).corpus
 

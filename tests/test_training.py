@@ -336,7 +336,7 @@ def test_a_context_that_no_sample_fits_into_is_an_error(workshop, tmp_path, cont
 
 
 def test_a_context_for_rewritings_alone_is_an_error(workshop, tmp_path):
-    step = rewriting("3 - 2 + 2", solve("3 - 2 + 2"), 2)
+    step = rewriting("3 - 2 + 2", solve("3 - 2 + 2"), 2, 2)
     samples = [step, solved("((1 + 2) - 3) + (4 - (5 + 6))")]
     (tmp_path / "c.jsonl").write_text("".join(map(json_line, samples)))
     argv = foundational(workshop, "--max-seq-length", 30, "--corpus-path", tmp_path / "c.jsonl")

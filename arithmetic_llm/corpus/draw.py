@@ -6,6 +6,7 @@ What is drawn is a tree, or the text of an invalid expression. Everything is a f
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator
 from random import Random
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from arithmetic_llm.task.problem import Drawn, split_of_drawn
 from arithmetic_llm.task.solution import Solution, solve_canonical
 
 # Of rewritings, beside those that are so by chance; they alone show that problems may be so deep.
-_FIRST_STEPS = 0.2
+_FIRST_STEPS = 0.3
 _MAX_DRAWS = 20_000  # a split without a hit in so many draws (0.95 ** 20,000) has no such problem
 
 
@@ -91,20 +92,19 @@ def _sample(problem: Drawn, style: str, spec: SampleSpec, rng: Random) -> Sample
     expression = write(problem, style, rng)
     solution = solve_canonical(expression)
     if style == "rewrite":
-        record = _one_step(expression, solution, spec.max_depth, rng)
+        record = _some_steps(expression, solution, spec, rng)
     else:
         record = record_of(expression, solution)
     return Sample(record, style, tree_depth(problem), len(problem) // 2 + 1)
 
 
-def _one_step(expression: str, solution: Solution, deeper_than: int, rng: Random) -> Record:
-    """One of the steps that begin with an expression deeper than trees are solved in training."""
+def _some_steps(expression: str, solution: Solution, spec: SampleSpec, rng: Random) -> Record:
+    """Steps in a row that begin with expressions deeper than trees are solved in training."""
     before = [expression, *(step.expression for step in solution.steps)]
-    while True:
-        first = rng.random() < _FIRST_STEPS
-        place = 0 if first else rng.randrange(len(solution.steps))
-        if parse(before[place]).depth > deeper_than:
-            return rewriting(expression, solution, place + 1)
+    # No step makes an expression deeper, so those that are too deep come first.
+    deep = bisect_left(before, True, key=lambda text: parse(text).depth <= spec.max_depth)
+    start = 0 if rng.random() < _FIRST_STEPS else rng.randrange(deep)
+    return rewriting(expression, solution, start + 1, min(start + spec.rewrite_steps, deep))
 
 
 def shuffled(counts: dict[str, int], rng: Random) -> Iterator[str]:

@@ -28,9 +28,9 @@ from arithmetic_llm.task.text import (
     CLOSE,
     OPEN,
     STEP,
+    are_first_steps,
+    are_next_steps,
     expression_text,
-    is_first_step,
-    is_next_step,
     is_solution,
     one_line,
     problem_text,
@@ -210,12 +210,12 @@ def _checked(record: Record) -> Record:
     """The record, if its parts agree with each other; that the sums are right is not checked."""
     if record.problem.startswith(STEP):
         ends = record.problem.endswith(f" {expression_text(record.expression)}")
-        if record.answer is None and ends and is_next_step(record.problem, record.solution):
+        if record.answer is None and ends and are_next_steps(record.problem, record.solution):
             return record
-        raise ValueError(f"not a step, the next one, {expression_text('...')!r} and no answer")
+        raise ValueError(f"not a step, the next ones, {expression_text('...')!r} and no answer")
     if record.problem != problem_text(record.expression):
         raise ValueError(f"the problem is not {problem_text(record.expression)!r}")
-    if record.answer is None and is_first_step(record.solution):
+    if record.answer is None and are_first_steps(record.solution):
         return record
     if not is_solution(record.solution):
         raise ValueError(f"the solution has no {OPEN} ... {CLOSE}")

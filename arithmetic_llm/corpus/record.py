@@ -11,8 +11,8 @@ from arithmetic_llm.task.text import STEP, Answer, begun, one_line, problem_text
 class Record(NamedTuple):
     """One line of a corpus; the fields are its JSON keys, in their order.
 
-    A rewriting has one step for its solution and no answer. Its problem is the step before, on one
-    line, unless it is the first step of a problem.
+    A rewriting has a few steps for its solution and no answer. Its problem is the step before them,
+    on one line, unless they are the first of a solution.
     """
 
     expression: str
@@ -49,17 +49,19 @@ def solved(expression: str) -> Record:
     return record_of(expression, solve(expression))
 
 
-def rewriting(expression: str, solution: Solution, number: int) -> Record:
-    """The record of a single step, the ``number``-th (from 1) of an expression's solution.
+def rewriting(expression: str, solution: Solution, first: int, last: int) -> Record:
+    """The record of the steps ``first`` to ``last`` (from 1) of an expression's solution.
 
-    The step before it tells its number. Where nothing does, a model learns to guess it, and at
-    each step that is far behind the last one it will.
+    The step before them tells their numbers. Where nothing does, a model learns to guess, and will
+    do so wherever it is far from the last number.
     """
-    text = solution.steps[number - 1].text(number)
-    if number == 1:
-        return Record(expression, problem_text(expression), begun(text), None)
-    before = solution.steps[number - 2]
-    return Record(before.expression, one_line(before.text(number - 1)), text, None)
+    numbered = enumerate(solution.steps[first - 1 : last], first)
+    texts = [step.text(number) for number, step in numbered]
+    if first == 1:
+        return Record(expression, problem_text(expression), begun(*texts), None)
+    before = solution.steps[first - 2]
+    problem = one_line(before.text(first - 1))
+    return Record(before.expression, problem, "\n".join(texts), None)
 
 
 def record_of(expression: str, solution: Solution) -> Record:

@@ -10,6 +10,7 @@ several lines and goes to the model in one.
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Literal
 
 from arithmetic_llm.task.expression import MAX_DIGITS
@@ -118,26 +119,30 @@ def in_turn(lines: list[str]) -> bool:
     )
 
 
-def is_next_step(step: str, following: str) -> bool:
-    """Whether two texts are a step each with the expression after it, the second the next one."""
-    numbers = [_number_of_step(step), _number_of_step(following)]
-    return None not in numbers and numbers[1] == numbers[0] + 1
+def are_next_steps(step: str, following: str) -> bool:
+    """Whether a text is a step with the expression after it, and another the steps after that."""
+    numbers, more = step_numbers(step), step_numbers(following)
+    return len(numbers) == 1 and bool(more) and _count_up([*numbers, *more])
 
 
-def _number_of_step(text: str) -> int | None:
-    """The number of a step, if a text is one with the expression after it, and nothing else."""
-    before, *lines = BEFORE_LINE.split(f" {one_line(text)}")
-    framed = CLOSE in text or FOREIGN.search(text)
-    if before or len(lines) != 2 or not in_turn(lines) or framed:
-        return None
-    return int(_STEP_NUMBER.match(lines[0])[1])
-
-
-def is_first_step(solution: str) -> bool:
-    """Whether a text begins a solution, with one of its steps and the expression after it."""
+def are_first_steps(solution: str) -> bool:
+    """Whether a text begins a solution, with some of its steps, and leaves others to be done."""
     begins = _BEGUN.match(solution)
     ends = _NUMBER_AT_END.search(solution)  # nothing is left to do: it has lost its end
-    return begins is not None and ends is None and _number_of_step(solution[begins.end() :]) == 1
+    numbers = step_numbers(solution[begins.end() :]) if begins and not ends else []
+    return bool(numbers) and _count_up([0, *numbers])
+
+
+def step_numbers(text: str) -> list[int]:
+    """The numbers of a text's steps if it is steps alone, with the expression after each."""
+    before, *lines = BEFORE_LINE.split(f" {one_line(text)}")
+    if before or not in_turn(lines) or CLOSE in text or FOREIGN.search(text):
+        return []
+    return [int(_STEP_NUMBER.match(line)[1]) for line in lines[::2]]
+
+
+def _count_up(numbers: list[int]) -> bool:
+    return all(b == a + 1 for a, b in pairwise(numbers))
 
 
 def settled(text: str, cut_off: bool) -> str:
