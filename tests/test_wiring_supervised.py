@@ -158,7 +158,8 @@ def token_weights(text, offsets, prompt, result):
 
     The number after each step's "=" counts ``result``, and so does the token that ends it.
     """
-    end_of_prompt = re.search("<think>|(?= Step )", text).end()
+    begins = re.compile("<think>|(?= Step )")  # an excerpt's prompt is itself a step
+    end_of_prompt = begins.search(text, 1).end()
     results = [match.span(1) for match in re.finditer(r" = (-?[0-9]+)", text)]
 
     def weight(start, end):
@@ -198,7 +199,7 @@ def cut(text, tokenizer, most):
         if size(pieces[-1] + step) <= most:
             pieces[-1] += step
         else:
-            pieces.append(before[before.index(" Expression now:") :] + step)
+            pieces.append(before + step)
     return pieces
 
 

@@ -121,7 +121,7 @@ def in_turn(lines: list[str]) -> bool:
 
 def are_next_steps(step: str, following: str) -> bool:
     """Whether a text is a step with the expression after it, and another the steps after that."""
-    numbers, more = step_numbers(step), step_numbers(following)
+    numbers, more = _step_numbers(step), _step_numbers(following)
     return len(numbers) == 1 and bool(more) and _count_up([*numbers, *more])
 
 
@@ -129,11 +129,11 @@ def are_first_steps(solution: str) -> bool:
     """Whether a text begins a solution, with some of its steps, and leaves others to be done."""
     begins = _BEGUN.match(solution)
     ends = _NUMBER_AT_END.search(solution)  # nothing is left to do: it has lost its end
-    numbers = step_numbers(solution[begins.end() :]) if begins and not ends else []
+    numbers = _step_numbers(solution[begins.end() :]) if begins and not ends else []
     return bool(numbers) and _count_up([0, *numbers])
 
 
-def step_numbers(text: str) -> list[int]:
+def _step_numbers(text: str) -> list[int]:
     """The numbers of a text's steps if it is steps alone, with the expression after each."""
     before, *lines = BEFORE_LINE.split(f" {one_line(text)}")
     if before or not in_turn(lines) or CLOSE in text or FOREIGN.search(text):
