@@ -160,7 +160,7 @@ def excerpts(record: Record, tokenizer: ArithmeticTokenizer, most: int) -> list[
         <bos> Step 8: ... Expression now: ... Step 9: ... Expression now: ... </think> Final ...
 
     Args:
-        most: tokens of an excerpt; only a step that is longer by itself makes it longer.
+        most: tokens of an excerpt; only one of a single step, behind the one before, may be longer.
 
     Returns:
         An empty list if there is no step, or if steps and expressions do not take turns.
