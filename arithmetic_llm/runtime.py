@@ -408,3 +408,11 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def cpu_features() -> str:
+    """What tells processors apart for which code is compiled, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = [line for line in lines if line.lower().startswith(("flags", "features"))]
+    return f"{platform.machine()} {processor()} {flags[0] if flags else ''}"

@@ -1,4 +1,12 @@
-"""Hand-written gradients beside autograd's own, of PyTorch's own formulas."""
+"""What a layer computes between its products, beside PyTorch's own formulas in fp64.
+
+In fp64 the package has PyTorch compute, too; in fp32 and bf16 the functions of kernels.c do.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,8 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from arithmetic_llm.model import fused
-from arithmetic_llm.model.fused import BLOCK, causal_attention, rms_norm
+from arithmetic_llm.config import ModelConfig
+from arithmetic_llm.model import fused, kernels
+from arithmetic_llm.model.fused import (
+    BLOCK,
+    causal_attention,
+    heads,
+    rms_norm,
+    summed_cross_entropy,
+    swiglu,
+)
+from arithmetic_llm.model.kernels import kernels_for
+from arithmetic_llm.model.transformer import ArithmeticModel, initialise, rotary_angles
+
+EPS = 1e-6
 
 
 def value_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
@@ -19,32 +39,189 @@ def value_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
 
 
-def draw(*shape: int, dtype=torch.float64) -> Tensor:
+def draw(*shape: int, dtype=torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
+def assert_same(ours, theirs, inputs, **tolerance) -> None:
+    """In fp32 as exact as fp32 is, in fp64 as fp64 is; theirs is always in fp64."""
+    exact = value_and_gradients(theirs, *(x.double() for x in inputs))
+    for dtype in (torch.float32, torch.float64):
+        given = [x.to(dtype) for x in inputs]
+        assert (kernels_for(given[0]) is None) == (dtype == torch.float64)
+        for one, other in zip(value_and_gradients(ours, *given), exact, strict=True):
+            assert one.dtype == dtype
+            torch.testing.assert_close(one, other.to(dtype), **tolerance)
+
+
+# ------------------------------------------------------------------------------ PyTorch's own
+
+
+def their_norm(x, weight):
+    return F.rms_norm(x, weight.shape, weight, EPS)
+
+
+def their_heads(x, weight, cos, sin):
+    """As in transformers: the halves of a head change places, the second one negated."""
+    unit = their_norm(x, weight)
+    first, second = unit.chunk(2, dim=-1)
+    half = cos.shape[-1] // 2
+    sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+    return (unit * cos + torch.cat((-second, first), dim=-1) * sin).transpose(1, 2)
+
+
+def their_attention(window):
+    def attention(q, k, v):
+        back = torch.arange(q.shape[2])[:, None] - torch.arange(q.shape[2])
+        seen = (back >= 0) & (back < (window or q.shape[2]))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+    return attention
+
+
+def their_swiglu(gate, up):
+    return F.silu(gate) * up
+
+
+def their_cross_entropy(targets, weights):
+    def loss(logits):
+        each = F.cross_entropy(logits, targets, reduction="none")
+        return (each * weights.to(each.dtype)).sum()
+
+    return loss
+
+
+# ----------------------------------------------------------------------------------- each of them
+
+
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 5), min_size=0, max_size=3), st.integers(1, 40))
+@given(st.lists(st.integers(0, 5), min_size=0, max_size=3), st.integers(1, 70))
 def test_the_norm_is_pytorchs(rows, features):
-    x, weight = draw(*rows, features), draw(features) + 1
-    ours = value_and_gradients(lambda x, w: rms_norm(x, w, 1e-6), x, weight)
-    theirs = value_and_gradients(lambda x, w: F.rms_norm(x, w.shape, w, 1e-6), x, weight)
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other)
+    inputs = draw(*rows, features), draw(features) + 1
+    assert_same(lambda x, w: rms_norm(x, w, EPS), their_norm, inputs, rtol=1e-4, atol=1e-5)
+
+
+@settings(deadline=None)
+@given(*[st.integers(1, 4)] * 3, st.integers(1, 20), st.booleans())
+def test_heads_are_normalised_rotated_and_come_first(rows, length, count, half, alike):
+    """With positions of each row, or the same in all."""
+    positions = torch.arange(length)[None] + 10 * torch.arange(1 if alike else rows)[:, None]
+    angles = rotary_angles(positions[..., None], 2 * half, 100.0)
+    inputs = draw(rows, length, count, 2 * half), draw(2 * half) + 1
+
+    def ours(x, weight):
+        return heads(x, weight, *(each.to(x.dtype) for each in angles), EPS)
+
+    def theirs(x, weight):
+        return their_heads(x, weight, *(each.double() for each in angles))
+
+    assert ours(*inputs).shape == (rows, count, length, 2 * half)
+    assert_same(ours, theirs, inputs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [1, 7, BLOCK, BLOCK + 1, 2 * BLOCK + 45])
 @pytest.mark.parametrize("window", [0, 1, 50, BLOCK, BLOCK + 60, 1000])
 def test_causal_attention_is_pytorchs(length, window):
-    q, k, v = draw(3, 2, 3, length, 8).unbind()
-    ours = value_and_gradients(lambda *qkv: causal_attention(*qkv, window), q, k, v)
-    back = torch.arange(length)[:, None] - torch.arange(length)
-    seen = (back >= 0) & (back < (window or length))
-    theirs = value_and_gradients(
-        lambda *qkv: F.scaled_dot_product_attention(*qkv, attn_mask=seen), q, k, v
-    )
-    for one, other in zip(ours, theirs, strict=True):
+    inputs = draw(3, 2, 3, length, 8).unbind()
+    ours = lambda *qkv: causal_attention(*qkv, window)  # noqa: E731
+    assert_same(ours, their_attention(window), inputs, rtol=1e-4, atol=1e-5)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=3))
+def test_swiglu_is_pytorchs(shape):
+    assert_same(swiglu, their_swiglu, (5 * draw(*shape), draw(*shape) + 1), rtol=1e-4, atol=1e-5)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 20), st.integers(1, 70))
+def test_the_loss_is_pytorchs(tokens, classes):
+    targets = torch.arange(tokens) * 7 % classes
+    weights = draw(tokens).abs()
+    ours = lambda logits: summed_cross_entropy(logits, targets, weights)  # noqa: E731
+    logits = 5 * draw(tokens, classes)
+    exact = value_and_gradients(their_cross_entropy(targets, weights), logits.double())
+    for one, other in zip(value_and_gradients(ours, logits), exact, strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_logits_far_apart_have_the_loss_that_they_have():
+    logits = torch.tensor([[3e4, -3e4, 0.0], [-200.0, 0.0, 200.0]])
+    loss = summed_cross_entropy(logits, torch.tensor([1, 2]), torch.tensor([1.0, 1.0]))
+    assert loss.item() == 6e4
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_visible(bad):
+    """A loss that is none stops a run; a kernel that made a number of it would hide it."""
+    row = torch.tensor([[1.0, bad, 2.0, 0.5]]).repeat(3, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = row.to(dtype)
+        loss = summed_cross_entropy(x, torch.tensor([0, 1, 2]), torch.ones(3))
+        assert loss.isnan()
+        assert rms_norm(x, torch.ones(32), EPS).isnan().any()
+        assert not swiglu(x, x).isfinite().all()
+        q = x.view(1, 3, 1, 32)
+        assert causal_attention(q, q, q).isnan().any()
+
+
+def cases(dtype):
+    """Each function with inputs for it, by name."""
+    cos, sin = (x.to(dtype) for x in rotary_angles(torch.arange(20)[None, :, None], 8, 100.0))
+    targets, weights = torch.arange(6) * 5, draw(6).abs()
+    q, k, v = draw(3, 2, 3, BLOCK + 30, 8).unbind()
+    found = {
+        "norm": (lambda x, w: rms_norm(x, w, EPS), (draw(4, 64), draw(64) + 1)),
+        "heads": (lambda x, w: heads(x, w, cos, sin, EPS), (draw(2, 20, 3, 8), draw(8) + 1)),
+        "attention": (causal_attention, (q, k, v)),
+        "windowed": (lambda *qkv: causal_attention(*qkv, 40), (q, k, v)),
+        "swiglu": (swiglu, (draw(5, 40), draw(5, 40) + 1)),
+        "loss": (lambda x: summed_cross_entropy(x, targets, weights), (4 * draw(6, 33),)),
+    }
+    return {name: (of, [x.to(dtype) for x in inputs]) for name, (of, inputs) in found.items()}
+
+
+NAMES = list(cases(torch.float32))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_bf16_all_stay_within_its_rounding(name):
+    function, inputs = cases(torch.bfloat16)[name]
+    of_fp64, _ = cases(torch.float64)[name]
+    exact = value_and_gradients(of_fp64, *(x.double() for x in inputs))
+    found = value_and_gradients(function, *inputs)
+    for low, high in zip(found, exact, strict=True):
+        assert low.dtype == (torch.float32 if low.ndim == 0 else torch.bfloat16)
+        assert (low - high).norm() < 0.01 * high.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_gradients_the_values_are_the_same(name):
+    function, inputs = cases(torch.float32)[name]
+    with torch.no_grad():
+        plain = function(*inputs)
+    assert torch.equal(function(*(x.requires_grad_() for x in inputs)), plain)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_contiguous_has_the_same_values_and_gradients(name):
+    function, inputs = cases(torch.float32)[name]
+    apart = [torch.stack((x, x + 1), dim=-1)[..., 0] for x in inputs]
+    expected = value_and_gradients(function, *inputs)
+    for one, other in zip(value_and_gradients(function, *apart), expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_derivative_is_refused_not_wrong(name):
+    function, inputs = cases(torch.float32)[name]
+    first = inputs[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(function(*inputs).sum(), first, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.sum(), first)
+
+
+# ---------------------------------------------------------------------------------- elsewhere
 
 
 @pytest.mark.parametrize("window", [1, 9, 40, 41, 1000])
@@ -70,29 +247,79 @@ class Elsewhere(Tensor):
         return torch.device("cuda")
 
 
-@pytest.mark.parametrize("length", [20, BLOCK + 30])
-def test_in_bf16_both_stay_within_its_rounding(length):
-    q, k, v = draw(3, 2, 3, length, 8, dtype=torch.bfloat16).unbind()
-    x, weight = draw(4, length, dtype=torch.bfloat16), draw(length, dtype=torch.bfloat16) + 1
-    for function, inputs in (
-        (causal_attention, (q, k, v)),
-        (lambda x, w: rms_norm(x, w, 1e-6), (x, weight)),
-    ):
-        exact = value_and_gradients(function, *(x.double() for x in inputs))
-        for low, high in zip(value_and_gradients(function, *inputs), exact, strict=True):
-            assert low.dtype == torch.bfloat16
-            assert (low - high).norm() < 0.01 * high.norm()
+def loss_and_gradients(precision: torch.dtype) -> list[Tensor]:
+    """Of a small model, drawn anew."""
+    torch.manual_seed(0)
+    shape = ModelConfig(d_model=32, nhead=2, num_layers=2, dim_feedforward=48, attention_window=50)
+    model = initialise(ArithmeticModel(shape, 40))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):  # which start at zero
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.randint(40, (3, BLOCK + 20))
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        hidden = model.hidden_states(ids).flatten(0, 1)
+        loss = summed_cross_entropy(model.lm_head(hidden), ids.flatten(), torch.ones(ids.numel()))
+    return [loss.detach(), *torch.autograd.grad(loss / ids.numel(), model.parameters())]
 
 
-def test_without_gradients_the_norm_has_the_same_values():
-    x, weight = draw(5, 16, dtype=torch.float32), draw(16, dtype=torch.float32)
-    with torch.no_grad():
-        plain = rms_norm(x, weight, 1e-6)
-    torch.testing.assert_close(rms_norm(x.requires_grad_(), weight, 1e-6), plain)
+def test_a_model_without_compiled_functions_learns_the_same(monkeypatch):
+    compiled = {each: loss_and_gradients(each) for each in (torch.float32, torch.bfloat16)}
+    monkeypatch.setattr(fused, "kernels_for", lambda tensor: None)
+    plain = loss_and_gradients(torch.float32)
+    for one, other in zip(compiled[torch.float32], plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    for one, other in zip(compiled[torch.bfloat16], plain, strict=True):
+        assert (one - other).norm() < 0.05 * other.norm()
 
 
-def test_a_second_derivative_is_refused_not_wrong():
-    x, weight = draw(2, 4).requires_grad_(), draw(4)
-    (gradient,) = torch.autograd.grad(rms_norm(x, weight, 1e-6).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(gradient.sum(), x)
+# ------------------------------------------------------------------------------ how they are made
+
+
+def in_use(**environment: str) -> str:
+    """What a process with these variables computes with."""
+    code = "import torch; from arithmetic_llm.model import kernels, fused\n"
+    code += "fused.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6)\n"
+    code += "print(kernels.in_use(torch.device('cpu')))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        cwd=Path(kernels.__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_compiled_functions_are_used_unless_the_environment_says_otherwise():
+    assert kernels.in_use(torch.device("cpu")) == "compiled"
+    assert kernels.in_use(torch.device("cuda")) == "torch"
+    assert in_use(ARITHMETIC_LLM_KERNELS="torch") == "torch"
+
+
+def test_a_compiler_that_fails_or_none_leaves_the_work_to_pytorch(tmp_path):
+    bad = tmp_path / "cc"
+    bad.write_text("#!/bin/sh\nexit 1\n")
+    bad.chmod(0o755)
+    assert in_use(CC=str(bad)) == "torch"
+    assert in_use(PATH=str(tmp_path / "nowhere"), CC="nothing") == "torch"
+
+
+def test_each_type_of_number_has_a_library_of_its_own_that_is_made_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "_SOURCE", tmp_path / "kernels.c")
+    (tmp_path / "kernels.c").write_bytes(
+        (Path(kernels.__file__).with_name("kernels.c")).read_bytes()
+    )
+    kernels._library.cache_clear()
+    try:
+        assert kernels_for(draw(2))
+        assert kernels_for(draw(2).bfloat16())
+        assert kernels_for(draw(2).double()) is None
+        made = {path: path.stat().st_mtime_ns for path in (tmp_path / "__pycache__").iterdir()}
+        kernels._library.cache_clear()
+        assert kernels_for(draw(2))
+        assert kernels_for(draw(2).bfloat16())
+    finally:
+        kernels._library.cache_clear()
+    assert len(made) == 2
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "__pycache__").iterdir()} == made

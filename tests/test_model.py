@@ -7,8 +7,9 @@ import torch
 from helpers import TINY, of_transformers, random_model
 
 from arithmetic_llm.config import ModelConfig
+from arithmetic_llm.model.fused import rotate
 from arithmetic_llm.model.tokenizer import PAD
-from arithmetic_llm.model.transformer import ArithmeticModel, initialise, rotary_angles, rotate
+from arithmetic_llm.model.transformer import ArithmeticModel, initialise, rotary_angles
 from arithmetic_llm.runtime import UserError
 
 VOCAB = 61

@@ -28,6 +28,7 @@ from arithmetic_llm.evaluation.length import (
 )
 from arithmetic_llm.evaluation.metrics import EvaluationResult
 from arithmetic_llm.folders import resolve_stamp
+from arithmetic_llm.model import kernels
 from arithmetic_llm.model.checkpoint import Checkpoint, weights_hash
 from arithmetic_llm.model.decode import GREEDY, Completion, SamplingParams, generate
 from arithmetic_llm.model.load import check_tokenizer, load_model
@@ -186,6 +187,7 @@ def _decoding(model: ArithmeticModel, sampling: SamplingParams, batch_size: int)
         "batch_size": batch_size,
         "device": str(model.device),
         "precision": str(model.lm_head.weight.dtype).removeprefix("torch."),
+        "kernels": kernels.in_use(model.device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }

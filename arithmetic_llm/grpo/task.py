@@ -36,11 +36,12 @@ from arithmetic_llm.grpo.rewards import parse_rewards
 from arithmetic_llm.grpo.rollout import Rollout, is_dead, roll_out
 from arithmetic_llm.grpo.solutions import Solutions, as_replay, tokenised_solutions
 from arithmetic_llm.model.decode import GREEDY, SamplingParams, evaluating
+from arithmetic_llm.model.fused import summed_cross_entropy
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import derived_seed
 from arithmetic_llm.training.batches import micro_batches
-from arithmetic_llm.training.supervised import counted_logits, summed_cross_entropy
+from arithmetic_llm.training.supervised import counted_logits
 
 REPLAY = 2**20  # a round of its own, so that no replayed prompt is that of a rollout by plan
 

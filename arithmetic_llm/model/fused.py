@@ -1,8 +1,11 @@
-"""Operations of a layer with gradients written by hand, for the CPU.
+"""What a layer computes between its matrix products, with gradients written by hand for the CPU.
 
-Left to autograd they keep more and pass over memory more often; on a CPU, half of a small model's
-training step is such work between the matrix products. Elsewhere PyTorch's own kernels do it, which
-are also what the tests compare values and gradients with.
+Left to autograd, each step of a formula keeps its result and passes over memory once more; on a
+CPU, half of a small model's training step is such work. Here the functions of kernels.c do it in
+one pass, if they could be compiled. Where they are not, on a GPU or in fp64, PyTorch's own
+operations do, which are also what the tests compare values and gradients with.
+
+Shape letters: B rows, T positions, H heads, D features of a head.
 """
 
 from __future__ import annotations
@@ -16,48 +19,126 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from arithmetic_llm.model.kernels import kernels_for
+
 _MASKS = 1024  # off the CPU masks are made of multiples of this length, and kept
 BLOCK = 128  # queries that attend together, to the keys up to their last; larger wastes products
 
 
+def _apply(function: type[Function], *inputs: Any) -> Tensor:
+    """The value of a function; by way of autograd only where there is something to learn.
+
+    That takes longer than a short row.
+    """
+    if torch.is_grad_enabled():
+        return function.apply(*inputs)
+    return function.value(*inputs)[0]
+
+
+# --------------------------------------------------------------------------------------- norms
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension (Zhang & Sennrich, 2019)."""
-    weight = weight.to(x.dtype)
-    if x.device.type != "cpu":
-        return F.rms_norm(x, weight.shape, weight, eps)
-    # Not by way of autograd where there is nothing to learn: that takes longer than a short row.
-    unit = _Normalise.apply(x, eps) if torch.is_grad_enabled() else x * _inverse_rms(x, eps)
-    return unit * weight
+    if kernels_for(x):
+        return _apply(_RMSNorm, x.contiguous(), weight.float(), eps)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
-class _Normalise(Function):
+class _RMSNorm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        scale = _inverse_rms(x, eps)
-        unit = x * scale
-        ctx.save_for_backward(unit, scale)
-        return unit
+    def value(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The norm, and 1 / root mean square of each row."""
+        out, inverse = torch.empty_like(x), _numbers(x.shape[:-1])
+        kernels_for(x).rms_norm(x, weight, out, inverse, inverse.numel(), x.shape[-1], eps)
+        return out, inverse
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out, inverse = _RMSNorm.value(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        unit, scale = ctx.saved_tensors
-        along = (grad * unit).mean(-1, keepdim=True)
-        return torch.addcmul(grad, unit, along, value=-1).mul_(scale), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        kernels_for(x).rms_norm_backward(
+            grad.contiguous(), x, weight, inverse, grad_x, grad_weight, inverse.numel(), x.shape[-1]
+        )
+        return grad_x, grad_weight, None
 
 
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """``1 / sqrt(mean(x^2) + eps)`` over the last dimension, which stays as 1; from fp32 sums."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_().to(x.dtype)
+def _numbers(shape: torch.Size) -> Tensor:
+    """Room for fp32 numbers."""
+    return torch.empty(shape, dtype=torch.float32)
+
+
+# --------------------------------------------------------------------------------------- heads
+
+
+def heads(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """Queries or keys as attention takes them: each head's norm, its rotation, and heads first.
+
+    Args:
+        x: (B, T, H, D).
+        weight: of the norm, (D,).
+        cos, sin: (B or 1, T, 1, D), see `rotary_angles`.
+
+    Returns:
+        (B, H, T, D).
+    """
+    if kernels_for(x):
+        angles = cos.contiguous(), sin.contiguous()
+        return _apply(_Heads, x.contiguous(), weight.float(), *angles, eps)
+    return rotate(rms_norm(x, weight, eps), cos, sin).transpose(1, 2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair ``(x[i], x[i + D/2])`` by its position's angle (`rotary_angles`)."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos).addcmul_(torch.cat((second, first), dim=-1), sin)
+
+
+class _Heads(Function):
+    @staticmethod
+    def value(
+        x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        rows, length, count, features = x.shape
+        out, inverse = x.new_empty(rows, count, length, features), _numbers(x.shape[:-1])
+        kernels_for(x).heads(x, weight, cos, sin, out, inverse, *x.shape, len(cos) > 1, eps)
+        return out, inverse
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+    ) -> Tensor:
+        out, inverse = _Heads.value(x, weight, cos, sin, eps)
+        ctx.save_for_backward(x, weight, cos, sin, inverse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, *others = ctx.saved_tensors
+        weight, cos = others[:2]
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        kernels_for(x).heads_backward(
+            grad.contiguous(), x, *others, grad_x, grad_weight, *x.shape, len(cos) > 1
+        )
+        return grad_x, grad_weight, None, None, None
+
+
+# ----------------------------------------------------------------------------------- attention
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
     """``softmax(q k^T / sqrt(D)) v`` where no position sees a later one.
 
     Args:
-        q, k, v: (B, H, T, D): rows, heads, positions, features of a head.
+        q, k, v: (B, H, T, D).
         window: positions that each one sees, itself included; 0 = all before it.
 
     Returns:
@@ -81,9 +162,9 @@ class _CausalAttention(Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         out, weights = torch.empty_like(q), []
         for first, start, end in _blocks(q.shape[1], window):
-            mask, seen = _mask(q, (first, start, end), window), slice(first, end)
-            scores = torch.baddbmm(mask, q[:, start:end], k[:, seen].mT, alpha=q.shape[-1] ** -0.5)
-            weights.append(scores.softmax(-1))
+            seen = slice(first, end)
+            scores = q[:, start:end] @ k[:, seen].mT
+            weights.append(_softmax(scores, (first, start, end), window, q.shape[-1] ** -0.5))
             out[:, start:end] = weights[-1] @ v[:, seen]
         ctx.save_for_backward(q, k, v, *weights)
         ctx.window = window
@@ -94,13 +175,13 @@ class _CausalAttention(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, *weights = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        scale, blocks = q.shape[-1] ** -0.5, _blocks(q.shape[1], ctx.window)
+        blocks = _blocks(q.shape[1], ctx.window)
         for (first, start, end), weight in zip(blocks, weights, strict=True):
             block, seen, grad_out = slice(start, end), slice(first, end), grad[:, start:end]
             grad_weight = grad_out @ v[:, seen].mT
-            grad_scores = torch._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
-            grad_q[:, block] = (grad_scores @ k[:, seen]).mul_(scale)
-            grad_k[:, seen].baddbmm_(grad_scores.mT, q[:, block], alpha=scale)
+            grad_scores = _softmax_backward(grad_weight, weight, q.shape[-1] ** -0.5)
+            grad_q[:, block] = grad_scores @ k[:, seen]
+            grad_k[:, seen].baddbmm_(grad_scores.mT, q[:, block])
             grad_v[:, seen].baddbmm_(weight.mT, grad_out)
         return grad_q, grad_k, grad_v, None
 
@@ -109,6 +190,24 @@ def _blocks(length: int, window: int) -> list[tuple[int, int, int]]:
     """First key, first query and end of each block."""
     starts = range(0, length, BLOCK)
     return [(max(0, at - window + 1), at, min(at + BLOCK, length)) for at in starts]
+
+
+def _softmax(scores: Tensor, block: tuple[int, int, int], window: int, scale: float) -> Tensor:
+    """The attention weights of a block's scores, (N, queries, keys); may take their place."""
+    if kernels := kernels_for(scores):
+        first, start, _ = block
+        kernels.causal_softmax(scores, *scores.shape, start - first, window, scale)
+        return scores
+    return (scores * scale + _mask(scores, block, window)).softmax(-1)
+
+
+def _softmax_backward(grad: Tensor, weights: Tensor, scale: float) -> Tensor:
+    """Gradients of scores from those of the weights, whose place they may take."""
+    if kernels := kernels_for(grad):
+        keys = grad.shape[-1]
+        kernels.softmax_backward(grad, weights, grad.numel() // keys, keys, scale)
+        return grad
+    return torch._softmax_backward_data(grad, weights, -1, weights.dtype) * scale
 
 
 @lru_cache(maxsize=8)
@@ -123,3 +222,67 @@ def _mask(like: Tensor, block: tuple[int, int, int], window: int) -> Tensor:
     hidden = like.new_full((end - start, end - first), -torch.inf)
     later = hidden.triu(start - first + 1)
     return later if end - first <= window else later + hidden.tril(start - first - window)
+
+
+# ------------------------------------------------------------------------ feed-forward and loss
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` (Shazeer, 2020)."""
+    if kernels_for(gate):
+        return _apply(_SwiGLU, gate.contiguous(), up.contiguous())
+    return F.silu(gate) * up
+
+
+class _SwiGLU(Function):
+    @staticmethod
+    def value(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+        out = torch.empty_like(gate)
+        kernels_for(gate).swiglu(gate, up, out, gate.numel())
+        return (out,)
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _SwiGLU.value(gate, up)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grads = torch.empty_like(gate), torch.empty_like(up)
+        kernels_for(gate).swiglu_backward(grad.contiguous(), gate, up, *grads, gate.numel())
+        return grads
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Sum over tokens of weight x negative log-likelihood, in nats.
+
+    Args:
+        logits: (N, vocabulary).
+        targets: (N,) long.
+        weights: (N,) fp32.
+    """
+    if kernels_for(logits):
+        return _apply(_CrossEntropy, logits.contiguous(), targets, weights)
+    return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
+
+
+class _CrossEntropy(Function):
+    @staticmethod
+    def value(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and its gradient: to know one is nearly to know the other."""
+        loss, grad = torch.zeros((), dtype=torch.float64), torch.empty_like(logits)
+        kernels_for(logits).cross_entropy(logits, targets, weights, grad, loss, *logits.shape)
+        return loss.float(), grad
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        loss, grad = _CrossEntropy.value(logits, targets, weights)
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.saved_tensors[0] * grad, None, None

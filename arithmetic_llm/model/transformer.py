@@ -13,11 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arithmetic_llm.config import ModelConfig
-from arithmetic_llm.model.fused import causal_attention, rms_norm
+from arithmetic_llm.model.fused import causal_attention, heads, rms_norm, swiglu
 
 
 class RMSNorm(nn.Module):
@@ -41,7 +40,7 @@ class Embedding(nn.Embedding):
 
 
 def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for `rotate` (Su et al., 2021).
+    """Cosines and sines for `heads` (Su et al., 2021).
 
     Args:
         positions: whole numbers, any shape.
@@ -54,12 +53,6 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     angles = positions[..., None] * theta**-exponents
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair ``(x[i], x[i + D/2])`` by its position's angle (`rotary_angles`)."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos).addcmul_(torch.cat((second, first), dim=-1), sin)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -97,8 +90,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
         q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q = rotate(self.q_norm(q), context.cos, context.sin).transpose(1, 2)
-        k = rotate(self.k_norm(k), context.cos, context.sin).transpose(1, 2)
+        q = heads(q, self.q_norm.weight, context.cos, context.sin, self.q_norm.eps)
+        k = heads(k, self.k_norm.weight, context.cos, context.sin, self.k_norm.eps)
         v = v.transpose(1, 2)
         if context.cache is None:
             out = causal_attention(q, k, v, self.window)
@@ -121,7 +114,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.dim_feedforward, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):

@@ -31,6 +31,7 @@ from arithmetic_llm.folders import (
     read_lines,
     step_checkpoints,
 )
+from arithmetic_llm.model import kernels
 from arithmetic_llm.model.checkpoint import (
     Checkpoint,
     CheckpointData,
@@ -63,6 +64,7 @@ TRAINING = {  # the form of what a resumable checkpoint holds beside its weights
     "threads": int,
     "processes": int,
     "precision": str,
+    "kernels": str,
 }
 
 
@@ -134,8 +136,12 @@ class Run:
             "cuda_rng": torch.cuda.get_rng_state_all() if on_gpus else [],
             "threads": torch.get_num_threads(),
             "processes": world_size(),
-            "precision": str(self.precision),
+            **self._computed_by(),
         }
+
+    def _computed_by(self) -> dict[str, str]:
+        """What the last bits of the weights depend on, beside threads and processes."""
+        return {"precision": str(self.precision), "kernels": kernels.in_use(self.model.device)}
 
     def restore(self, saved: CheckpointData) -> None:
         """Continue from a resumable checkpoint: weights, optimizer, random state, best so far.
@@ -162,12 +168,13 @@ class Run:
         elif state["threads"] != torch.get_num_threads():
             torch.set_num_threads(state["threads"])
             print(f"using {state['threads']} CPU threads, as this run did before")
-        if state["precision"] != str(self.precision):
-            print(
-                f"warning: this run computed in {state['precision']} before, now in "
-                f"{self.precision}; its weights will not be bit-identical",
-                file=sys.stderr,
-            )
+        for what, now in self._computed_by().items():
+            if state[what] != now:
+                print(
+                    f"warning: {what} of this run: {state[what]} before, now {now}; "
+                    "its weights will not be bit-identical",
+                    file=sys.stderr,
+                )
 
     def _check(self, state: dict[str, Any]) -> None:
         """Refuse a training state that could not be taken up whole."""
@@ -299,6 +306,7 @@ def start_run(
             "seed": config.seed,
             "device": str(run.model.device),
             "precision": str(run.precision).removeprefix("torch."),
+            "kernels": kernels.in_use(run.model.device),
             "threads": torch.get_num_threads(),
             "processes": world_size(),
             **({"job": job} if (job := job_name()) else {}),

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arithmetic_llm.config import (
@@ -22,6 +21,7 @@ from arithmetic_llm.config import (
 from arithmetic_llm.corpus.files import read_corpus, read_problems
 from arithmetic_llm.distributed import gather_shares, share, world_size
 from arithmetic_llm.folders import resolve_paths
+from arithmetic_llm.model.fused import summed_cross_entropy
 from arithmetic_llm.model.lora import parameter_summary
 from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import (
@@ -143,12 +143,7 @@ def counted_logits(model: ArithmeticModel, batch: Batch) -> tuple[Tensor, Tensor
     """Logits (N, vocabulary), targets (N,) and weights (N,) of the tokens whose loss counts."""
     hidden = model.hidden_states(batch.input_ids).flatten(0, 1)[batch.counted]
     targets, weights = (each.flatten()[batch.counted] for each in (batch.targets, batch.weights))
-    return model.lm_head(hidden).float(), targets, weights
-
-
-def summed_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Sum over tokens of weight x negative log-likelihood, in nats."""
-    return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
+    return model.lm_head(hidden), targets, weights
 
 
 # ------------------------------------------------------------------------------ the stages

@@ -1,0 +1,234 @@
+/* What a transformer layer computes between its matrix products, one pass over memory for each.
+
+   PyTorch has an operation for each step of a formula, and each reads and writes all of its numbers;
+   on a CPU, half of a small model's training step goes there. Here a row is read once, computed in
+   fp32 in the cache, and written once. kernels.py has it compiled for the processor at hand, once
+   for each type of number, and fused.py says what each function is for.
+
+   Every row is computed by itself and in one order, so a row's result does not depend on others.
+   Gradients with respect to weights add up over rows, in the order of the rows. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef int64_t size;
+
+#ifdef BF16
+
+typedef uint16_t real; /* the upper half of an fp32 number */
+
+static inline float load(real x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline real store(float x) { /* to nearest, ties to even; a NaN stays one */
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (real)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+#else
+
+typedef float real;
+static inline float load(real x) { return x; }
+static inline real store(float x) { return x; }
+
+#endif
+
+/* e^x to about 1e-7, without a call, so that loops of it become vector instructions. As 2^n e^r with
+   n whole and |r| <= ln(2) / 2, where a polynomial is exact enough and n goes into the exponent. */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x; /* a NaN stays one */
+    float n = rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln(2) in two parts: n * ln(2) is exact */
+    float p = 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+/* Loops over a multiple of as many numbers leave no rest that is computed one by one. */
+enum { LANES = 16 };
+static inline size padded(size n) { return (n + LANES - 1) / LANES * LANES; }
+
+/* e^(scale x - m) of a row, m so that the largest is 1; returns their sum, and m by `largest`.
+   There has to be room for padded(n) of them. */
+static float exponentials(const real *x, float *y, size n, float scale, float *largest) {
+    float most = -INFINITY, sum = 0;
+#pragma omp simd
+    for (size i = 0; i < n; i++) y[i] = load(x[i]) * scale;
+    for (size i = n; i < padded(n); i++) y[i] = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (size i = 0; i < padded(n); i++) most = y[i] > most ? y[i] : most;
+#pragma omp simd reduction(+ : sum)
+    for (size i = 0; i < padded(n); i++) sum += y[i] = exponential(y[i] - most);
+    *largest = most;
+    return sum;
+}
+
+/* 1 / root mean square of a row. */
+static inline float inverse_rms(const real *x, size features, float eps) {
+    float squares = 0;
+#pragma omp simd simdlen(16) reduction(+ : squares)
+    for (size i = 0; i < features; i++) squares += load(x[i]) * load(x[i]);
+    return 1.0f / sqrtf(squares / features + eps);
+}
+
+/* ------------------------------------------------------------------------------------- norms */
+
+void rms_norm(const real *x, const float *weight, real *y, float *inverse, size rows, size features,
+              float eps) {
+    for (size row = 0; row < rows; row++, x += features, y += features) {
+        float scale = inverse[row] = inverse_rms(x, features, eps);
+#pragma omp simd
+        for (size i = 0; i < features; i++) y[i] = store(load(x[i]) * scale * weight[i]);
+    }
+}
+
+/* One row of it. */
+static inline void norm_backward(const float *grad, const real *x, const float *weight, float scale,
+                                 real *grad_x, float *grad_weight, size features) {
+    float along = 0;
+#pragma omp simd simdlen(16) reduction(+ : along)
+    for (size i = 0; i < features; i++) along += grad[i] * weight[i] * load(x[i]);
+    along *= scale * scale / features;
+#pragma omp simd simdlen(16)
+    for (size i = 0; i < features; i++) {
+        grad_x[i] = store(scale * (grad[i] * weight[i] - load(x[i]) * along));
+        grad_weight[i] += grad[i] * load(x[i]) * scale;
+    }
+}
+
+void rms_norm_backward(const real *grad, const real *x, const float *weight, const float *inverse,
+                       real *grad_x, float *grad_weight, size rows, size features) {
+    float exact[features];
+    for (size row = 0; row < rows; row++, grad += features, x += features, grad_x += features) {
+#pragma omp simd
+        for (size i = 0; i < features; i++) exact[i] = load(grad[i]);
+        norm_backward(exact, x, weight, inverse[row], grad_x, grad_weight, features);
+    }
+}
+
+/* ------------------------------------------------------------------------------------- heads */
+
+/* Queries or keys: norm, rotation and transposition from (B, T, H, D) to (B, H, T, D). The angles
+   are (B, T, D), or (T, D) if `turns` is 0: then all rows have the same. */
+void heads(const real *x, const float *weight, const real *cos, const real *sin, real *y,
+           float *inverse, size rows, size length, size heads, size features, size turns,
+           float eps) {
+    size half = features / 2, next = length * features; /* head */
+    for (size row = 0; row < rows; row++, y += heads * next)
+        for (size t = 0; t < length; t++) {
+            const real *c = cos + (turns * row * length + t) * features;
+            const real *s = sin + (turns * row * length + t) * features;
+            real *out = y + t * features;
+            for (size head = 0; head < heads; head++, x += features, out += next) {
+                float scale = *inverse++ = inverse_rms(x, features, eps);
+#pragma omp simd simdlen(16)
+                for (size i = 0; i < half; i++) {
+                    float first = load(x[i]) * scale * weight[i];
+                    float second = load(x[i + half]) * scale * weight[i + half];
+                    out[i] = store(first * load(c[i]) + second * load(s[i]));
+                    out[i + half] = store(second * load(c[i + half]) + first * load(s[i + half]));
+                }
+            }
+        }
+}
+
+void heads_backward(const real *grad, const real *x, const float *weight, const real *cos,
+                    const real *sin, const float *inverse, real *grad_x, float *grad_weight,
+                    size rows, size length, size heads, size features, size turns) {
+    size half = features / 2, next = length * features;
+    float turned[features]; /* the gradient before the rotation */
+    for (size row = 0; row < rows; row++, grad += heads * next)
+        for (size t = 0; t < length; t++) {
+            const real *c = cos + (turns * row * length + t) * features;
+            const real *s = sin + (turns * row * length + t) * features;
+            const real *g = grad + t * features;
+            for (size head = 0; head < heads; head++, g += next) {
+#pragma omp simd simdlen(16)
+                for (size i = 0; i < half; i++) {
+                    float first = load(g[i]), second = load(g[i + half]);
+                    turned[i] = first * load(c[i]) + second * load(s[i + half]);
+                    turned[i + half] = second * load(c[i + half]) + first * load(s[i]);
+                }
+                norm_backward(turned, x, weight, *inverse++, grad_x, grad_weight, features);
+                x += features, grad_x += features;
+            }
+        }
+}
+
+/* --------------------------------------------------------------------------------- attention */
+
+/* Scores (N, queries, keys) become attention weights, in place. Query i looks at the keys up to
+   number i + ahead, `window` of them at most; what it does not see weighs 0. */
+void causal_softmax(real *scores, size n, size queries, size keys, size ahead, size window,
+                    float scale) {
+    float exponents[padded(keys)], most;
+    for (size at = 0; at < n * queries; at++, scores += keys) {
+        size end = at % queries + ahead + 1, start = end > window ? end - window : 0;
+        float sum = exponentials(scores + start, exponents, end - start, scale, &most);
+        for (size i = 0; i < start; i++) scores[i] = 0;
+#pragma omp simd
+        for (size i = start; i < end; i++) scores[i] = store(exponents[i - start] * (1.0f / sum));
+        for (size i = end; i < keys; i++) scores[i] = 0;
+    }
+}
+
+/* Gradients of rows of weights become those of their scores, in place. */
+void softmax_backward(real *grad, const real *weights, size rows, size keys, float scale) {
+    for (size row = 0; row < rows; row++, grad += keys, weights += keys) {
+        float along = 0;
+#pragma omp simd reduction(+ : along)
+        for (size i = 0; i < keys; i++) along += load(grad[i]) * load(weights[i]);
+#pragma omp simd
+        for (size i = 0; i < keys; i++)
+            grad[i] = store(load(weights[i]) * (load(grad[i]) - along) * scale);
+    }
+}
+
+/* ------------------------------------------------------------------------------ feed-forward */
+
+void swiglu(const real *gate, const real *up, real *y, size n) {
+#pragma omp simd
+    for (size i = 0; i < n; i++)
+        y[i] = store(load(gate[i]) * sigmoid(load(gate[i])) * load(up[i]));
+}
+
+void swiglu_backward(const real *grad, const real *gate, const real *up, real *grad_gate,
+                     real *grad_up, size n) {
+#pragma omp simd
+    for (size i = 0; i < n; i++) {
+        float g = load(gate[i]), s = sigmoid(g);
+        grad_gate[i] = store(load(grad[i]) * load(up[i]) * s * (1.0f + g * (1.0f - s)));
+        grad_up[i] = store(load(grad[i]) * g * s);
+    }
+}
+
+/* -------------------------------------------------------------------------------------- loss */
+
+/* Sum over rows of weight x -log softmax(logits)[target], and its gradient. */
+void cross_entropy(const real *logits, const int64_t *targets, const float *weights, real *grad,
+                   double *loss, size rows, size classes) {
+    float p[padded(classes)], most;
+    for (size row = 0; row < rows; row++, logits += classes, grad += classes) {
+        float sum = exponentials(logits, p, classes, 1.0f, &most), share = weights[row] / sum;
+        *loss += weights[row] * (logf(sum) + most - load(logits[targets[row]]));
+        p[targets[row]] -= sum;
+#pragma omp simd
+        for (size i = 0; i < classes; i++) grad[i] = store(p[i] * share);
+    }
+}

@@ -1,0 +1,104 @@
+"""The functions of kernels.c, compiled for the processor at hand and called with tensors.
+
+The first process that wants them has the system's C compiler make a library, in half a second; the
+file is kept beside Python's own compiled ones. Where there is no compiler, or the environment has
+``ARITHMETIC_LLM_KERNELS=torch``, `kernels_for` finds none and PyTorch's operations do the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arithmetic_llm.runtime import cpu_features
+
+WHICH = "ARITHMETIC_LLM_KERNELS"  # of the environment
+_SOURCE = Path(__file__).with_name("kernels.c")
+# Not -ffast-math: it has every program that loads the library flush small numbers to zero. Loops
+# that may add up in another order say so themselves (omp simd).
+_FLAGS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+_NATIVE = {"x86_64": ["-march=native"], "amd64": ["-march=native"]}
+_OTHERWISE_NATIVE = ["-mcpu=native"]  # as ARM's compilers call it
+
+
+class _Numbers:
+    """A tensor's memory as an argument of a C function."""
+
+    @classmethod
+    def from_param(cls, tensor: Tensor) -> ctypes.c_void_p:
+        return ctypes.c_void_p(tensor.data_ptr())
+
+
+_ARGUMENTS = {"p": _Numbers, "n": ctypes.c_int64, "f": ctypes.c_float}
+_FUNCTIONS = {  # pointers, whole numbers and floats, in the order of kernels.c
+    "rms_norm": "ppppnnf",
+    "rms_norm_backward": "ppppppnn",
+    "heads": "ppppppnnnnnf",
+    "heads_backward": "ppppppppnnnnn",
+    "causal_softmax": "pnnnnnf",
+    "softmax_backward": "ppnnf",
+    "swiglu": "pppn",
+    "swiglu_backward": "pppppn",
+    "cross_entropy": "pppppnn",
+}
+
+
+def kernels_for(tensor: Tensor) -> ctypes.CDLL | None:
+    """The compiled functions for a tensor's type of number; None where there are none.
+
+    They take contiguous tensors of that type, but fp32 weights and sums, and let other threads of
+    Python run meanwhile.
+    """
+    return _library(tensor.dtype) if tensor.device.type == "cpu" else None
+
+
+def in_use(device: torch.device) -> str:
+    """What computes between the matrix products on a device: ``compiled`` functions or ``torch``.
+
+    Part of what a run stores, since the last bits of its weights depend on it.
+    """
+    compiled = device.type == "cpu" and _library(torch.float32) is not None
+    return "compiled" if compiled else "torch"
+
+
+@cache
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The library for numbers of a type, made if there is none yet."""
+    defined = {torch.float32: [], torch.bfloat16: ["-DBF16"]}.get(dtype)
+    compiler = next(filter(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")), None)
+    if defined is None or compiler is None or os.environ.get(WHICH) == "torch":
+        return None
+    native = _NATIVE.get(platform.machine().lower(), _OTHERWISE_NATIVE)
+    try:
+        library = ctypes.CDLL(str(_built([compiler, *_FLAGS, *native, *defined])))
+    except (OSError, subprocess.SubprocessError):  # another compiler, or nowhere to write
+        return None
+    for name, letters in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = [_ARGUMENTS[letter] for letter in letters], None
+    return library
+
+
+def _built(command: list[str]) -> Path:
+    """The file that a compiler's command makes of kernels.c for this processor."""
+    made_of = repr((_SOURCE.read_text(), command, shutil.which(command[0]), cpu_features()))
+    folder = _SOURCE.parent / "__pycache__"
+    path = folder / f"kernels.{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            made = Path(own) / path.name
+            command = [*command, "-o", str(made), str(_SOURCE), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            os.replace(made, path)  # whole or not at all: several processes may be at it
+    return path
