@@ -368,10 +368,10 @@ MUTANTS = [
         f"{STAGE} -k held_out_problems",
     ),
     Mutant(
-        "supervised: weights left out of the loss",
-        'return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()',
-        'return F.cross_entropy(logits, targets, reduction="none").sum()',
-        STAGE,
+        "loss: weights left out, by PyTorch's operations",
+        'F.cross_entropy(logits.float(), targets, reduction="none") * weights',
+        'F.cross_entropy(logits.float(), targets, reduction="none")',
+        "test_fused.py -k without_compiled",
     ),
     Mutant(
         "supervised: every epoch in the same order",
@@ -1403,15 +1403,85 @@ MUTANTS = [
         "test_fused.py -k causal",
     ),
     Mutant(
-        "attention: the keys' gradient without its scale",
-        "q[:, block], alpha=scale)",
-        "q[:, block])",
+        "attention: gradients of scores without their scale",
+        "weights, -1, weights.dtype) * scale",
+        "weights, -1, weights.dtype)",
         "test_fused.py -k causal",
     ),
     Mutant(
-        "norm: a gradient that grows along the row",
-        "unit, along, value=-1)",
-        "unit, along, value=1)",
+        "kernels: a norm's gradient that grows along the row",
+        "weight[i] - load(x[i]) * along)",
+        "weight[i] + load(x[i]) * along)",
         "test_fused.py -k norm",
+    ),
+    Mutant(
+        "kernels: heads turned the other way",
+        "first * load(c[i]) + second * load(s[i])",
+        "first * load(c[i]) - second * load(s[i])",
+        "test_fused.py -k heads",
+    ),
+    Mutant(
+        "kernels: a gradient that is not turned back",
+        "first * load(c[i]) + second * load(s[i + half])",
+        "first * load(c[i]) + second * load(s[i])",
+        "test_fused.py -k heads",
+    ),
+    Mutant(
+        "kernels: all rows with the first one's positions",
+        "const real *c = cos + (turns * row * length + t) * features;\n"
+        "            const real *s = sin + (turns * row * length + t) * features;\n"
+        "            real *out",
+        "const real *c = cos + t * features;\n"
+        "            const real *s = sin + t * features;\n"
+        "            real *out",
+        "test_fused.py -k heads",
+    ),
+    Mutant(
+        "kernels: a window that is one too narrow",
+        "end > window ? end - window : 0",
+        "end > window ? end - window + 1 : 0",
+        "test_fused.py -k causal",
+    ),
+    Mutant(
+        "kernels: what is hidden keeps its score",
+        "for (size i = end; i < keys; i++) scores[i] = 0;",
+        "",
+        "test_fused.py -k causal",
+    ),
+    Mutant(
+        "kernels: gradients of scores without their scale",
+        "(load(grad[i]) - along) * scale",
+        "(load(grad[i]) - along)",
+        "test_fused.py -k causal",
+    ),
+    Mutant(
+        "kernels: SwiGLU's gradient of a plain sigmoid",
+        "* s * (1.0f + g * (1.0f - s))",
+        "* s * (1.0f - s)",
+        "test_fused.py -k swiglu",
+    ),
+    Mutant(
+        "kernels: a loss whose gradient leaves the target out",
+        "p[targets[row]] -= sum;",
+        "",
+        "test_fused.py -k loss",
+    ),
+    Mutant(
+        "kernels: weights left out of the loss",
+        "share = weights[row] / sum;",
+        "share = 1.0f / sum;",
+        STAGE,
+    ),
+    Mutant(
+        "kernels: bf16 cut off in place of rounded",
+        "(bits + 0x7fff + (bits >> 16 & 1)) >> 16",
+        "bits >> 16",
+        "test_fused.py -k rounds",
+    ),
+    Mutant(
+        "kernels: a resumed run that says nothing of others",
+        "for what, now in self._computed_by().items()",
+        "for what, now in ()",
+        "test_training.py -k other_bits",
     ),
 ]

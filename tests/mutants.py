@@ -47,7 +47,8 @@ def source_of(mutant: Mutant, root: Path = ROOT) -> Path:
     """
     holders = [
         (path, path.read_text(encoding="utf-8").count(mutant.old))
-        for path in sorted((root / PACKAGE).rglob("*.py"))
+        for path in sorted((root / PACKAGE).rglob("*.[pc]*"))
+        if path.suffix in (".py", ".c")
     ]
     found = [(path, count) for path, count in holders if count]
     if [count for _, count in found] != [1]:

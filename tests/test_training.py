@@ -26,6 +26,7 @@ from arithmetic_llm.corpus.draw import distinct_samples
 from arithmetic_llm.corpus.files import json_line
 from arithmetic_llm.corpus.record import rewriting, solved
 from arithmetic_llm.folders import FINISHED
+from arithmetic_llm.model import kernels
 from arithmetic_llm.model.checkpoint import read_checkpoint, weights_hash
 from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
@@ -637,6 +638,14 @@ def test_a_resumed_run_keeps_the_precision_that_a_trial_chose(
     assert call(FOUNDATIONAL, "--resume", unfinished).code == 0
     precision = torch.bfloat16 if now == "before" else torch.float32
     assert (opened[0].precision, opened[0].optimizer.precision) == (precision, precision)
+
+
+def test_a_resumed_run_says_what_gives_it_other_bits(unfinished, opened, monkeypatch):
+    monkeypatch.setattr(kernels, "in_use", lambda device: "torch")
+    ended = call(FOUNDATIONAL, "--resume", unfinished)
+    assert ended.code == 0
+    assert opened[0].step == 80
+    assert "warning: kernels of this run: compiled before, now torch; its weights" in ended.err
 
 
 def test_a_step_with_other_weights_is_passed_over(unfinished, opened):

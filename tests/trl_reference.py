@@ -67,11 +67,11 @@ def their_logprobs(theirs, made: Sequence[Episode], config: GRPOConfig) -> Rows:
 
 
 def assert_same_gradients(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """To five digits of the largest."""
+    """To four digits of the largest: the exponential in a KL penalty makes last bits larger."""
     largest = max(gradient.abs().max() for gradient in one.values())
     for name, gradient in one.items():
         torch.testing.assert_close(
-            gradient / largest, other[name] / largest, atol=1e-5, rtol=1e-5, msg=name
+            gradient / largest, other[name] / largest, atol=5e-5, rtol=5e-5, msg=name
         )
 
 
