@@ -21,11 +21,11 @@ from arithmetic_llm.config import FoundationalConfig
 from arithmetic_llm.training.supervised import train_foundational
 
 OPTIMIZER, BETWEEN = "optimizer", "Python between operations"
-KINDS = {  # the first whose words an operation's name has
+KINDS = {  # the first whose words an operation's name has, in whatever letters
     "matrix products": ("mm", "linear", "matmul", "einsum"),
     "attention weights": ("softmax", "attention"),
-    "norms": ("norm",),
-    "embedding and loss": ("embedding", "nll_loss", "cross_entropy", "index"),
+    "norms and rotation": ("norm", "heads"),
+    "embedding and loss": ("embedding", "nll_loss", "entropy", "index"),
     "copies and casts": ("copy", "cat", "clone", "contiguous", "_to_", "stack", "pad"),
     "element by element": ("",),
 }
@@ -62,7 +62,7 @@ def kind_of(event):
     """The kind of an operation."""
     if in_optimizer(event):
         return OPTIMIZER
-    name = event.name.removeprefix("aten::")
+    name = event.name.removeprefix("aten::").lower()
     return next(kind for kind, words in KINDS.items() if any(word in name for word in words))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arithmetic_llm.config import ModelConfig
@@ -56,9 +57,10 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention under any mask, written out, in the dtype of ``q``.
+    """Softmax attention under any mask, in the dtype of ``q``.
 
-    Autocast would do the softmax between two casts; the kernel itself adds in fp32 anyway.
+    On a CPU by PyTorch's fused kernel, which is up to twice as fast in fp32; elsewhere written out:
+    autocast would do the softmax between two casts, and its kernel adds in fp32 anyway.
 
     Args:
         q: (B, H, T, D). k, v: (B, H, S, D).
@@ -67,6 +69,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (B, H, T, D).
     """
+    if q.device.type == "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     with torch.autocast(q.device.type, enabled=False):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask
         return scores.softmax(dim=-1) @ v
@@ -188,9 +192,8 @@ class KVCache:
     def _lay_out(self, slots: int) -> None:
         """Move what is held to where it belongs among so many slots."""
         before = self._latest(self.lengths, slots, slots) % self.slots
-        index = before[None, :, None, :, None]
-        self.keys = self.keys.take_along_dim(index, dim=3)
-        self.values = self.values.take_along_dim(index, dim=3)
+        index = before[None, :, None, :, None].expand(*self.keys.shape[:3], -1, self.keys.shape[4])
+        self.keys, self.values = self.keys.gather(3, index), self.values.gather(3, index)
 
     def keep(self, rows: Tensor) -> None:
         """Hold the rows of these indices in this order; a row may come several times, or never."""
