@@ -217,6 +217,23 @@ def test_what_is_not_contiguous_has_the_same_values_and_gradients(name):
         torch.testing.assert_close(one, other)
 
 
+def test_other_types_of_number_beside_the_first_are_no_trap():
+    """C reads what it is given as what it expects."""
+    x, weight = draw(2, 20, 3, 8).bfloat16(), draw(8).double()
+    cos, sin = rotary_angles(torch.arange(20)[None, :, None], 8, 100.0)
+    expected = heads(x.double(), weight, cos.double(), sin.double(), EPS)
+    torch.testing.assert_close(
+        heads(x, weight, cos, sin, EPS).double(), expected, rtol=0.02, atol=0.05
+    )
+    gate, up = draw(5, 40).bfloat16(), draw(5, 40)
+    torch.testing.assert_close(swiglu(gate, up), F.silu(gate) * up)
+    logits, targets, weights = draw(6, 33), torch.arange(6), draw(6).abs()
+    torch.testing.assert_close(
+        summed_cross_entropy(logits, targets, weights.double()),
+        summed_cross_entropy(logits, targets, weights),
+    )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_second_derivative_is_refused_not_wrong(name):
     function, inputs = cases(torch.float32)[name]

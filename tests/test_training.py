@@ -646,6 +646,7 @@ def test_a_resumed_run_says_what_gives_it_other_bits(unfinished, opened, monkeyp
     assert ended.code == 0
     assert opened[0].step == 80
     assert "warning: kernels of this run: compiled before, now torch; its weights" in ended.err
+    assert "note: training is faster with a C compiler" in ended.out
 
 
 def test_a_step_with_other_weights_is_passed_over(unfinished, opened):

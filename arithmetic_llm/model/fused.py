@@ -90,7 +90,7 @@ def heads(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Te
         (B, H, T, D).
     """
     if kernels_for(x):
-        angles = cos.contiguous(), sin.contiguous()
+        angles = (each.to(x.dtype).contiguous() for each in (cos, sin))
         return _apply(_Heads, x.contiguous(), weight.float(), *angles, eps)
     return rotate(rms_norm(x, weight, eps), cos, sin).transpose(1, 2)
 
@@ -229,7 +229,7 @@ def _mask(like: Tensor, block: tuple[int, int, int], window: int) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` (Shazeer, 2020)."""
-    if kernels_for(gate):
+    if kernels_for(gate) and gate.dtype == up.dtype:
         return _apply(_SwiGLU, gate.contiguous(), up.contiguous())
     return F.silu(gate) * up
 
@@ -264,7 +264,8 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Te
         weights: (N,) fp32.
     """
     if kernels_for(logits):
-        return _apply(_CrossEntropy, logits.contiguous(), targets, weights)
+        counted = targets.contiguous(), weights.float().contiguous()
+        return _apply(_CrossEntropy, logits.contiguous(), *counted)
     return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
 
 

@@ -21,6 +21,7 @@ from arithmetic_llm.config import (
 from arithmetic_llm.corpus.files import read_corpus, read_problems
 from arithmetic_llm.distributed import gather_shares, share, world_size
 from arithmetic_llm.folders import resolve_paths
+from arithmetic_llm.model import kernels
 from arithmetic_llm.model.fused import summed_cross_entropy
 from arithmetic_llm.model.lora import parameter_summary
 from arithmetic_llm.model.transformer import ArithmeticModel
@@ -250,3 +251,5 @@ def _describe(run: Run, task: SupervisedTask) -> None:
         f"{task.work(task.total_steps):,} tokens in {task.total_steps:,} steps, "
         f"seed {config.seed}\nrun folder {run.folder}"
     )
+    if model.device.type == "cpu" and kernels.in_use(model.device) == "torch":
+        print("note: training is faster with a C compiler (gcc or clang), which is not used here")
