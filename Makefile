@@ -36,4 +36,4 @@ $(VENV)/ready-to-test: requirements.txt requirements-test.txt | $(VENV)/bin/pyth
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) arithmetic_llm/model/__pycache__/kernels.*.so

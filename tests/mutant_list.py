@@ -461,8 +461,8 @@ MUTANTS = [
     ),
     Mutant(
         "attention: a window that is one too narrow",
-        "hidden.tril(start - first - window)",
-        "hidden.tril(start - first - window + 1)",
+        "hidden.tril(ahead - window)",
+        "hidden.tril(ahead - window + 1)",
         "test_fused.py -k causal",
     ),
     Mutant(
@@ -1398,8 +1398,8 @@ MUTANTS = [
     # ------------------------------------------------------------------ gradients written by hand
     Mutant(
         "attention: a position sees the one behind it",
-        "triu(start - first + 1)",
-        "triu(start - first + 2)",
+        "triu(ahead + 1)",
+        "triu(ahead + 2)",
         "test_fused.py -k causal",
     ),
     Mutant(
@@ -1462,7 +1462,7 @@ MUTANTS = [
     ),
     Mutant(
         "kernels: a loss whose gradient leaves the target out",
-        "p[targets[row]] -= sum;",
+        "p[target] -= sum;",
         "",
         "test_fused.py -k loss",
     ),
@@ -1475,7 +1475,7 @@ MUTANTS = [
     Mutant(
         "kernels: bf16 cut off in place of rounded",
         "(bits + 0x7fff + (bits >> 16 & 1)) >> 16",
-        "bits >> 16",
+        "(bits >> 16)",
         "test_fused.py -k rounds",
     ),
     Mutant(

@@ -47,7 +47,7 @@ def source_of(mutant: Mutant, root: Path = ROOT) -> Path:
     """
     holders = [
         (path, path.read_text(encoding="utf-8").count(mutant.old))
-        for path in sorted((root / PACKAGE).rglob("*.[pc]*"))
+        for path in sorted((root / PACKAGE).rglob("*"))
         if path.suffix in (".py", ".c")
     ]
     found = [(path, count) for path, count in holders if count]

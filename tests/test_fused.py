@@ -4,6 +4,7 @@ In fp64 the package has PyTorch compute, too; in fp32 and bf16 the functions of 
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,11 +30,12 @@ from arithmetic_llm.model.kernels import kernels_for
 from arithmetic_llm.model.transformer import ArithmeticModel, initialise, rotary_angles
 
 EPS = 1e-6
+needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
 
 
 def value_and_gradients(function, *inputs: Tensor) -> list[Tensor]:
     """What a function gives, and its inputs' gradients where each output weighs differently."""
-    inputs = [x.clone().requires_grad_() for x in inputs]
+    inputs = [x.detach().requires_grad_() for x in inputs]
     out = function(*inputs)
     weights = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
@@ -48,7 +50,6 @@ def assert_same(ours, theirs, inputs, **tolerance) -> None:
     exact = value_and_gradients(theirs, *(x.double() for x in inputs))
     for dtype in (torch.float32, torch.float64):
         given = [x.to(dtype) for x in inputs]
-        assert (kernels_for(given[0]) is None) == (dtype == torch.float64)
         for one, other in zip(value_and_gradients(ours, *given), exact, strict=True):
             assert one.dtype == dtype
             torch.testing.assert_close(one, other.to(dtype), **tolerance)
@@ -165,6 +166,29 @@ def test_what_is_no_number_stays_visible(bad):
         assert causal_attention(q, q, q).isnan().any()
 
 
+def test_a_nan_of_any_bits_stays_one_in_bf16():
+    weight = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32).repeat(8)
+    assert rms_norm(torch.ones(2, 16).bfloat16(), weight, EPS).isnan().all()
+
+
+@pytest.mark.parametrize("target", [-100, -1, 8, 2**40])
+def test_a_target_that_is_no_class_has_no_loss(target):
+    """It is not looked for beyond the row."""
+    logits = draw(3, 8)
+    targets = torch.tensor([1, target, 2])
+    assert summed_cross_entropy(logits, targets, torch.ones(3)).isnan()
+
+
+def test_the_loss_of_a_sure_model_is_small_and_right():
+    logits = draw(50, 30)
+    logits[:, 3] += 15
+    targets, weights = torch.full((50,), 3), torch.ones(50)
+    exact = their_cross_entropy(targets, weights)(logits.double())
+    assert summed_cross_entropy(logits, targets, weights).item() == pytest.approx(
+        exact.item(), rel=0.01
+    )
+
+
 def cases(dtype):
     """Each function with inputs for it, by name."""
     cos, sin = (x.to(dtype) for x in rotary_angles(torch.arange(20)[None, :, None], 8, 100.0))
@@ -212,6 +236,7 @@ def test_without_gradients_the_values_are_the_same(name):
 def test_what_is_not_contiguous_has_the_same_values_and_gradients(name):
     function, inputs = cases(torch.float32)[name]
     apart = [torch.stack((x, x + 1), dim=-1)[..., 0] for x in inputs]
+    assert not any(x.is_contiguous() for x in apart)
     expected = value_and_gradients(function, *inputs)
     for one, other in zip(value_and_gradients(function, *apart), expected, strict=True):
         torch.testing.assert_close(one, other)
@@ -298,11 +323,11 @@ def test_a_model_without_compiled_functions_learns_the_same(monkeypatch):
 # ------------------------------------------------------------------------------ how they are made
 
 
-def in_use(**environment: str) -> str:
-    """What a process with these variables computes with."""
+def said(**environment: str) -> list[str]:
+    """What a process with these variables computes with, and why not with compiled functions."""
     code = "import torch; from arithmetic_llm.model import kernels, fused\n"
     code += "fused.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6)\n"
-    code += "print(kernels.in_use(torch.device('cpu')))"
+    code += "cpu = torch.device('cpu'); print(kernels.in_use(cpu)); print(kernels.failure(cpu))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},
@@ -311,23 +336,28 @@ def in_use(**environment: str) -> str:
         text=True,
         check=True,
     )
-    return done.stdout.strip()
+    return done.stdout.splitlines()
 
 
+@needs_compiler
 def test_compiled_functions_are_used_unless_the_environment_says_otherwise():
-    assert kernels.in_use(torch.device("cpu")) == "compiled"
+    assert said() == ["compiled", ""]
+    assert said(CC="cc -O2") == ["compiled", ""]
+    assert said(ARITHMETIC_LLM_KERNELS="torch") == ["torch", ""]
     assert kernels.in_use(torch.device("cuda")) == "torch"
-    assert in_use(ARITHMETIC_LLM_KERNELS="torch") == "torch"
+    assert kernels.failure(torch.device("cuda")) == ""
 
 
-def test_a_compiler_that_fails_or_none_leaves_the_work_to_pytorch(tmp_path):
-    bad = tmp_path / "cc"
-    bad.write_text("#!/bin/sh\nexit 1\n")
+def test_a_compiler_that_fails_or_none_leaves_the_work_to_pytorch_and_is_named(tmp_path):
+    bad = tmp_path / "mycc"
+    bad.write_text("#!/bin/sh\necho first >&2; echo no such header >&2\nexit 1\n")
     bad.chmod(0o755)
-    assert in_use(CC=str(bad)) == "torch"
-    assert in_use(PATH=str(tmp_path / "nowhere"), CC="nothing") == "torch"
+    assert said(CC=str(bad)) == ["torch", f"{bad}: no such header"]
+    none = said(PATH=str(tmp_path / "nowhere"), CC="nothing")
+    assert none == ["torch", "there is no C compiler (gcc or clang)"]
 
 
+@needs_compiler
 def test_each_type_of_number_has_a_library_of_its_own_that_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "_SOURCE", tmp_path / "kernels.c")
     (tmp_path / "kernels.c").write_bytes(

@@ -159,7 +159,7 @@ def kept_for_the_backward_pass(model, ids):
     ids=["default-like", "attention", "feed-forward", "window"],
 )
 def test_the_estimate_is_what_autograd_keeps_and_three_layers(monkeypatch, shape, tokens):
-    """Without compiled functions, which keep less."""
+    """Without compiled functions; with them less is kept."""
     model = random_model(100, **shape, dropout=0.1).train()
     compiled = kept_for_the_backward_pass(model, torch.zeros(tokens, dtype=torch.long))
     monkeypatch.setattr(fused, "kernels_for", lambda tensor: None)
@@ -167,7 +167,7 @@ def test_the_estimate_is_what_autograd_keeps_and_three_layers(monkeypatch, shape
     layers = shape["num_layers"]
     estimate = working_memory(*tokens, model.config)
     assert estimate == pytest.approx(kept * (layers + 3) / layers, rel=0.2)
-    assert compiled < kept
+    assert compiled <= kept
 
 
 # --------------------------------------------------------------------------------- who is cut

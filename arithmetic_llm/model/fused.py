@@ -41,7 +41,7 @@ def _apply(function: type[Function], *inputs: Any) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension (Zhang & Sennrich, 2019)."""
     if kernels_for(x):
-        return _apply(_RMSNorm, x.contiguous(), weight.float(), eps)
+        return _apply(_RMSNorm, x.contiguous(), _exact(weight), eps)
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
@@ -70,6 +70,11 @@ class _RMSNorm(Function):
         return grad_x, grad_weight, None
 
 
+def _exact(weights: Tensor) -> Tensor:
+    """Weights as the functions of kernels.c take them."""
+    return weights.float().contiguous()
+
+
 def _numbers(shape: torch.Size) -> Tensor:
     """Room for fp32 numbers."""
     return torch.empty(shape, dtype=torch.float32)
@@ -91,7 +96,7 @@ def heads(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Te
     """
     if kernels_for(x):
         angles = (each.to(x.dtype).contiguous() for each in (cos, sin))
-        return _apply(_Heads, x.contiguous(), weight.float(), *angles, eps)
+        return _apply(_Heads, x.contiguous(), _exact(weight), *angles, eps)
     return rotate(rms_norm(x, weight, eps), cos, sin).transpose(1, 2)
 
 
@@ -162,10 +167,9 @@ class _CausalAttention(Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         out, weights = torch.empty_like(q), []
         for first, start, end in _blocks(q.shape[1], window):
-            seen = slice(first, end)
-            scores = q[:, start:end] @ k[:, seen].mT
-            weights.append(_softmax(scores, (first, start, end), window, q.shape[-1] ** -0.5))
-            out[:, start:end] = weights[-1] @ v[:, seen]
+            block, seen = slice(start, end), slice(first, end)
+            weights.append(_weights(q[:, block], k[:, seen], start - first, window))
+            out[:, block] = weights[-1] @ v[:, seen]
         ctx.save_for_backward(q, k, v, *weights)
         ctx.window = window
         return out
@@ -192,18 +196,24 @@ def _blocks(length: int, window: int) -> list[tuple[int, int, int]]:
     return [(max(0, at - window + 1), at, min(at + BLOCK, length)) for at in starts]
 
 
-def _softmax(scores: Tensor, block: tuple[int, int, int], window: int, scale: float) -> Tensor:
-    """The attention weights of a block's scores, (N, queries, keys); may take their place."""
-    if kernels := kernels_for(scores):
-        first, start, _ = block
-        kernels.causal_softmax(scores, *scores.shape, start - first, window, scale)
-        return scores
-    return (scores * scale + _mask(scores, block, window)).softmax(-1)
+def _weights(q: Tensor, k: Tensor, ahead: int, window: int) -> Tensor:
+    """The attention weights of a block, (N, queries, keys).
+
+    Args:
+        ahead: keys before that of the first query.
+    """
+    scale = q.shape[-1] ** -0.5
+    if not kernels_for(q):
+        mask = _mask(q, (q.shape[1], k.shape[1]), ahead, window)
+        return torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(-1)
+    scores = q @ k.mT
+    kernels_for(scores).causal_softmax(scores, *scores.shape, ahead, window, scale)
+    return scores
 
 
 def _softmax_backward(grad: Tensor, weights: Tensor, scale: float) -> Tensor:
     """Gradients of scores from those of the weights, whose place they may take."""
-    if kernels := kernels_for(grad):
+    if (kernels := kernels_for(grad)) and grad.dtype == weights.dtype:
         keys = grad.shape[-1]
         kernels.softmax_backward(grad, weights, grad.numel() // keys, keys, scale)
         return grad
@@ -213,15 +223,14 @@ def _softmax_backward(grad: Tensor, weights: Tensor, scale: float) -> Tensor:
 @lru_cache(maxsize=8)
 def _square_mask(length: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`_mask` of whole rows, (length, length); kept, since all layers of all passes need it."""
-    return _mask(torch.empty(0, dtype=dtype, device=device), (0, 0, length), window)
+    return _mask(torch.empty(0, dtype=dtype, device=device), (length, length), 0, window)
 
 
-def _mask(like: Tensor, block: tuple[int, int, int], window: int) -> Tensor:
-    """What is added to a block's scores, (queries, keys): ``-inf`` where a query does not look."""
-    first, start, end = block
-    hidden = like.new_full((end - start, end - first), -torch.inf)
-    later = hidden.triu(start - first + 1)
-    return later if end - first <= window else later + hidden.tril(start - first - window)
+def _mask(like: Tensor, shape: tuple[int, int], ahead: int, window: int) -> Tensor:
+    """What is added to scores, (queries, keys): ``-inf`` where a query does not look."""
+    hidden = like.new_full(shape, -torch.inf)
+    later = hidden.triu(ahead + 1)
+    return later if shape[1] <= window else later + hidden.tril(ahead - window)
 
 
 # ------------------------------------------------------------------------ feed-forward and loss
@@ -229,7 +238,7 @@ def _mask(like: Tensor, block: tuple[int, int, int], window: int) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` (Shazeer, 2020)."""
-    if kernels_for(gate) and gate.dtype == up.dtype:
+    if kernels_for(gate) and (gate.dtype, gate.shape) == (up.dtype, up.shape):
         return _apply(_SwiGLU, gate.contiguous(), up.contiguous())
     return F.silu(gate) * up
 
@@ -264,7 +273,7 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Te
         weights: (N,) fp32.
     """
     if kernels_for(logits):
-        counted = targets.contiguous(), weights.float().contiguous()
+        counted = targets.long().contiguous(), _exact(weights)
         return _apply(_CrossEntropy, logits.contiguous(), *counted)
     return (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()
 

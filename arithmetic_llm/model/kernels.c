@@ -25,10 +25,10 @@ static inline float load(real x) {
     return value;
 }
 
-static inline real store(float x) { /* to nearest, ties to even; a NaN stays one */
+static inline real store(float x) { /* to nearest, ties to even */
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
-    return (real)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    return x == x ? (real)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0; /* else NaN */
 }
 
 #else
@@ -39,12 +39,13 @@ static inline real store(float x) { return x; }
 
 #endif
 
-/* e^x to about 1e-7, without a call, so that loops of it become vector instructions. As 2^n e^r with
-   n whole and |r| <= ln(2) / 2, where a polynomial is exact enough and n goes into the exponent. */
+/* e^x to 3e-7 of itself, without a call, so that loops of it become vector instructions. As 2^n e^r
+   with n whole and |r| <= ln(2) / 2, where a polynomial is exact enough and n goes into the exponent.
+   Of -inf it is 2e-38, which no sum of such numbers feels. */
 static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x; /* a NaN stays one */
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float n = rintf(x * 1.44269504f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln(2) in two parts: n * ln(2) is exact */
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* n * ln(2) in two parts, the first exact */
     float p = 1.0f / 720;
     p = p * r + 1.0f / 120;
     p = p * r + 1.0f / 24;
@@ -52,7 +53,7 @@ static inline float exponential(float x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
+    int32_t whole = x == x ? (int32_t)n : 0, bits = (whole + 127) << 23; /* of a NaN p is one */
     float power;
     memcpy(&power, &bits, sizeof power);
     return p * power;
@@ -220,14 +221,20 @@ void swiglu_backward(const real *grad, const real *gate, const real *up, real *g
 
 /* -------------------------------------------------------------------------------------- loss */
 
-/* Sum over rows of weight x -log softmax(logits)[target], and its gradient. */
+/* Sum over rows of weight x -log softmax(logits)[target], and its gradient. Of a target that is no
+   class the loss is NaN. */
 void cross_entropy(const real *logits, const int64_t *targets, const float *weights, real *grad,
                    double *loss, size rows, size classes) {
     float p[padded(classes)], most;
     for (size row = 0; row < rows; row++, logits += classes, grad += classes) {
         float sum = exponentials(logits, p, classes, 1.0f, &most), share = weights[row] / sum;
-        *loss += weights[row] * (logf(sum) + most - load(logits[targets[row]]));
-        p[targets[row]] -= sum;
+        size target = targets[row];
+        if (target < 0 || target >= classes) {
+            *loss = NAN;
+            target = 0;
+        }
+        *loss += weights[row] * (logf(sum) + (most - load(logits[target])));
+        p[target] -= sum;
 #pragma omp simd
         for (size i = 0; i < classes; i++) grad[i] = store(p[i] * share);
     }

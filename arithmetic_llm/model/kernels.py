@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -20,13 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arithmetic_llm.runtime import cpu_features
+from arithmetic_llm.runtime import cpu_features, quoted, reason
 
 WHICH = "ARITHMETIC_LLM_KERNELS"  # of the environment
 _SOURCE = Path(__file__).with_name("kernels.c")
 # Not -ffast-math: it has every program that loads the library flush small numbers to zero. Loops
 # that may add up in another order say so themselves (omp simd).
 _FLAGS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+_TYPES = {torch.float32: [], torch.bfloat16: ["-DBF16"]}
 _NATIVE = {"x86_64": ["-march=native"], "amd64": ["-march=native"]}
 _OTHERWISE_NATIVE = ["-mcpu=native"]  # as ARM's compilers call it
 
@@ -59,7 +61,8 @@ def kernels_for(tensor: Tensor) -> ctypes.CDLL | None:
     They take contiguous tensors of that type, but fp32 weights and sums, and let other threads of
     Python run meanwhile.
     """
-    return _library(tensor.dtype) if tensor.device.type == "cpu" else None
+    found = _library(tensor.dtype) if tensor.device.type == "cpu" else None
+    return found if isinstance(found, ctypes.CDLL) else None
 
 
 def in_use(device: torch.device) -> str:
@@ -67,22 +70,32 @@ def in_use(device: torch.device) -> str:
 
     Part of what a run stores, since the last bits of its weights depend on it.
     """
-    compiled = device.type == "cpu" and _library(torch.float32) is not None
+    compiled = device.type == "cpu" and isinstance(_library(torch.float32), ctypes.CDLL)
     return "compiled" if compiled else "torch"
 
 
+def failure(device: torch.device) -> str:
+    """Why there are no compiled functions on a device that could have some; else nothing."""
+    found = _library(torch.float32) if device.type == "cpu" else ""
+    return found if isinstance(found, str) else ""
+
+
 @cache
-def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The library for numbers of a type, made if there is none yet."""
-    defined = {torch.float32: [], torch.bfloat16: ["-DBF16"]}.get(dtype)
-    compiler = next(filter(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")), None)
-    if defined is None or compiler is None or os.environ.get(WHICH) == "torch":
-        return None
+def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
+    """The library for numbers of a type, made if there is none yet; or why there is none."""
+    if dtype not in _TYPES or os.environ.get(WHICH) == "torch":
+        return ""
+    asked = shlex.split(os.environ.get("CC") or "cc")
+    compilers = [each for each in (asked, ["gcc"], ["clang"]) if shutil.which(each[0])]
+    if not compilers:
+        return "there is no C compiler (gcc or clang)"
     native = _NATIVE.get(platform.machine().lower(), _OTHERWISE_NATIVE)
     try:
-        library = ctypes.CDLL(str(_built([compiler, *_FLAGS, *native, *defined])))
-    except (OSError, subprocess.SubprocessError):  # another compiler, or nowhere to write
-        return None
+        library = ctypes.CDLL(str(_built([*compilers[0], *_FLAGS, *native, *_TYPES[dtype]])))
+    except subprocess.CalledProcessError as error:
+        return f"{quoted(compilers[0])}: {(error.stderr.splitlines() or ['fails'])[-1]}"
+    except (OSError, subprocess.SubprocessError) as error:  # nowhere to write or to run it, say
+        return reason(error)
     for name, letters in _FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = [_ARGUMENTS[letter] for letter in letters], None
@@ -91,14 +104,19 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 def _built(command: list[str]) -> Path:
     """The file that a compiler's command makes of kernels.c for this processor."""
-    made_of = repr((_SOURCE.read_text(), command, shutil.which(command[0]), cpu_features()))
+    version = _output([*command[: command.index(_FLAGS[0])], "--version"])
+    made_of = repr((_SOURCE.read_text(), command, version, cpu_features()))
     folder = _SOURCE.parent / "__pycache__"
     path = folder / f"kernels.{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as own:
             made = Path(own) / path.name
-            command = [*command, "-o", str(made), str(_SOURCE), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            _output([*command, "-o", str(made), str(_SOURCE), "-lm"])
             os.replace(made, path)  # whole or not at all: several processes may be at it
     return path
+
+
+def _output(command: list[str]) -> str:
+    """What a command prints; an error if it fails."""
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout

@@ -60,7 +60,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Softmax attention under any mask, in the dtype of ``q``.
 
     On a CPU by PyTorch's fused kernel, which is up to twice as fast in fp32; elsewhere written out:
-    autocast would do the softmax between two casts, and its kernel adds in fp32 anyway.
+    autocast would do the softmax between two casts, and that adds in fp32 anyway.
 
     Args:
         q: (B, H, T, D). k, v: (B, H, S, D).

@@ -66,6 +66,7 @@ TRAINING = {  # the form of what a resumable checkpoint holds beside its weights
     "precision": str,
     "kernels": str,
 }
+OF_BEFORE = {"kernels": "torch"}  # what the checkpoints of earlier versions do not say
 
 
 @dataclass
@@ -150,7 +151,7 @@ class Run:
             LookupError, RuntimeError, TypeError, ValueError: it is not resumable, damaged, or
                 another run's; then nothing of this run has changed.
         """
-        state = saved.training
+        state = saved.training and {**OF_BEFORE, **saved.training}
         self._check(state)
         load_weights(self.model, saved.weights)
         self.optimizer.load_state_dict(state["optimizer"])

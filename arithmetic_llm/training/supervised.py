@@ -251,5 +251,5 @@ def _describe(run: Run, task: SupervisedTask) -> None:
         f"{task.work(task.total_steps):,} tokens in {task.total_steps:,} steps, "
         f"seed {config.seed}\nrun folder {run.folder}"
     )
-    if model.device.type == "cpu" and kernels.in_use(model.device) == "torch":
-        print("note: training is faster with a C compiler (gcc or clang), which is not used here")
+    if why := kernels.failure(model.device):
+        print(f"note: training is faster with compiled functions; there are none, since {why}")
