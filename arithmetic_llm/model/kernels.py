@@ -104,7 +104,7 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
 
 def _built(command: list[str]) -> Path:
     """The file that a compiler's command makes of kernels.c for this processor."""
-    version = _output([*command[: command.index(_FLAGS[0])], "--version"])
+    version = _output([*command[: command.index(_FLAGS[0])], "-v"])
     made_of = repr((_SOURCE.read_text(), command, version, cpu_features()))
     folder = _SOURCE.parent / "__pycache__"
     path = folder / f"kernels.{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
@@ -119,4 +119,5 @@ def _built(command: list[str]) -> Path:
 
 def _output(command: list[str]) -> str:
     """What a command prints; an error if it fails."""
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    return done.stdout + done.stderr
