@@ -404,15 +404,18 @@ def versions() -> dict[str, str]:
 
 def processor() -> str:
     """The name of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    return _of_cpuinfo("model name") or platform.processor()
 
 
 def cpu_features() -> str:
     """What tells processors apart for which code is compiled, as far as the system tells."""
+    features = _of_cpuinfo("flags") or _of_cpuinfo("Features")  # as Intel and AMD, or ARM have it
+    return f"{platform.machine()} {processor()} {features}"
+
+
+def _of_cpuinfo(name: str) -> str:
+    """What Linux says of the first core under a name; nothing elsewhere."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    flags = [line for line in lines if line.lower().startswith(("flags", "features"))]
-    return f"{platform.machine()} {processor()} {flags[0] if flags else ''}"
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith(name)]
+    return found[0] if found else ""

@@ -18,7 +18,7 @@ from arithmetic_llm.corpus.files import plain_lines
 from arithmetic_llm.grpo.loss import Episode
 from arithmetic_llm.grpo.prompts import PassRates, PromptSource
 from arithmetic_llm.grpo.task import GRPOTask
-from arithmetic_llm.model import fused
+from arithmetic_llm.model import fused, kernels
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.runtime import multiplies_bf16
 from arithmetic_llm.training import batches as data
@@ -167,7 +167,7 @@ def test_the_estimate_is_what_autograd_keeps_and_three_layers(monkeypatch, shape
     layers = shape["num_layers"]
     estimate = working_memory(*tokens, model.config)
     assert estimate == pytest.approx(kept * (layers + 3) / layers, rel=0.2)
-    assert compiled <= kept
+    assert compiled < kept or kernels.in_use(CPU) == "torch"
 
 
 # --------------------------------------------------------------------------------- who is cut

@@ -649,7 +649,8 @@ def test_a_resumed_run_says_what_gives_it_other_bits(unfinished, opened, monkeyp
     assert "compiled functions; there are none, since cc has gone" in ended.out
 
 
-def test_a_run_of_before_there_were_compiled_functions_goes_on(unfinished, opened):
+def test_a_run_of_before_there_were_compiled_functions_goes_on(unfinished, opened, monkeypatch):
+    monkeypatch.setattr(kernels, "in_use", lambda device: "compiled")
     edit(unfinished / "checkpoint_step_80.pt", lambda content: content["training"].pop("kernels"))
     ended = call(FOUNDATIONAL, "--resume", unfinished)
     assert (ended.code, opened[0].step) == (0, 80)

@@ -29,8 +29,8 @@ _SOURCE = Path(__file__).with_name("kernels.c")
 # that may add up in another order say so themselves (omp simd).
 _FLAGS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 _TYPES = {torch.float32: [], torch.bfloat16: ["-DBF16"]}
-_NATIVE = {"x86_64": ["-march=native"], "amd64": ["-march=native"]}
-_OTHERWISE_NATIVE = ["-mcpu=native"]  # as ARM's compilers call it
+# For the processor at hand, as the compilers of Intel's and AMD's processors call it, or of ARM's.
+_NATIVE = "-march" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu"
 
 
 class _Numbers:
@@ -89,9 +89,9 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
     compilers = [each for each in (asked, ["gcc"], ["clang"]) if shutil.which(each[0])]
     if not compilers:
         return "there is no C compiler (gcc or clang)"
-    native = _NATIVE.get(platform.machine().lower(), _OTHERWISE_NATIVE)
+    flags = [*_FLAGS, f"{_NATIVE}=native", *_TYPES[dtype]]
     try:
-        library = ctypes.CDLL(str(_built([*compilers[0], *_FLAGS, *native, *_TYPES[dtype]])))
+        library = ctypes.CDLL(str(_built(compilers[0], flags)))
     except subprocess.CalledProcessError as error:
         return f"{quoted(compilers[0])}: {(error.stderr.splitlines() or ['fails'])[-1]}"
     except (OSError, subprocess.SubprocessError) as error:  # nowhere to write or to run it, say
@@ -102,17 +102,17 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
     return library
 
 
-def _built(command: list[str]) -> Path:
-    """The file that a compiler's command makes of kernels.c for this processor."""
-    version = _output([*command[: command.index(_FLAGS[0])], "-v"])
-    made_of = repr((_SOURCE.read_text(), command, version, cpu_features()))
+def _built(compiler: list[str], flags: list[str]) -> Path:
+    """The file that a compiler makes of kernels.c for this processor."""
+    version = _output([*compiler, "-v"])
+    made_of = repr((_SOURCE.read_text(), compiler, flags, version, cpu_features()))
     folder = _SOURCE.parent / "__pycache__"
     path = folder / f"kernels.{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as own:
             made = Path(own) / path.name
-            _output([*command, "-o", str(made), str(_SOURCE), "-lm"])
+            _output([*compiler, *flags, "-o", str(made), str(_SOURCE), "-lm"])
             os.replace(made, path)  # whole or not at all: several processes may be at it
     return path
 
