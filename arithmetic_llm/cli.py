@@ -375,6 +375,10 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
 
 def _check(field: dataclasses.Field, value: Any) -> None:
     metadata, flag = field.metadata, flag_of(field.name)
+    if isinstance(value, tuple):
+        for each in value:
+            _check(field, each)
+        return
     if value is None:
         return
     if "choices" in metadata and value not in metadata["choices"]:

@@ -35,6 +35,7 @@ MAX_DEPTH = 10
 MAX_FLAT_TERMS = 200
 MAX_CHAIN_NUMBERS = 200
 LARGEST_NUMBER = 10**100
+LEAF_PROBABILITY = 0.3  # that the free side of an operation stops growing, at every level
 DRILLS = 0.3  # of the samples of a foundational corpus
 
 
@@ -91,19 +92,20 @@ class SampleSpec:
     rewrite_steps: int = opt(
         1, "most steps, one after the other, of each of --rewrite-rate", at_least=1
     )
-    thin_rewrites: bool = opt(
-        False,
-        "trees of --rewrite-rate have many numbers or few, down to one more than their depth: "
-        "cheaper to show, and more of them begin with first steps",
+    rewrite_leaf_probability: tuple[float, float] = opt(
+        (LEAF_PROBABILITY, LEAF_PROBABILITY),
+        "range of the chance, one for each tree of --rewrite-rate, that a side of an operation is "
+        f"a number; {LEAF_PROBABILITY:g} for all other trees. 1 makes the fewest numbers for a "
+        "depth: cheaper to show, and more begin with first steps; lower ones make longer lines",
+        at_least=0.0,
+        at_most=1.0,
     )
     wide_range: tuple[int, int] = opt((-999, 999), "smallest and largest number of --wide-rate")
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for flag, (low, high) in (
-            ("--num-range", self.num_range),
-            ("--wide-range", self.wide_range),
-        ):
+        for name in ("num_range", "wide_range", "rewrite_leaf_probability"):
+            flag, (low, high) = f"--{name.replace('_', '-')}", getattr(self, name)
             if low > high:
                 raise UserError(f"{flag} {low} {high}: the smaller number comes first")
             if max(-low, high) > LARGEST_NUMBER:
@@ -152,7 +154,9 @@ class CorpusConfig(SampleSpec):
     chain_numbers: int = like(SampleSpec, "chain_numbers", needs=[{"chain_rate": Above(0)}])
     rewrite_depth: int = like(SampleSpec, "rewrite_depth", needs=[{"rewrite_rate": Above(0)}])
     rewrite_steps: int = like(SampleSpec, "rewrite_steps", needs=[{"rewrite_rate": Above(0)}])
-    thin_rewrites: bool = like(SampleSpec, "thin_rewrites", needs=[{"rewrite_rate": Above(0)}])
+    rewrite_leaf_probability: tuple[float, float] = like(
+        SampleSpec, "rewrite_leaf_probability", needs=[{"rewrite_rate": Above(0)}]
+    )
     wide_range: tuple[int, int] = like(SampleSpec, "wide_range", needs=[{"wide_rate": Above(0)}])
 
 

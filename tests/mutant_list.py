@@ -400,8 +400,8 @@ MUTANTS = [
     ),
     Mutant(
         "data: no end of text",
-        "[BOS, *ids, EOS])]",
-        "[BOS, *ids])]",
+        "whole = [BOS, *ids, *_end(record)]",
+        "whole = [BOS, *ids]",
         "test_data.py",
     ),
     Mutant(
@@ -486,7 +486,7 @@ MUTANTS = [
     Mutant(
         "data: excerpts do not say how far they are",
         "        begin = [BOS, *step]",
-        "        begin = [BOS, *expression]",
+        "        begin = [BOS, *step[len(step) // 2 :]]",
         "test_data.py -k excerpt",
     ),
     Mutant(
@@ -494,6 +494,12 @@ MUTANTS = [
         "len(found[-1][1]) + len(step) < most",
         "len(found[-1][1]) + len(step) <= most",
         "test_data.py -k excerpt",
+    ),
+    Mutant(
+        "data: a long rewriting stays whole",
+        "too_long = 0 < most < len(whole)",
+        "too_long = record.is_problem and 0 < most < len(whole)",
+        "test_data.py -k rewriting",
     ),
     Mutant(
         "data: an excerpt's first expression counts like its steps",
@@ -562,15 +568,15 @@ MUTANTS = [
         "test_corpus.py -k rewriting",
     ),
     Mutant(
-        "corpus: thin rewritings of full trees",
-        "rng.uniform(LEAF_PROBABILITY, 1.0) if spec.thin_rewrites else LEAF_PROBABILITY",
-        "LEAF_PROBABILITY",
+        "corpus: all rewritings have as many numbers as other trees",
+        "exact_tree(depth, spec.num_range, rng, rng.uniform(*spec.rewrite_leaf_probability))",
+        "exact_tree(depth, spec.num_range, rng)",
         "test_corpus.py -k rewriting",
     ),
     Mutant(
-        "corpus: all rewritings thin",
-        "if spec.thin_rewrites else LEAF_PROBABILITY",
-        "if True else LEAF_PROBABILITY",
+        "corpus: rewritings all as thin as any",
+        "rng.uniform(*spec.rewrite_leaf_probability))",
+        "max(spec.rewrite_leaf_probability))",
         "test_corpus.py -k rewriting",
     ),
     Mutant(
@@ -655,8 +661,8 @@ MUTANTS = [
     ),
     Mutant(
         "data: a rewriting ends with <eos>",
-        "return [(begun + 1, [BOS, *ids])]",
-        "return [(begun + 1, [BOS, *ids, EOS])]",
+        "return [EOS] if record.is_problem else []",
+        "return [EOS]",
         "test_data.py -k rewriting",
     ),
     Mutant(

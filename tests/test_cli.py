@@ -588,7 +588,7 @@ CORPUS = {
     "--flat-rate 0": "flat_terms",
     "--flat-rate 1": "min_depth max_depth",
     "--chain-rate 0": "chain_numbers",
-    "--rewrite-rate 0": "rewrite_depth rewrite_steps thin_rewrites",
+    "--rewrite-rate 0": "rewrite_depth rewrite_steps rewrite_leaf_probability",
     "--wide-rate 0": "wide_range",
 }
 VOID = {

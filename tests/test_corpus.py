@@ -144,10 +144,10 @@ STEPS = SampleSpec(max_depth=3, rewrite_rate=1.0, rewrite_depth=5, typed_rate=0.
 
 
 @pytest.mark.parametrize("draw", [draw_samples, partial(distinct_samples, split="train")])
-@pytest.mark.parametrize("thin", [False, True])
-def test_a_rewriting_is_one_right_step_of_a_deeper_solution(draw, thin):
+@pytest.mark.parametrize("leaves", [(0.3, 0.3), (0.3, 1.0), (0.0, 0.3)])
+def test_a_rewriting_is_one_right_step_of_a_deeper_solution(draw, leaves):
     numbers, depths, operations = [], Counter(), Counter()
-    for sample in draw(replace(STEPS, thin_rewrites=thin), 400, seed=2):
+    for sample in draw(replace(STEPS, rewrite_leaf_probability=leaves), 400, seed=2):
         expression, problem, solution, answer = sample.record
         assert (sample.style, answer) == ("rewrite", None)
         if first := solution.startswith("<think>\n"):
@@ -172,10 +172,13 @@ def test_a_rewriting_is_one_right_step_of_a_deeper_solution(draw, thin):
         operations[expression.count(" ") // 2] += 1
     assert {*depths} == {4, 5}  # deeper than any that is solved
     first = numbers.count(1)  # those alone say that a problem may be so deep
+    thin, full = leaves[1] == 1.0, leaves[0] == 0.0
     assert 180 < first < 300 if thin else 80 < first < 200
     assert max(numbers) > 10
     few = operations[4] + operations[5]  # hardly more than it takes to be so deep
     assert few > 150 if thin else few < 100
+    many = sum(operations[n] for n in operations if n > 20)  # of 31 at most
+    assert many > 40 if full else many < 30
     assert sum(operations[n] for n in operations if n > 9) > 30
 
 

@@ -15,7 +15,6 @@ from arithmetic_llm.config import STYLES, TREE_STYLES, SampleSpec
 from arithmetic_llm.corpus.corruption import corrupt
 from arithmetic_llm.corpus.record import Record, Sample, record_of, rewriting, solved
 from arithmetic_llm.corpus.trees import (
-    LEAF_PROBABILITY,
     all_flat_sums,
     all_trees,
     chain,
@@ -140,8 +139,7 @@ def draw(spec: SampleSpec, style: str, rng: Random) -> Postfix | str:
         return _maybe_widened(drill(spec, rng), spec, rng, (-reach, reach))
     elif style == "rewrite":
         depth = rng.randint(spec.max_depth + 1, spec.rewrite_depth)
-        leaves = rng.uniform(LEAF_PROBABILITY, 1.0) if spec.thin_rewrites else LEAF_PROBABILITY
-        tree = exact_tree(depth, spec.num_range, rng, leaves)
+        tree = exact_tree(depth, spec.num_range, rng, rng.uniform(*spec.rewrite_leaf_probability))
     else:
         tree = exact_tree(rng.randint(spec.min_depth, spec.max_depth), spec.num_range, rng)
     tree = _maybe_widened(tree, spec, rng)

@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Callable, Iterator
 from random import Random
 
+from arithmetic_llm.config import LEAF_PROBABILITY
 from arithmetic_llm.task.expression import Postfix, apply, spell
 
-LEAF_PROBABILITY = 0.3  # that the free side of an operation stops growing, at every level
 MANY = 10**15
 
 
