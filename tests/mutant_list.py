@@ -421,13 +421,13 @@ MUTANTS = [
         "model: attention without its scale",
         "scores = (q * q.shape[-1] ** -0.5) @",
         "scores = q @",
-        "test_model.py -k transformers",
+        "test_fused.py -k cache",
     ),
     Mutant(
         "model: a position sees the next one",
         "hidden = (held > own)",
         "hidden = (held > own + 1)",
-        "test_model.py -k drafts",
+        "test_fused.py -k cache",
     ),
     Mutant(
         "cache: a slot too few for what a pass sees",
@@ -455,9 +455,9 @@ MUTANTS = [
     ),
     Mutant(
         "model: a window that is one too wide with a cache",
-        "hidden |= held <= own - config.attention_window",
-        "hidden |= held < own - config.attention_window",
-        "test_model.py -k window",
+        "hidden |= held <= own - self.window",
+        "hidden |= held < own - self.window",
+        "test_fused.py -k cache",
     ),
     Mutant(
         "attention: a window that is one too narrow",
@@ -1459,6 +1459,48 @@ MUTANTS = [
         "(load(grad[i]) - along) * scale",
         "(load(grad[i]) - along)",
         "test_fused.py -k causal",
+    ),
+    Mutant(
+        "kernels: with a cache a window that is one too wide",
+        "own[i] - place < window",
+        "own[i] - place <= window",
+        "test_fused.py -k cache",
+    ),
+    Mutant(
+        "kernels: slots that were never filled are seen",
+        "place >= 0 && place <= own[i]",
+        "place <= own[i]",
+        "test_fused.py -k cache",
+    ),
+    Mutant(
+        "kernels: sums do not fade when a larger score is met",
+        "most = largest, total *= fade;",
+        "most = largest;",
+        "test_fused.py -k cache",
+    ),
+    Mutant(
+        "kernels: a tile counts if its first query sees it",
+        "any_in(held + at, n, oldest, own[LANES - 1])",
+        "any_in(held + at, n, oldest, own[0])",
+        "test_fused.py -k cache",
+    ),
+    Mutant(
+        "kernels: what is hidden weighs a little",
+        "x[i] < HIDDEN / 2 ? 0 : exponential(x[i])",
+        "exponential(x[i])",
+        "test_fused.py -k row_attends",
+    ),
+    Mutant(
+        "attention: never by the compiled function",
+        "few, odd = q.shape[2] < _FEW",
+        "few, odd = q.shape[2] > 0",
+        "test_fused.py -k many_queries",
+    ),
+    Mutant(
+        "model: what is read is multiplied by MKL as well",
+        "learning = torch.is_grad_enabled()",
+        "learning = True",
+        "test_model.py -k onednn",
     ),
     Mutant(
         "kernels: SwiGLU's gradient of a plain sigmoid",

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from arithmetic_llm.config import ModelConfig
 from arithmetic_llm.model import fused, kernels
 from arithmetic_llm.model.fused import (
     BLOCK,
+    Sight,
+    attend,
     causal_attention,
     heads,
     rms_norm,
@@ -266,6 +270,83 @@ def test_a_second_derivative_is_refused_not_wrong(name):
     (gradient,) = torch.autograd.grad(function(*inputs).sum(), first, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(gradient.sum(), first)
+
+
+# --------------------------------------------------------------------------- attention to a cache
+
+
+def seen_from(lengths: list[int], queries: int, slots: int, window: int) -> Sight:
+    """What the last positions of rows see of slots that go round, some never filled."""
+    ends = torch.tensor(lengths)[:, None] + queries
+    back = (ends - 1 - torch.arange(slots)) % slots  # from the last position, the nearest first
+    return Sight(ends - queries + torch.arange(queries), ends - 1 - back, window)
+
+
+def their_cached_attention(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+    own, held = sight.positions[:, None, :, None], sight.held[:, None, None]
+    seen = (held >= 0) & (held <= own) & (own - held < (sight.window or 10**6))
+    return F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=seen)
+
+
+def with_a_cache(rows=2, heads=3, queries=20, slots=150, features=8) -> list[Tensor]:
+    """Queries, keys and values, these as a part of larger ones."""
+    k, v = draw(2, rows, heads, slots + 5, features)[..., :slots, :]
+    return [3 * draw(rows, heads, queries, features), k, v]
+
+
+@torch.no_grad()
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 300), min_size=1, max_size=3),
+    *[st.integers(1, n) for n in (3, 40, 160)],
+    st.sampled_from([6, 8, 16, 40]),
+    st.sampled_from([0, 1, 5, 64, 1000]),
+)
+def test_attention_to_a_cache_is_pytorchs(lengths, heads, queries, more, features, window):
+    """By kernels.c, by PyTorch's fused kernel, and as it is written out for a GPU."""
+    sight = seen_from(lengths, queries, queries + more, window)
+    q, k, v = with_a_cache(len(lengths), heads, queries, queries + more, features)
+    expected = their_cached_attention(q, k, v, sight).float()
+    results = [attend(q, k, v, sight), attend(Elsewhere.of(q), k, v, sight).as_subclass(Tensor)]
+    with patch.object(fused, "kernels_for", lambda tensor: None):
+        results.append(attend(q, k, v, sight))
+    for result in results:
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [True, False])
+def test_many_queries_attend_by_the_compiled_function_and_few_by_pytorchs(compiled):
+    q, k, v = with_a_cache(queries=20 if compiled else 3)
+    sight = seen_from([70, 90], q.shape[2], k.shape[2], 50)
+    with patch.object(F, "scaled_dot_product_attention", side_effect=ZeroDivisionError):
+        if compiled:
+            attend(q, k, v, sight)
+        else:
+            with pytest.raises(ZeroDivisionError):
+                attend(q, k, v, sight)
+
+
+@torch.no_grad()
+def test_a_row_attends_alike_whatever_stands_beside_and_behind_it():
+    """To the last bit: other rows, other queries, slots that it does not see."""
+    q, k, v = with_a_cache()
+    whole = attend(q, k, v, seen_from([70, 90], 20, 150, 50))
+    some = seen_from([90], 20, 150, 50)
+    some = replace(some, positions=some.positions[:, :7])
+    k[1, :, some.held[0] < 30], v[1, :, some.held[0] < 30] = 1e30, -1e30
+    assert torch.equal(attend(q[1:, :, :7], k[1:], v[1:], some), whole[1:, :, :7])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_numbers_than_fp32_attend_by_pytorchs_operations(dtype):
+    sight = seen_from([70, 90], 20, 150, 50)
+    given = [x.to(dtype) for x in with_a_cache()]
+    result = attend(*given, sight)
+    assert result.dtype == dtype
+    expected = their_cached_attention(*given, sight).to(dtype)
+    torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
 
 
 # ---------------------------------------------------------------------------------- elsewhere

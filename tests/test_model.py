@@ -1,12 +1,14 @@
 """The model against transformers' Qwen3, and what a row may and may not see."""
 
 import random
+from unittest.mock import patch
 
 import pytest
 import torch
 from helpers import TINY, of_transformers, random_model
 
 from arithmetic_llm.config import ModelConfig
+from arithmetic_llm.model import transformer
 from arithmetic_llm.model.fused import rotate
 from arithmetic_llm.model.tokenizer import PAD
 from arithmetic_llm.model.transformer import ArithmeticModel, initialise, rotary_angles
@@ -52,6 +54,27 @@ def test_cached_logits_of_ragged_rows_equal_those_of_transformers(model):
         for row in range(3):
             expected = theirs(ids[row : row + 1, : at[row] + 1]).logits[0, -1]
             torch.testing.assert_close(ours[row], expected, atol=1e-4, rtol=0)
+
+
+def test_products_that_nothing_learns_from_are_onednns_and_the_same():
+    ids, counted = random_ids(2, 40), []
+    product = transformer._onednn
+
+    def counting(*given):
+        counted.append(given)
+        return product(*given)
+
+    with patch.object(transformer, "_onednn", counting):
+        learned = MODEL(ids)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            MODEL(ids)
+        assert not counted
+        with torch.no_grad():
+            read = MODEL(ids)
+    assert len(counted) == 7 * MODEL.config.num_layers + 1
+    torch.testing.assert_close(read, learned, rtol=1e-4, atol=1e-5)
+    with patch.object(transformer, "_onednn", None), torch.no_grad():  # a build without it
+        torch.testing.assert_close(MODEL(ids), learned)
 
 
 # --------------------------------------------------------------------------------- the cache

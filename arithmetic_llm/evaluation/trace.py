@@ -18,7 +18,8 @@ from torch import Tensor
 from arithmetic_llm.evaluation.judge import Outcome
 from arithmetic_llm.evaluation.solver import ArithmeticSolver
 from arithmetic_llm.model.decode import evaluating
-from arithmetic_llm.model.transformer import ArithmeticModel, attend
+from arithmetic_llm.model.fused import Sight, attend
+from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError
 
 CHUNK = 256  # tokens that are read at a time: bounds the memory of the attention weights
@@ -151,10 +152,10 @@ def observed(model: ArithmeticModel, see: Callable[[int, Tensor], None]) -> Iter
     by them, and mixing the rows of the unit matrix gives the weights themselves.
     """
 
-    def watched(layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def watched(layer: int, q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
         unit = torch.eye(k.shape[-2], dtype=v.dtype, device=v.device)
-        see(layer, attend(q, k, unit.expand(*k.shape[:2], -1, -1), mask))
-        return attend(q, k, v, mask)
+        see(layer, attend(q, k, unit.expand(*k.shape[:2], -1, -1), sight))
+        return attend(q, k, v, sight)
 
     layers = [layer.self_attn for layer in model.model.layers]
     for index, layer in enumerate(layers):

@@ -298,7 +298,8 @@ def _longest_draft(rows: int, gained: float, device: torch.device) -> int:
     if device.type != "cpu":
         return LONGEST_ON_GPU
     useful = max(2 * gained, FEW_POSITIONS // rows)
-    return int(max(1, min(useful, MOST_POSITIONS // rows, LONGEST_DRAFT)))
+    # One position is for the last token: a CPU computes sixteen of a row at once (kernels.c).
+    return int(max(1, min(useful, MOST_POSITIONS // rows - 1, LONGEST_DRAFT - 1)))
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tensor:

@@ -10,7 +10,8 @@ Shape letters: B rows, T positions, H heads, D features of a head.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from torch.autograd.function import once_differentiable
 from arithmetic_llm.model.kernels import kernels_for
 
 _MASKS = 1024  # off the CPU masks are made of multiples of this length, and kept
+_FEW = 6  # queries of a row
+_WHOLE = 2**30  # a window: farther back than any text goes
 BLOCK = 128  # queries that attend together, to the keys up to their last; larger wastes products
 
 
@@ -231,6 +234,62 @@ def _mask(like: Tensor, shape: tuple[int, int], ahead: int, window: int) -> Tens
     hidden = like.new_full(shape, -torch.inf)
     later = hidden.triu(ahead + 1)
     return later if shape[1] <= window else later + hidden.tril(ahead - window)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What new positions see of a cache: what stands up to their own, as far as a window goes."""
+
+    positions: Tensor  # (B, T) long
+    held: Tensor  # (B, S) long; the position of the token in each slot, below 0 if there is none
+    window: int  # positions that each one sees, itself included; 0 = all before it
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """What is added to scores, (B, 1, T, S) fp32: ``-inf`` where a position does not look."""
+        own, held = self.positions[:, None, :, None], self.held[:, None, None]
+        hidden = (held > own) | (held < 0)
+        if self.window:
+            hidden |= held <= own - self.window
+        return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+    """Softmax attention to the slots of a cache, in the dtype of ``q``; nothing learns from it.
+
+    On a GPU it is written out: autocast would do the softmax between two casts, and that adds in
+    fp32 anyway.
+
+    Args:
+        q: (B, H, T, D). k, v: (B, H, S, D).
+
+    Returns:
+        (B, H, T, D).
+    """
+    if _may_be_compiled(q, k, v):
+        return _attended(q.contiguous(), k, v, sight)
+    mask = sight.mask.to(q.dtype)
+    if q.device.type == "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask
+        return scores.softmax(dim=-1) @ v
+
+
+def _may_be_compiled(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether kernels.c attends to these, and no slower: of a few queries it makes sixteen."""
+    few, odd = q.shape[2] < _FEW, q.shape[3] % 8
+    if few or odd or q.dtype != torch.float32 or torch.is_grad_enabled() or not kernels_for(q):
+        return False
+    return k.shape == v.shape and k.stride() == v.stride() and k.stride()[2:] == (k.shape[3], 1)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
+    out = torch.empty_like(q)
+    places = sight.held.contiguous(), sight.positions.contiguous()
+    sizes = *q.shape, sight.held.shape[1], *k.stride()[:2], sight.window or _WHOLE
+    kernels_for(q).cached_attention(q, k, v, *places, out, *sizes, q.shape[-1] ** -0.5)
+    return out
 
 
 # ------------------------------------------------------------------------ feed-forward and loss

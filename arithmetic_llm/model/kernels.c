@@ -201,6 +201,123 @@ void softmax_backward(real *grad, const real *weights, size rows, size keys, flo
     }
 }
 
+/* ------------------------------------------------------------------- attention with a cache */
+
+/* One number for each of sixteen queries: they go through the same keys side by side, and no sum
+   runs across them. Numbers are fp32, here and in what follows. */
+typedef float lanes __attribute__((vector_size(4 * LANES)));
+
+enum { TILE = 64, AT_ONCE = 8 }; /* keys for one softmax; sums that are kept in registers */
+#define HIDDEN -1e30f /* a score; not -inf, or a difference of two would be no number */
+
+static inline lanes exponentials_of(lanes x) { /* 0 for what is hidden beside what is not */
+    lanes y;
+#pragma omp simd
+    for (int i = 0; i < LANES; i++) y[i] = x[i] < HIDDEN / 2 ? 0 : exponential(x[i]);
+    return y;
+}
+
+/* Scores (n, LANES) of n keys (n, features) for queries (features, LANES). */
+static void score(const float *keys, const lanes *queries, lanes *scores, size n, size features) {
+    for (size j = 0; j < n; j += AT_ONCE) {
+        const float *key[AT_ONCE];
+        lanes sum[AT_ONCE];
+        memset(sum, 0, sizeof sum);
+        for (int i = 0; i < AT_ONCE; i++) key[i] = keys + (j + i < n ? j + i : n - 1) * features;
+        for (size d = 0; d < features; d++)
+#pragma GCC unroll 8
+            for (int i = 0; i < AT_ONCE; i++) sum[i] += key[i][d] * queries[d];
+        for (int i = 0; i < AT_ONCE; i++) scores[j + i] = sum[i]; /* there is room for TILE */
+    }
+}
+
+/* Hide what a query at its own position does not see; returns the largest score of each. */
+static lanes look(lanes *scores, const int64_t *held, const int32_t *own, int32_t window, size n,
+                  lanes largest) {
+    for (size j = 0; j < n; j++) {
+        lanes row = scores[j];
+        int32_t place = held[j];
+#pragma omp simd
+        for (int i = 0; i < LANES; i++) {
+            int seen = place >= 0 && place <= own[i] && own[i] - place < window;
+            float score = seen ? row[i] : HIDDEN;
+            row[i] = score;
+            largest[i] = score > largest[i] ? score : largest[i];
+        }
+        scores[j] = row;
+    }
+    return largest;
+}
+
+/* out (features, LANES) += the values (n, features), each times its weights (n, LANES). */
+static void mix(const float *values, const lanes *weights, lanes *out, size n, size features) {
+    for (size d = 0; d < features; d += AT_ONCE) {
+        lanes sum[AT_ONCE];
+        memcpy(sum, out + d, sizeof sum);
+        for (size j = 0; j < n; j++)
+#pragma GCC unroll 8
+            for (int i = 0; i < AT_ONCE; i++) sum[i] += values[j * features + d + i] * weights[j];
+        memcpy(out + d, sum, sizeof sum);
+    }
+}
+
+static int any_in(const int64_t *held, size n, int64_t oldest, int64_t newest) {
+    int found = 0;
+    for (size j = 0; j < n; j++) found |= held[j] >= oldest && held[j] <= newest;
+    return found;
+}
+
+/* Sums (features, LANES) of the values that queries see, by e^score; returns those of the weights.
+   The softmax is made a tile of keys at a time: sums made with a smaller maximum fade when a larger
+   one is met (Milakov & Gimelshein, 2018). */
+static lanes attend(const lanes *query, const float *keys, const float *values,
+                    const int64_t *held, const int32_t *own, lanes *sum, size slots, size features,
+                    size window) {
+    lanes weights[TILE], most = (lanes){0} + HIDDEN, total = {0};
+    int64_t oldest = own[0] < window ? 0 : own[0] - window + 1;
+    memset(sum, 0, sizeof(lanes) * features);
+    for (size at = 0; at < slots; at += TILE, keys += TILE * features, values += TILE * features) {
+        size n = slots - at < TILE ? slots - at : TILE;
+        if (!any_in(held + at, n, oldest, own[LANES - 1])) continue;
+        score(keys, query, weights, n, features);
+        lanes largest = look(weights, held + at, own, window, n, most);
+        lanes fade = exponentials_of(most - largest);
+        most = largest, total *= fade;
+        for (size d = 0; d < features; d++) sum[d] *= fade;
+        for (size j = 0; j < n; j++) total += weights[j] = exponentials_of(weights[j] - most);
+        mix(values, weights, sum, n, features);
+    }
+    return total;
+}
+
+/* out (B, H, T, D) = softmax(scale q k^T) v of queries (B, H, T, D), whose rows and heads begin so
+   many numbers apart in keys and values, (slots, D) for each. A query at a position sees the slots
+   that hold positions (B, slots) up to its own, `window` of them at most, and none below 0; it sees
+   one at least. D is a multiple of 8. */
+void cached_attention(const float *q, const float *keys, const float *values, const int64_t *held,
+                      const int64_t *positions, float *out, size rows, size heads, size queries,
+                      size features, size slots, size next_row, size next_head, size window,
+                      float scale) {
+    lanes query[features], sum[features];
+    int32_t own[LANES];
+    for (size at = 0; at < rows * heads; at++, q += queries * features, out += queries * features)
+        for (size first = 0; first < queries; first += LANES) {
+            size row = at / heads, begins = row * next_row + at % heads * next_head;
+            size count = queries - first < LANES ? queries - first : LANES;
+            for (size i = 0; i < LANES; i++) { /* where there are fewer, the last one again */
+                size t = first + (i < count ? i : count - 1);
+                own[i] = positions[row * queries + t];
+                for (size d = 0; d < features; d++) query[d][i] = q[t * features + d] * scale;
+            }
+            lanes total = attend(query, keys + begins, values + begins, held + row * slots, own,
+                                 sum, slots, features, window);
+            for (size d = 0; d < features; d++) {
+                lanes mean = sum[d] / total;
+                for (size i = 0; i < count; i++) out[(first + i) * features + d] = mean[i];
+            }
+        }
+}
+
 /* ------------------------------------------------------------------------------ feed-forward */
 
 void swiglu(const real *gate, const real *up, real *y, size n) {

@@ -49,6 +49,7 @@ _FUNCTIONS = {  # pointers, whole numbers and floats, in the order of kernels.c
     "heads_backward": "ppppppppnnnnn",
     "causal_softmax": "pnnnnnf",
     "softmax_backward": "ppnnf",
+    "cached_attention": "ppppppnnnnnnnnf",
     "swiglu": "pppn",
     "swiglu_backward": "pppppn",
     "cross_entropy": "pppppnn",

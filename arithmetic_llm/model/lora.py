@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from arithmetic_llm.config import LoRAConfig
-from arithmetic_llm.model.transformer import ArithmeticModel
+from arithmetic_llm.model.transformer import ArithmeticModel, Linear
 from arithmetic_llm.runtime import UserError
 
 GROUPS = {
@@ -34,8 +34,8 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, config: LoRAConfig):
         super().__init__()
         self.base_layer = base
-        self.lora_A = nn.Linear(base.in_features, config.lora_rank, bias=False)
-        self.lora_B = nn.Linear(config.lora_rank, base.out_features, bias=False)
+        self.lora_A = Linear(base.in_features, config.lora_rank, bias=False)
+        self.lora_B = Linear(config.lora_rank, base.out_features, bias=False)
         self.dropout = nn.Dropout(config.lora_dropout)
         self.scale = config.scale
         self.enabled = True
@@ -53,7 +53,7 @@ class LoRALinear(nn.Module):
     def merged(self) -> nn.Linear:
         """A plain layer with ``W + scale * B A``, multiplied in fp32."""
         base = self.base_layer
-        layer = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+        layer = Linear(base.in_features, base.out_features, bias=False, device="meta")
         delta = self.lora_B.weight.float() @ self.lora_A.weight.float()
         weight = base.weight.float() + self.scale * delta
         if not weight.isfinite().all():

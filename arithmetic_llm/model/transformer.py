@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arithmetic_llm.config import ModelConfig
-from arithmetic_llm.model.fused import causal_attention, heads, rms_norm, swiglu
+from arithmetic_llm.model.fused import Sight, attend, causal_attention, heads, rms_norm, swiglu
 
 
 class RMSNorm(nn.Module):
@@ -30,6 +30,23 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """PyTorch's own, whose fp32 products oneDNN computes where none has to learn from them.
+
+    PyTorch asks MKL for them, which on AMD's processors does less than half as many a second.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        learning = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+        if not _onednn or learning or x.device.type != "cpu" or x.dtype != torch.float32:
+            return super().forward(x)
+        return _onednn(x, self.weight, self.bias, "none", [], "")
+
+
+# What torch's own compiler makes of a linear layer; not part of every build.
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 class Embedding(nn.Embedding):
@@ -56,26 +73,6 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention under any mask, in the dtype of ``q``.
-
-    On a CPU by PyTorch's fused kernel, which is up to twice as fast in fp32; elsewhere written out:
-    autocast would do the softmax between two casts, and that adds in fp32 anyway.
-
-    Args:
-        q: (B, H, T, D). k, v: (B, H, S, D).
-        mask: added to the scores, broadcast to (B, H, T, S); 0 = look, ``-inf`` = do not.
-
-    Returns:
-        (B, H, T, D).
-    """
-    if q.device.type == "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    with torch.autocast(q.device.type, enabled=False):
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + mask
-        return scores.softmax(dim=-1) @ v
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with normalised queries and keys."""
 
@@ -85,10 +82,10 @@ class Attention(nn.Module):
         super().__init__()
         d_model, self.head_dim = config.d_model, config.head_dim
         self.window = config.attention_window
-        self.q_proj = nn.Linear(d_model, d_model, bias=False)
-        self.k_proj = nn.Linear(d_model, d_model, bias=False)
-        self.v_proj = nn.Linear(d_model, d_model, bias=False)
-        self.o_proj = nn.Linear(d_model, d_model, bias=False)
+        self.q_proj = Linear(d_model, d_model, bias=False)
+        self.k_proj = Linear(d_model, d_model, bias=False)
+        self.v_proj = Linear(d_model, d_model, bias=False)
+        self.o_proj = Linear(d_model, d_model, bias=False)
         self.q_norm = RMSNorm(self.head_dim)
         self.k_norm = RMSNorm(self.head_dim)
 
@@ -101,7 +98,7 @@ class Attention(nn.Module):
             out = causal_attention(q, k, v, self.window)
         else:
             k, v = context.cache.extend(layer, k, v, context.positions)
-            out = self.attend(q, k, v, context.mask)
+            out = self.attend(q, k, v, context.sight)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -113,9 +110,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.dim_feedforward, bias=False)
-        self.up_proj = nn.Linear(config.d_model, config.dim_feedforward, bias=False)
-        self.down_proj = nn.Linear(config.dim_feedforward, config.d_model, bias=False)
+        self.gate_proj = Linear(config.d_model, config.dim_feedforward, bias=False)
+        self.up_proj = Linear(config.d_model, config.dim_feedforward, bias=False)
+        self.down_proj = Linear(config.dim_feedforward, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -214,13 +211,13 @@ class KVCache:
 
 @dataclass
 class Context:
-    """Positions, masks and cache that all layers of one forward pass share."""
+    """Positions, sight and cache that all layers of one forward pass share."""
 
     positions: Tensor  # (B, T), or (1, T) without a cache
     cos: Tensor  # (B or 1, T, 1, D)
     sin: Tensor
     cache: KVCache | None
-    mask: Tensor | None  # with a cache: additive, (B, 1, T, S)
+    sight: Sight | None  # with a cache
 
 
 class Transformer(nn.Module):
@@ -248,18 +245,12 @@ class Transformer(nn.Module):
     def _context(self, x: Tensor, cache: KVCache | None) -> Context:
         tokens, config = x.shape[1], self.config
         positions = torch.arange(tokens, device=x.device)[None]
-        mask = None
+        sight = None
         if cache is not None:
             positions = positions + cache.lengths[:, None]
-            held = cache.reserve(tokens)[:, None, None]
-            # A query sees the slots up to its own position: causal, and blind to padded slots.
-            own = positions[:, None, :, None]
-            hidden = (held > own) | (held < 0)
-            if config.attention_window:
-                hidden |= held <= own - config.attention_window
-            mask = x.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+            sight = Sight(positions, cache.reserve(tokens), config.attention_window)
         cos, sin = rotary_angles(positions[..., None], config.head_dim, config.rope_theta)
-        return Context(positions, cos.to(x.dtype), sin.to(x.dtype), cache, mask)
+        return Context(positions, cos.to(x.dtype), sin.to(x.dtype), cache, sight)
 
 
 class ArithmeticModel(nn.Module):
@@ -273,7 +264,7 @@ class ArithmeticModel(nn.Module):
         super().__init__()
         self.config = config
         self.model = Transformer(config, vocab_size)
-        self.lm_head = nn.Linear(config.d_model, vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
