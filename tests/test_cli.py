@@ -532,8 +532,10 @@ def another(field):
         return not value
     if choices := field.metadata.get("choices"):
         return next(choice for choice in choices if choice != value)
+    if isinstance(value, tuple):
+        return (0.1, 0.2) if float in map(type, value) else (2, 3)
     return {int: lambda: value + 1, float: lambda: value / 2 or 0.5}.get(
-        type(value), lambda: (2, 3) if isinstance(value, tuple) else f"{value}x"
+        type(value), lambda: f"{value}x"
     )()
 
 
