@@ -400,8 +400,8 @@ MUTANTS = [
     ),
     Mutant(
         "data: no end of text",
-        "whole = [BOS, *ids, *_end(record)]",
-        "whole = [BOS, *ids]",
+        "[BOS, *ids, EOS])]",
+        "[BOS, *ids])]",
         "test_data.py",
     ),
     Mutant(
@@ -486,7 +486,7 @@ MUTANTS = [
     Mutant(
         "data: excerpts do not say how far they are",
         "        begin = [BOS, *step]",
-        "        begin = [BOS, *step[len(step) // 2 :]]",
+        "        begin = [BOS, *expression]",
         "test_data.py -k excerpt",
     ),
     Mutant(
@@ -494,12 +494,6 @@ MUTANTS = [
         "len(found[-1][1]) + len(step) < most",
         "len(found[-1][1]) + len(step) <= most",
         "test_data.py -k excerpt",
-    ),
-    Mutant(
-        "data: a long rewriting stays whole",
-        "too_long = 0 < most < len(whole)",
-        "too_long = record.is_problem and 0 < most < len(whole)",
-        "test_data.py -k rewriting",
     ),
     Mutant(
         "data: an excerpt's first expression counts like its steps",
@@ -661,8 +655,8 @@ MUTANTS = [
     ),
     Mutant(
         "data: a rewriting ends with <eos>",
-        "return [EOS] if record.is_problem else []",
-        "return [EOS]",
+        "return [(begun + 1, [BOS, *ids])]",
+        "return [(begun + 1, [BOS, *ids, EOS])]",
         "test_data.py -k rewriting",
     ),
     Mutant(

@@ -191,25 +191,6 @@ def test_a_first_step_is_like_the_first_excerpt_of_its_problem():
     assert alone.weights.tolist() == cut.weights[: cut.starts[1]].tolist()
 
 
-@pytest.mark.parametrize("first", [1, 2])
-def test_a_long_rewriting_is_cut_as_its_problem_would_be(first):
-    expression, loss = "1 + 2 + 3 - 4 + 5", LossWeights(0.5, 3.0)
-    some = rewriting(expression, solve(expression), first, 3)
-    cut = tokenised([record(expression)], loss=loss, excerpt_tokens=2)  # a step each
-    alone = tokenised([some], loss=loss, excerpt_tokens=2)
-    part = slice(cut.starts[first - 1], cut.starts[3])  # without the last step, and the end
-    assert len(alone) == 4 - first
-    assert alone.ids.tolist() == cut.ids[part].tolist()
-    assert alone.weights.tolist() == cut.weights[part].tolist()
-
-
-@pytest.mark.parametrize(("first", "tokens"), [(1, 55), (2, 43)])
-def test_a_rewriting_for_which_there_is_room_stays_whole(first, tokens):
-    some = rewriting("1 + 2 + 3 - 4 + 5", solve("1 + 2 + 3 - 4 + 5"), first, 3)
-    assert tokenised([some], excerpt_tokens=tokens).lengths.tolist() == [tokens]
-    assert len(tokenised([some], excerpt_tokens=tokens - 1)) == 2
-
-
 def test_the_table_of_lengths_has_a_row_for_rewritings(tmp_path):
     TOKENIZER.save(tmp_path / "tokenizer")
     step = rewriting("1 + 2 + 3 - 4", solve("1 + 2 + 3 - 4"), 2, 2)

@@ -143,14 +143,11 @@ def _pieces(
         ids: the tokens of the whole record.
     """
     begun = ids.index(THINK) + 1 if THINK in ids else len(tokenizer.encode(f" {record.problem}"))
-    whole = [BOS, *ids, *_end(record)]
-    too_long = 0 < most < len(whole)
-    return (excerpts(record, tokenizer, most) if too_long else []) or [(begun + 1, whole)]
-
-
-def _end(record: Record) -> list[int]:
-    """The last token of a sample; a rewriting is an excerpt itself, and nothing ends with it."""
-    return [EOS] if record.is_problem else []
+    if not record.is_problem:  # it is an excerpt itself: nothing ends with it
+        return [(begun + 1, [BOS, *ids])]
+    whole = [(begun + 1, [BOS, *ids, EOS])]
+    too_long = 0 < most < len(ids) + 2
+    return (excerpts(record, tokenizer, most) if too_long else []) or whole
 
 
 def excerpts(record: Record, tokenizer: ArithmeticTokenizer, most: int) -> list[Piece]:
@@ -172,15 +169,15 @@ def excerpts(record: Record, tokenizer: ArithmeticTokenizer, most: int) -> list[
     if not in_turn(parts[1:]):
         return []
     problem, *lines = tokenizer.encode_batch(parts)
-    steps = [a + b for a, b in zip(lines[::2], lines[1::2], strict=True)]
-    begin, found = [BOS, *(problem or steps.pop(0))], []  # a rewriting's is the step before
-    for step in steps:
+    begin, found = [BOS, *problem], []
+    for operation, expression in zip(lines[::2], lines[1::2], strict=True):
+        step = [*operation, *expression]
         if found and len(found[-1][1]) + len(step) < most:
             found[-1][1].extend(step)
         else:
             found.append((len(begin), [*begin, *step]))
         begin = [BOS, *step]
-    found[-1][1].extend(_end(record))
+    found[-1][1].append(EOS)
     return found
 
 
