@@ -563,14 +563,14 @@ MUTANTS = [
     ),
     Mutant(
         "corpus: all rewritings have as many numbers as other trees",
-        "exact_tree(depth, spec.num_range, rng, rng.uniform(*spec.rewrite_leaf_probability))",
+        "exact_tree(depth, spec.num_range, rng, leaves)",
         "exact_tree(depth, spec.num_range, rng)",
         "test_corpus.py -k rewriting",
     ),
     Mutant(
         "corpus: rewritings all as thin as any",
-        "rng.uniform(*spec.rewrite_leaf_probability))",
-        "max(spec.rewrite_leaf_probability))",
+        "return rng.uniform(low, high) if low < high else low",
+        "return high",
         "test_corpus.py -k rewriting",
     ),
     Mutant(

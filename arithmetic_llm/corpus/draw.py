@@ -139,11 +139,18 @@ def draw(spec: SampleSpec, style: str, rng: Random) -> Postfix | str:
         return _maybe_widened(drill(spec, rng), spec, rng, (-reach, reach))
     elif style == "rewrite":
         depth = rng.randint(spec.max_depth + 1, spec.rewrite_depth)
-        tree = exact_tree(depth, spec.num_range, rng, rng.uniform(*spec.rewrite_leaf_probability))
+        leaves = _between(spec.rewrite_leaf_probability, rng)
+        tree = exact_tree(depth, spec.num_range, rng, leaves)
     else:
         tree = exact_tree(rng.randint(spec.min_depth, spec.max_depth), spec.num_range, rng)
     tree = _maybe_widened(tree, spec, rng)
     return corrupt(spell(tree), rng) if style == "invalid" else tree
+
+
+def _between(ends: tuple[float, float], rng: Random) -> float:
+    """A number of a range; nothing is drawn where there is one: other draws stay what they were."""
+    low, high = ends
+    return rng.uniform(low, high) if low < high else low
 
 
 def _maybe_widened(
