@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -320,7 +321,8 @@ def test_attention_to_a_cache_is_pytorchs(lengths, heads, queries, more, feature
 def test_many_queries_attend_by_the_compiled_function_and_few_by_pytorchs(compiled):
     q, k, v = with_a_cache(queries=20 if compiled else 3)
     sight = seen_from([70, 90], q.shape[2], k.shape[2], 50)
-    with patch.object(F, "scaled_dot_product_attention", side_effect=ZeroDivisionError):
+    refused = patch.object(F, "scaled_dot_product_attention", side_effect=ZeroDivisionError)
+    with refused, on_threads(1):
         if compiled:
             attend(q, k, v, sight)
         else:
