@@ -278,8 +278,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> Tensor:
 
 def _may_be_compiled(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether kernels.c attends to these, no slower: on one thread, and sixteen for a few."""
-    few, odd = q.shape[2] < _FEW or torch.get_num_threads() > 1, q.shape[3] % 8
-    if few or odd or q.dtype != torch.float32 or torch.is_grad_enabled() or not kernels_for(q):
+    if torch.is_grad_enabled() or torch.get_num_threads() > 1 or not kernels_for(q):
+        return False
+    if q.dtype != torch.float32 or q.shape[2] < _FEW or q.shape[3] % 8:
         return False
     return k.shape == v.shape and k.stride() == v.stride() and k.stride()[2:] == (k.shape[3], 1)
 

@@ -1,4 +1,5 @@
-/* What a transformer layer computes between its matrix products, one pass over memory for each.
+/* What a transformer layer computes between its matrix products, one pass over memory for each;
+   and attention to a cache, products and all.
 
    PyTorch has an operation for each step of a formula, and each reads and writes all of its numbers;
    on a CPU, half of a small model's training step goes there. Here a row is read once, computed in
@@ -240,9 +241,8 @@ static lanes look(lanes *scores, const int64_t *held, const int32_t *own, int32_
 #pragma omp simd
         for (int i = 0; i < LANES; i++) {
             int seen = place >= 0 && place <= own[i] && own[i] - place < window;
-            float score = seen ? row[i] : HIDDEN;
-            row[i] = score;
-            largest[i] = score > largest[i] ? score : largest[i];
+            row[i] = seen ? row[i] : HIDDEN;
+            largest[i] = row[i] > largest[i] ? row[i] : largest[i];
         }
         scores[j] = row;
     }

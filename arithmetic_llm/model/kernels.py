@@ -59,8 +59,8 @@ _FUNCTIONS = {  # pointers, whole numbers and floats, in the order of kernels.c
 def kernels_for(tensor: Tensor) -> ctypes.CDLL | None:
     """The compiled functions for a tensor's type of number; None where there are none.
 
-    They take contiguous tensors of that type, but fp32 weights and sums, and let other threads of
-    Python run meanwhile.
+    They take contiguous tensors of that type (of a cache a part), but fp32 weights and sums, and
+    let other threads of Python run meanwhile.
     """
     found = _library(tensor.dtype) if tensor.device.type == "cpu" else None
     return found if isinstance(found, ctypes.CDLL) else None
