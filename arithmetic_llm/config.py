@@ -419,6 +419,15 @@ class TrainingConfig(RunConfig):
         "into memory is cut further; same result",
         at_least=1,
     )
+    workers: int = opt(
+        1,
+        "local SGD: so many copies train side by side, a core or process each, every one on "
+        "batches of its own, and become their mean every --local-steps steps",
+        at_least=1,
+    )
+    local_steps: int = opt(
+        50, "steps of each worker between two means", at_least=1, needs=[{"workers": Above(1)}]
+    )
     prompt_loss_weight: float = opt(1.0, "loss weight of a prompt token", at_least=0.0)
     result_loss_weight: float = opt(
         1.0,

@@ -584,7 +584,7 @@ TRAINING = {
     "--schedule constant": "final_lr_ratio",
     "--optimizer adamw": "muon_learning_rate",
 }
-SUPERVISED = {**TRAINING, "--batch-tokens 2048": "batch_size"}
+SUPERVISED = {**TRAINING, "--batch-tokens 2048": "batch_size", "--workers 1": "local_steps"}
 INSTRUCTION = {**SUPERVISED, "": "prompt_loss_weight", "--init-from x": "foundational_checkpoint"}
 CORPUS = {
     "--flat-rate 0": "flat_terms",

@@ -35,7 +35,8 @@ from arithmetic_llm.folders import FINISHED
 from arithmetic_llm.model.checkpoint import read_checkpoint, save_checkpoint
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.training.gradients import _LossModule
-from arithmetic_llm.training.loop import seed_dropout
+from arithmetic_llm.training.local_sgd import require_a_worker_each
+from arithmetic_llm.training.step import seed_dropout
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
 
@@ -111,6 +112,14 @@ def trainings(world):
 def with_dropout(world):
     """A run whose random numbers matter."""
     return foundational(world, "--dropout", 0.2, "--learning-rate", 1e-3, "--save-every", 5)
+
+
+def with_workers(world, *more):
+    """Local SGD of two, with dropout, in rounds that neither saving nor evaluating goes by."""
+    return foundational(
+        *(world, "--workers", 2, "--local-steps", 4, "--dropout", 0.2, "--learning-rate", 1e-3),
+        *(*MUON, "--save-every", 6, *more),
+    )
 
 
 def evaluation(world):
@@ -245,10 +254,57 @@ def check_dead_groups(run):
     assert shares >= {0.5, 1.0}
 
 
-def test_each_process_and_step_drops_other_values(monkeypatch):
+@pytest.mark.parametrize("dropout", [0, 0.2])
+def test_a_worker_is_the_same_in_a_thread_or_a_process(world, tmp_path, dropout):
+    """Bit for bit, on one core, on two threads, and as a process each."""
+    runs = []
+    for threads, processes in ((1, 1), (2, 1), (1, 2)):
+        output = tmp_path / f"{threads} {processes}"
+        more = ("--dropout", dropout, "--threads", threads, "--output-dir", output)
+        script, argv = with_workers(world, *more)
+        if processes == 1:
+            assert call(script, *argv).code == 0
+        else:
+            in_turn(processes, [(script, [*map(str, argv)])], tmp_path)
+        runs.append(the_run_in(output))
+    for other in runs[1:]:
+        assert largest_gap(runs[0], other) == 0
+        check_figures(runs[0], other)
+
+
+def test_workers_that_were_interrupted_go_on_bit_for_bit(world, tmp_path):
+    """From the mean that was saved, in as many processes or in one."""
+    script, argv = with_workers(world)
+    whole = tmp_path / "whole"
+    assert call(script, *argv, "--output-dir", whole).code == 0
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        words = command(script, *argv, "--output-dir", output, "--processes", 2)
+        with started(words, tmp_path / "log.txt") as process:
+            run = wait_for_step(process, output, 5)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=60) == 130
+        (saved,) = run.glob("checkpoint_step_*.pt")
+        assert read_checkpoint(saved).step % 4 == 0
+        resumed = subprocess.run(
+            command(script, "--resume", run, "--processes", processes),
+            **{"env": one_thread(), "capture_output": True, "text": True},
+        )
+        assert (resumed.returncode, "bit-identical" in resumed.stderr) == (0, False)
+        assert largest_gap(the_run_in(whole), run) == 0
+
+
+def test_a_process_without_a_worker_is_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "_place", Place(0, 3))
+    for workers in (1, 3, 4):
+        require_a_worker_each(workers)
+    with pytest.raises(UserError, match="--workers 2: is fewer than the 3 processes; start at mo"):
+        require_a_worker_each(2)
+
+
+def test_each_process_and_step_drops_other_values():
     def drawn(rank, step):
-        monkeypatch.setattr(distributed, "_place", Place(rank, 2))
-        seed_dropout(SimpleNamespace(config=RunConfig(seed=7), step=step))
+        seed_dropout(SimpleNamespace(config=RunConfig(seed=7), step=step), rank)
         return float(torch.rand(()))
 
     places = [(rank, step) for rank in (0, 1) for step in (3, 4)]

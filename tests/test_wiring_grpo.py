@@ -35,7 +35,7 @@ from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.problem import split_of
 from arithmetic_llm.training import loop as trainer
-from arithmetic_llm.training.loop import train_step
+from arithmetic_llm.training.step import train_step
 
 CANDIDATES = 8
 KINDS = {"all weights": {}, "adapter": {"lora_rank": 4, "lora_dropout": 0.5, "learning_rate": 1e-2}}

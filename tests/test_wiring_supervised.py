@@ -53,6 +53,7 @@ SETTINGS = {
     "seed": 7,
     "eval_samples": 4,
     "eval_every": 20,
+    "threads": 1,
 }
 ADAPTER = {"lora_rank": 4, "lora_alpha": 12}
 # Shares of the peak rate, by hand: two steps of warm-up, then 18 steps down to a tenth.
@@ -107,7 +108,7 @@ def start(world, stage, output, **settings):
     return call(
         STAGES[stage],
         *(corpus, world.corpora[stage], base, world.base, "--tokenizer-path", world.tokenizer),
-        *("--device", "cpu", "--threads", 1, "--output-dir", output),
+        *("--device", "cpu", "--output-dir", output),
         *("--save-every", 1, "--keep-checkpoints", 0, "--log-every", 1),
         *(word for name, value in settings.items() for word in (f"--{name}", value)),
     )
@@ -224,11 +225,14 @@ def optimizers_of(model, settings):
     return found
 
 
-def plain_loop(model, samples, settings):
-    """Train for five steps; yields of each step the weights after it and what to log of it."""
+def plain_loop(model, samples, settings, every=slice(None)):
+    """Train for five steps; yields of each the weights after it, what to log, and the optimizers.
+
+    Its batches are those of the first epoch that `every` names.
+    """
     lengths = np.array([len(ids) for ids, _ in samples])
     order = np.random.default_rng((settings["seed"], 0))
-    plan = plan_epoch(lengths, settings["batch_size"], 0, order)
+    plan = plan_epoch(lengths, settings["batch_size"], 0, order)[every]
     shares, optimizers = SHARES[settings["schedule"]], optimizers_of(model, settings)
     schedules = {
         name: torch.optim.lr_scheduler.LambdaLR(each, lambda step: [*shares, 0.0][step])
@@ -243,7 +247,7 @@ def plain_loop(model, samples, settings):
         for each in (*optimizers.values(), *schedules.values()):
             each.step()
         weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        yield weights, {**told, "grad_norm": float(norm), "loss": loss}
+        yield weights, {**told, "grad_norm": float(norm), "loss": loss}, optimizers
 
 
 def backward(model, samples):
@@ -315,7 +319,7 @@ def apart(one, other, before):
 
 def assert_same_run(folder, steps, before, name_in=lambda name: name):
     """After one, three and five steps the weights are the same, and each step's line."""
-    for step, ((weights, told), line) in enumerate(
+    for step, ((weights, told, _), line) in enumerate(
         zip(steps, lines_of(folder, "loss"), strict=False), start=1
     ):
         assert {name: line[name] for name in told} == pytest.approx(told, rel=TOLERANCE)
@@ -347,6 +351,67 @@ KINDS = {
 @pytest.mark.parametrize("stage", ["foundational", "instruction"])
 def test_a_stages_steps_are_those_of_a_plain_loop(world, tmp_path, stage, kind):
     assert_like_plain_loop(world, stage, tmp_path, **KINDS[kind])
+
+
+@pytest.mark.usefixtures("in_fp32")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_workers_are_plain_loops_that_become_their_mean(world, tmp_path, kind, threads):
+    """Three on every third batch; weights and moments are the mean of theirs after two steps."""
+    local_sgd = {"workers": 3, "local_steps": 2, "threads": threads}
+    folder = run(world, "foundational", tmp_path, **KINDS[kind], **local_sgd)
+    settings = {**SETTINGS, **KINDS[kind]}
+    samples, before = samples_of(world, "foundational", settings), read_checkpoint(world.base)
+    models = [of_base(world) for _ in range(3)]
+    loops = [
+        plain_loop(model, samples, settings, every=slice(number, None, 3))
+        for number, model in enumerate(models)
+    ]
+    for step, line in zip((2, 4), lines_of(folder, "loss"), strict=False):
+        first = [told["loss"] for _, told, _ in map(next, loops)]
+        _, told, optimizers = zip(*map(next, loops), strict=True)
+        become_their_mean(models, optimizers)
+        ours, theirs = weights_after(folder, step), dict(models[0].named_parameters())
+        gaps = apart(ours, {name: theirs[name].detach() for name in ours}, before.weights)
+        assert max(gaps.values()) < TOLERANCE, max(gaps, key=gaps.get)
+        losses = [*first, *(each["loss"] for each in told)]
+        norms = [each["grad_norm"] for each in told]
+        assert (line["step"], line["steps"]) == (step, 2)
+        assert line["loss"] == pytest.approx(np.mean(losses), rel=TOLERANCE)
+        assert line["grad_norm"] == pytest.approx(np.mean(norms), rel=TOLERANCE)
+
+
+@torch.no_grad()
+def become_their_mean(models, optimizers):
+    """Weights one by one, and what torch's optimizers keep of each."""
+    for weights in zip(*(model.parameters() for model in models), strict=True):
+        sets = [weights]
+        for name in optimizers[0]:
+            states = [o[name].state.get(w, {}) for o, w in zip(optimizers, weights, strict=True)]
+            kept = [key for key in states[0] if key != "step"]
+            sets += [[state[key] for state in states] for key in kept]
+        for values in sets:
+            mean = torch.stack([*values]).mean(0)
+            for value in values:
+                value.copy_(mean)
+
+
+def test_each_batch_is_one_workers(world, tmp_path, monkeypatch):
+    """And a last step without a batch for each begins anew with the first ones."""
+    tasks, original = [], SupervisedTask.__init__
+    monkeypatch.setattr(
+        SupervisedTask, "__init__", lambda s, *a: (original(s, *a), tasks.append(s))[0]
+    )
+    run(world, "instruction", tmp_path, max_steps=0, num_epochs=1, batch_size=24, workers=4)
+    (task,) = tasks
+    rng = np.random.default_rng((SETTINGS["seed"], 0))
+    epoch = [batch.tolist() for batch in plan_epoch(task.train.lengths, 24, 0, rng)]
+    workers = [[b.tolist() for b in task.of_worker(number).plan] for number in range(4)]
+    met = [batch for step in zip(*workers, strict=True) for batch in step]
+    assert len(epoch) % 4
+    assert met == epoch + epoch[: -len(epoch) % 4]
+    assert task.total_steps == task.steps_per_epoch == len(met) // 4
+    assert task.work(task.total_steps) == sum(task.train.lengths[batch].sum() for batch in met)
 
 
 @pytest.mark.usefixtures("in_fp32")

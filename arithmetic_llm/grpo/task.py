@@ -55,6 +55,7 @@ class GRPOTask:
 
     validates_start = True  # what a run adds shows only beside what it began with
     at_once = 1  # its loss notes figures in the order of the micro-batches
+    workers = 1
 
     def __init__(
         self,

@@ -36,6 +36,7 @@ class Loss(Protocol):
     """What is learned, as far as gradients are concerned."""
 
     at_once: int  # micro-batches computed side by side, on a CPU thread each; 1: on all threads
+    workers: int  # that train side by side (`local_sgd`): each one's gradients are its own
 
     def loss(self, model: ArithmeticModel, batch: MicroBatch) -> Tensor:
         """The loss of a micro-batch, summed (not averaged) over what it counts."""
@@ -54,12 +55,22 @@ def add_gradients(
         with autocast(model.device, precision):  # holds for the thread that enters it
             return task.loss(model, batch.to(model.device)) / total
 
-    if world_size() > 1:
+    if world_size() > 1 and task.workers == 1:
         return _with_other_processes(model, loss_of, share(micro_batches))
     return _by_threads(model, loss_of, micro_batches, task.at_once)
 
 
 # ------------------------------------------------------------------------------------- threads
+
+
+def threads_side_by_side(model: ArithmeticModel) -> int:
+    """Threads that may compute gradients of a model, or of copies of it, at the same time.
+
+    With dropout one after another: side by side they would draw their random numbers from one
+    generator in whatever order the threads come.
+    """
+    drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    return torch.get_num_threads() if model.device.type == "cpu" and not drops else 1
 
 
 def _by_threads(

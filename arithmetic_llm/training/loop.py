@@ -15,15 +15,15 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from statistics import fmean
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from arithmetic_llm.distributed import added_up, from_main, is_main, rank, world_size
+from arithmetic_llm.distributed import added_up, from_main, is_main
 from arithmetic_llm.folders import BEST, FINISHED
 from arithmetic_llm.model.checkpoint import read_checkpoint
 from arithmetic_llm.model.decode import evaluating
@@ -31,49 +31,16 @@ from arithmetic_llm.model.transformer import ArithmeticModel
 from arithmetic_llm.runtime import (
     Progress,
     UserError,
-    derived_seed,
     readable_seconds,
     when_asked_to_stop,
 )
 from arithmetic_llm.training.adapters import save_adapter_files
-from arithmetic_llm.training.gradients import Loss, MicroBatch, add_gradients, clip_gradients
-from arithmetic_llm.training.optim import learning_rate_factor, learning_rates
+from arithmetic_llm.training.local_sgd import train_round
 from arithmetic_llm.training.run import MetricsLog, Run
+from arithmetic_llm.training.step import StepResult, Task, train_step
 
 SHOWN = ("reward", "accuracy")  # of a task's figures, on the bar
 STOPPING = b"\nfinishing this step and saving; a second Ctrl-C ends at once without saving\n"
-
-
-class Task(Loss, Protocol):
-    """Subject of a run: where batches come from, what the loss is, how the model is judged."""
-
-    total_steps: int
-    steps_per_epoch: int
-    validates_start: bool  # is the model evaluated before the first step, too
-
-    def updates(self, step: int) -> Iterable[list[MicroBatch]]:
-        """The optimizer updates of a step (mostly one), each as its micro-batches."""
-
-    def work(self, step: int) -> float:
-        """Work done before ``step``, in any unit; what the time estimate rests on."""
-
-    def metrics(self) -> dict[str, float]:
-        """Metrics of the last step beside its loss.
-
-        The metrics stream has the mean of each figure over the steps that tell it.
-        """
-
-    def validate(self, model: ArithmeticModel) -> dict[str, float]:
-        """Figures on held-out data."""
-
-    def selection_loss(self, metrics: dict[str, float]) -> float:
-        """Loss by which the best model is selected; lower is better."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """State that the task itself has learned, for a checkpoint; mostly none."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state again."""
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -103,21 +70,21 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
             validate(run, task, log, bar)
         meter = Meter(run, task)
         while run.step < task.total_steps:
-            step = train_step(run, task)
+            steps = train_round(run, task) if task.workers > 1 else [train_step(run, task)]
+            done = Done(run.step - len(steps), run.step, task.total_steps)
             if witness:
-                witness.check(run, step)
-            meter.add(step, bar)
-            last = run.step == task.total_steps
-            epoch_ends = run.step % task.steps_per_epoch == 0 or last
-            if run.step % config.log_every == 0 or epoch_ends:
+                witness.check(run, steps[0])
+            meter.add(steps, bar)
+            if done.passed(config.log_every) or done.passed(task.steps_per_epoch):
                 log.append(**meter.line())
-            if run.step % config.eval_every == 0 or last:
+            if done.passed(config.eval_every):
                 validate(run, task, log, bar)
-            if last:  # writing the final files may fail, and the training must not be lost
+            if done.all:  # writing the final files may fail, and the training must not be lost
                 run.save(run.step_file, resumable=True)
-            elif run.step % config.save_every == 0:
+            elif done.passed(config.save_every):
                 run.save_step()
-            if any(added_up([stop.is_set()])) and not last:  # all processes stop at the same step
+            # All processes stop at the same step.
+            if any(added_up([stop.is_set()])) and not done.all:
                 from_main(lambda: save_to_go_on(run))  # all wait, or its line would not be the last
                 raise KeyboardInterrupt
         if witness and witness.before is not None:
@@ -128,68 +95,27 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
         return summary
 
 
+class Done(NamedTuple):
+    """The steps that have just been done: one, or those of a round of workers."""
+
+    before: int
+    now: int
+    total: int
+
+    @property
+    def all(self) -> bool:
+        return self.now == self.total
+
+    def passed(self, every: int) -> bool:
+        """Whether a multiple of ``every`` was among them, or the last step."""
+        return self.now // every > self.before // every or self.all
+
+
 def save_to_go_on(run: Run) -> None:
     """Save at once, and say how to go on."""
     run.save_step()
     with contextlib.suppress(OSError):  # the terminal may have gone
         print(f"saved; go on with --resume {run.folder}", file=sys.stderr)
-
-
-class UpdateResult(NamedTuple):
-    """Metrics of an optimizer update."""
-
-    loss: float  # nats per counted token
-    gradient_norm: float  # of all gradients together, before clipping
-
-
-class StepResult(NamedTuple):
-    """Metrics of a step."""
-
-    loss: float  # mean over its updates; 0 if it had none
-    tokens: int  # positions that the model read, padding included
-    rates: dict[str, float]  # learning rates by their names in the config
-    gradient_norm: float | None  # of the last update; None if it had none
-
-
-def train_step(run: Run, task: Task) -> StepResult:
-    """One step: as many updates as the task has for it, at one learning rate."""
-    scale = learning_rate_factor(run.config, run.step, task.total_steps)
-    if world_size() > 1:
-        seed_dropout(run)
-    updates, tokens = [], 0
-    for micro_batches in task.updates(run.step):
-        updates.append(update(run, task, micro_batches, scale))
-        tokens += sum(batch.tokens for batch in micro_batches)
-    run.step += 1
-    run.task_state = task.state_dict()
-    return StepResult(
-        fmean(u.loss for u in updates) if updates else 0.0,
-        tokens,
-        learning_rates(run.optimizer, scale),
-        updates[-1].gradient_norm if updates else None,
-    )
-
-
-def seed_dropout(run: Run) -> None:
-    """Give each process random numbers of its own, a function of the step: none is to be stored."""
-    torch.manual_seed(derived_seed(run.config.seed, run.step, rank()))
-
-
-def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) -> UpdateResult:
-    """One optimizer update.
-
-    Raises:
-        UserError: loss or gradient is not finite; the weights are as they were.
-    """
-    run.optimizer.zero_grad(set_to_none=True)
-    loss_sum = add_gradients(run.model, task, micro_batches, run.precision)
-    norm = clip_gradients(run.model, run.config.gradient_clip)
-    for name, value in (("loss", loss_sum), ("gradient norm", norm)):
-        if not math.isfinite(value):
-            flags = run.config.rate_flags
-            raise UserError(f"the {name} is {value} at step {run.step}; lower {flags}")
-    run.optimizer.step(scale)
-    return UpdateResult(loss_sum, norm)
 
 
 class FirstUpdate:
@@ -344,20 +270,21 @@ class Meter:
     def tokens_per_second(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
 
-    def add(self, step: StepResult, bar: Progress) -> None:
-        """Count a step and show it."""
+    def add(self, steps: Sequence[StepResult], bar: Progress) -> None:
+        """Count steps and show them."""
         metrics = self.task.metrics()
-        self.window.append(step)
+        self.window += steps
         self.metrics.append(metrics)
-        self.tokens += step.tokens
-        self.steps += 1
-        if self.steps == min(self.ESTIMATE_AFTER_STEPS, self.task.total_steps):
+        self.tokens += sum(step.tokens for step in steps)
+        before, self.steps = self.steps, self.steps + len(steps)
+        if before < min(self.ESTIMATE_AFTER_STEPS, self.task.total_steps) <= self.steps:
             speed = f"{self.tokens_per_second:,.0f} tokens/s"
             left = readable_seconds(self.seconds_left())
             bar.note(f"expected time for this run: about {left} more at {speed}")
         shown = {name: f"{metrics[name]:.3f}" for name in SHOWN if name in metrics}
         speed = f"{self.tokens_per_second:,.0f}"
-        bar.update(1, loss=f"{step.loss:.3f}", **shown, tokens_per_s=speed)
+        loss = fmean(step.loss for step in steps)
+        bar.update(len(steps), loss=f"{loss:.3f}", **shown, tokens_per_s=speed)
 
     def seconds_left(self) -> float:
         """Estimate by the work that this process has done and what remains, at the same speed."""

@@ -79,6 +79,7 @@ class Run:
     optimizer: MuonAdamW
     precision: torch.dtype  # of the matrix products
     step: int = 0
+    worker: int = 0  # its number, if several train side by side (`local_sgd`)
     best: float = math.inf  # lowest `selection_loss` so far
     task_state: dict[str, Any] = field(default_factory=dict)
 
@@ -161,11 +162,12 @@ class Run:
         if torch.cuda.is_available() and world_size() == 1:  # it may go on with fewer devices
             torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
         if state["processes"] != world_size():
-            print(
-                f"warning: this run was computed by {in_words(state['processes'])} before, now by "
-                f"{in_words(world_size())}; its weights will not be bit-identical",
-                file=sys.stderr,
-            )
+            if getattr(self.config, "workers", 1) == 1:  # they add up in the same order wherever
+                print(
+                    f"warning: this run was computed by {in_words(state['processes'])} before, now "
+                    f"by {in_words(world_size())}; its weights will not be bit-identical",
+                    file=sys.stderr,
+                )
         elif state["threads"] != torch.get_num_threads():
             torch.set_num_threads(state["threads"])
             print(f"using {state['threads']} CPU threads, as this run did before")

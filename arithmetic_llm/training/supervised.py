@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arithmetic_llm.config import (
     FoundationalConfig,
@@ -37,6 +37,8 @@ from arithmetic_llm.training.batches import (
     micro_batches,
     plan_epoch,
 )
+from arithmetic_llm.training.gradients import threads_side_by_side
+from arithmetic_llm.training.local_sgd import require_a_worker_each
 from arithmetic_llm.training.loop import fit
 from arithmetic_llm.training.run import Run, open_run
 from arithmetic_llm.training.start import Beginning, Sources, begin, held_out_records
@@ -61,31 +63,36 @@ class SupervisedTask:
         model: ArithmeticModel,
     ):
         self.train, self.held_out, self.config, self.model = train, held_out, config, model
+        self.workers = config.workers
         plan: list[np.ndarray] = []
-        epoch = 0
-        while len(plan) < config.max_steps if config.max_steps else epoch < config.num_epochs:
+        epoch, most = 0, config.max_steps * self.workers
+        while len(plan) < most if most else epoch < config.num_epochs:
             rng = np.random.default_rng((config.seed, epoch))
             plan += plan_epoch(train.lengths, config.batch_size, config.batch_tokens, rng)
             epoch += 1
-        self.steps_per_epoch = math.ceil(len(plan) / epoch)  # they differ by a few
-        self.plan = plan[: config.max_steps or None]
-        self.total_steps = len(self.plan)
+        batches_per_step = self.workers
+        self.steps_per_epoch = math.ceil(len(plan) / epoch / batches_per_step)  # they differ a bit
+        self.total_steps = config.max_steps or math.ceil(len(plan) / batches_per_step)
+        # Where the last step has fewer than it has workers, it begins anew with the first ones.
+        self.plan = [plan[i % len(plan)] for i in range(self.total_steps * batches_per_step)]
         tokens = [int(train.lengths[batch].sum()) for batch in self.plan]
-        self._tokens_before = np.cumsum([0, *tokens])
+        self._tokens_before = np.cumsum([0, *tokens])[::batches_per_step]
+
+    def of_worker(self, number: int) -> SupervisedTask:
+        """The same task with the batches of one worker, every N-th of all."""
+        own = copy.copy(self)
+        own.plan = self.plan[number :: self.workers]
+        return own
 
     @property
     def at_once(self) -> int:
-        """One micro-batch a CPU thread, if no other processes are at work.
-
-        With dropout one after another: side by side they would draw their random numbers from one
-        generator in whatever order the threads come.
-        """
-        drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
-        alone = world_size() == 1 and self.model.device.type == "cpu"
-        return torch.get_num_threads() if alone and not drops else 1
+        """One micro-batch a CPU thread, if nobody else is at work."""
+        alone = world_size() == self.workers == 1
+        return threads_side_by_side(self.model) if alone else 1
 
     def updates(self, step: int) -> list[list[Batch]]:
-        least = max(self.config.gradient_accumulation_steps, self.at_once, world_size())
+        sharers = world_size() if self.workers == 1 else 1
+        least = max(self.config.gradient_accumulation_steps, self.at_once, sharers)
         return [self._batches(self.train, self.plan[step], least, self.at_once)]
 
     def work(self, step: int) -> int:
@@ -183,6 +190,7 @@ def _train(
     shape: ModelConfig | None = None,
     lora: LoRAConfig | None = None,
 ) -> Path:
+    require_a_worker_each(config.workers)
     prepare_training(config.threads, config.seed)
     beginning = begin(config, sources, shape=shape, lora=lora)
     task = _task(config, sources.corpus, beginning, loss)
