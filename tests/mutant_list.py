@@ -317,6 +317,73 @@ MUTANTS = [
         "learning_rates(run.optimizer, 1.0),",
         STAGE,
     ),
+    # --------------------------------------------------------------------------------- local SGD
+    Mutant(
+        "local SGD: all workers learn from the same batches",
+        "own.plan = self.plan[number :: self.workers]",
+        "own.plan = self.plan[:: self.workers]",
+        f"{STAGE} -k workers",
+    ),
+    Mutant(
+        "local SGD: the sum in place of the mean",
+        "(total / run.config.workers).split",
+        "(total / 1).split",
+        f"{STAGE} -k workers",
+    ),
+    Mutant(
+        "local SGD: the optimizer's moments are the first worker's",
+        "return [*weights, *(value for value in kept if isinstance(value, Tensor))]",
+        "return weights",
+        f"{STAGE} -k workers",
+    ),
+    Mutant(
+        "local SGD: the weights are the first worker's",
+        "tensor.copy_(mean.view_as(tensor))",
+        "pass",
+        f"{STAGE} -k workers",
+    ),
+    Mutant(
+        "local SGD: a mean after every step",
+        "end = min((run.step // every + 1) * every, task.total_steps)",
+        "end = run.step + 1",
+        f"{STAGE} -k workers",
+    ),
+    Mutant(
+        "local SGD: the copies' optimizers begin anew",
+        "    optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))\n",
+        "",
+        f"{STAGE} -k workers",
+    ),
+    Mutant(
+        "local SGD: each process has a mean of its own",
+        "        collectively(dist.all_reduce, total)\n    tensors",
+        "        pass\n    tensors",
+        f"{TOGETHER} -k a_worker_is_the_same",
+    ),
+    Mutant(
+        "local SGD: gradients are shared by all processes, too",
+        "world_size() > 1 and task.workers == 1:",
+        "world_size() > 1:",
+        f"{TOGETHER} -k a_worker_is_the_same",
+    ),
+    Mutant(
+        "local SGD: all workers drop the same",
+        "seed_dropout(run, rank() if task.workers == 1 else run.worker)",
+        "seed_dropout(run, rank())",
+        f"{TOGETHER} -k a_worker_is_the_same",
+    ),
+    Mutant(
+        "local SGD: with dropout side by side",
+        'if model.device.type == "cpu" and not drops else 1',
+        'if model.device.type == "cpu" else 1',
+        TOGETHER,
+    ),
+    Mutant(
+        "loop: a round passes over evaluations and saving",
+        "return self.now // every > self.before // every or self.all",
+        "return self.now % every == 0 or self.all",
+        f"{TOGETHER} -k rounds",
+    ),
     # -------------------------------------------------------------------------------- optimizers
     Mutant(
         "optimizer: AdamW without bias correction",

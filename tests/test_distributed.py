@@ -294,6 +294,19 @@ def test_workers_that_were_interrupted_go_on_bit_for_bit(world, tmp_path):
         assert largest_gap(the_run_in(whole), run) == 0
 
 
+def test_rounds_that_pass_a_step_save_and_evaluate(world, tmp_path):
+    """Rounds of 4 steps, saved every 6, evaluated every 10, logged every 7 and at epochs' ends."""
+    script, argv = with_workers(world, "--keep-checkpoints", 0, "--log-every", 7)
+    assert call(script, *argv, "--output-dir", tmp_path).code == 0
+    run = the_run_in(tmp_path)
+    saved = {int(path.stem.rpartition("_")[2]) for path in run.glob("checkpoint_step_*.pt")}
+    lines = lines_of(run)
+    assert saved == {8, 12}
+    assert [line["step"] for line in lines if "eval_loss" in line] == [12, 20]
+    assert [line["step"] for line in lines if "loss" in line] == [8, 12, 16, 20]
+    assert sum(line["steps"] for line in lines if "loss" in line) == STEPS
+
+
 def test_a_process_without_a_worker_is_refused(monkeypatch):
     monkeypatch.setattr(distributed, "_place", Place(0, 3))
     for workers in (1, 3, 4):

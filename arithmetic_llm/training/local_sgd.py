@@ -9,8 +9,9 @@ whether a thread or a process computes one changes nothing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
 from statistics import fmean
 
 import torch
@@ -39,8 +40,11 @@ def require_a_worker_each(workers: int) -> None:
         )
 
 
-def train_round(run: Run, task: Task) -> list[StepResult]:
+def train_round(run: Run, task: Task, show: Callable[[StepResult], None]) -> list[StepResult]:
     """All workers' steps up to their next mean.
+
+    Args:
+        show: is given one of a step's results when as many are done as this process has workers.
 
     Returns:
         Of each step the mean loss and gradient norm of all workers, and their tokens together.
@@ -51,9 +55,17 @@ def train_round(run: Run, task: Task) -> list[StepResult]:
     # The first one has the run's own weights, whose gradients are looked at after the first round.
     workers = [replace(run, worker=first), *(copied(run, number) for number in others)]
 
+    done = count(1)
+
+    def one_step(worker: Run, own: Task) -> StepResult:
+        result = train_step(worker, own)
+        if next(done) % len(workers) == 0:
+            show(result)
+        return result
+
     def steps_of(worker: Run) -> list[StepResult]:
         own = task.of_worker(worker.worker)
-        return [train_step(worker, own) for _ in range(run.step, end)]
+        return [one_step(worker, own) for _ in range(run.step, end)]
 
     results = [*map_at_once(steps_of, workers, threads_side_by_side(run.model))]
     take_mean(run, workers)

@@ -68,13 +68,13 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
     with bar, on_request_to_stop() as stop:
         if task.validates_start and run.step == 0:
             validate(run, task, log, bar)
-        meter = Meter(run, task)
+        meter = Meter(run, task, bar)
         while run.step < task.total_steps:
-            steps = train_round(run, task) if task.workers > 1 else [train_step(run, task)]
+            steps = next_steps(run, task, meter)
             done = Done(run.step - len(steps), run.step, task.total_steps)
             if witness:
                 witness.check(run, steps[0])
-            meter.add(steps, bar)
+            meter.add(steps)
             if done.passed(config.log_every) or done.passed(task.steps_per_epoch):
                 log.append(**meter.line())
             if done.passed(config.eval_every):
@@ -93,6 +93,15 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
         if any(added_up([stop.is_set()])):
             raise KeyboardInterrupt
         return summary
+
+
+def next_steps(run: Run, task: Task, meter: Meter) -> list[StepResult]:
+    """One step or, of workers, all up to their next mean."""
+    if task.workers > 1:
+        return train_round(run, task, meter.show)
+    step = train_step(run, task)
+    meter.show(step)
+    return [step]
 
 
 class Done(NamedTuple):
@@ -250,8 +259,8 @@ class Meter:
 
     ESTIMATE_AFTER_STEPS = 10
 
-    def __init__(self, run: Run, task: Task):
-        self.run, self.task = run, task
+    def __init__(self, run: Run, task: Task, bar: Progress):
+        self.run, self.task, self.bar = run, task, bar
         self.started = time.monotonic()
         self.tokens = self.steps = 0
         self.first_step = run.step
@@ -270,21 +279,23 @@ class Meter:
     def tokens_per_second(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
 
-    def add(self, steps: Sequence[StepResult], bar: Progress) -> None:
-        """Count steps and show them."""
+    def show(self, step: StepResult) -> None:
+        """One more step on the bar, with its loss."""
         metrics = self.task.metrics()
+        shown = {name: f"{metrics[name]:.3f}" for name in SHOWN if name in metrics}
+        speed = f"{self.tokens_per_second:,.0f}"
+        self.bar.update(1, loss=f"{step.loss:.3f}", **shown, tokens_per_s=speed)
+
+    def add(self, steps: Sequence[StepResult]) -> None:
+        """Count steps."""
         self.window += steps
-        self.metrics.append(metrics)
+        self.metrics.append(self.task.metrics())
         self.tokens += sum(step.tokens for step in steps)
         before, self.steps = self.steps, self.steps + len(steps)
         if before < min(self.ESTIMATE_AFTER_STEPS, self.task.total_steps) <= self.steps:
             speed = f"{self.tokens_per_second:,.0f} tokens/s"
             left = readable_seconds(self.seconds_left())
-            bar.note(f"expected time for this run: about {left} more at {speed}")
-        shown = {name: f"{metrics[name]:.3f}" for name in SHOWN if name in metrics}
-        speed = f"{self.tokens_per_second:,.0f}"
-        loss = fmean(step.loss for step in steps)
-        bar.update(len(steps), loss=f"{loss:.3f}", **shown, tokens_per_s=speed)
+            self.bar.note(f"expected time for this run: about {left} more at {speed}")
 
     def seconds_left(self) -> float:
         """Estimate by the work that this process has done and what remains, at the same speed."""
