@@ -273,19 +273,19 @@ def test_a_worker_is_the_same_in_a_thread_or_a_process(world, tmp_path, dropout)
 
 
 def test_workers_that_were_interrupted_go_on_bit_for_bit(world, tmp_path):
-    """From the mean that was saved, in as many processes or in one."""
-    script, argv = with_workers(world)
+    """Between two means, in as many processes or in one."""
+    script, argv = with_workers(world, "--local-steps", 60, "--max-steps", 80)
     whole = tmp_path / "whole"
     assert call(script, *argv, "--output-dir", whole).code == 0
     for processes in (1, 2):
         output = tmp_path / str(processes)
         words = command(script, *argv, "--output-dir", output, "--processes", 2)
         with started(words, tmp_path / "log.txt") as process:
-            run = wait_for_step(process, output, 5)
+            run = wait_for_step(process, output, 20)
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=60) == 130
         (saved,) = run.glob("checkpoint_step_*.pt")
-        assert read_checkpoint(saved).step % 4 == 0
+        assert read_checkpoint(saved).step in (25, 50, 75)
         resumed = subprocess.run(
             command(script, "--resume", run, "--processes", processes),
             **{"env": one_thread(), "capture_output": True, "text": True},

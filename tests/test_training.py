@@ -32,9 +32,9 @@ from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.solution import solve
-from arithmetic_llm.training import loop, supervised
+from arithmetic_llm.training import local_sgd, loop, supervised
 from arithmetic_llm.training.loop import epoch_log
-from arithmetic_llm.training.run import MetricsLog, Run
+from arithmetic_llm.training.run import OF_BEFORE, MetricsLog, Run
 from arithmetic_llm.training.supervised import SupervisedTask, counted_logits, train_instruction
 
 FOUNDATIONAL, INSTRUCTION = "run_foundational_training.py", "run_instruction_training.py"
@@ -612,7 +612,11 @@ def misfits(training):
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The runs that a script opened, each as it stood when training would have begun."""
+    return runs_that_a_script_opens(monkeypatch)
+
+
+def runs_that_a_script_opens(monkeypatch):
+    """A list of them, each as it stands when training would begin."""
     runs = []
     monkeypatch.setattr(
         supervised, "fit", lambda run, *_: runs.append(run) or {"best": {"eval_loss": 0.0}}
@@ -674,7 +678,7 @@ def test_a_training_state_damaged_anywhere_is_passed_over_and_leaves_no_trace(un
     assert call(FOUNDATIONAL, "--resume", unfinished).code == 0
     start, start_rng = opened.pop().model.state_dict(), torch.get_rng_state()
     training = torch.load(good, weights_only=True)["training"]
-    needed = {name: value for name, value in training.items() if name != "kernels"}
+    needed = {name: training[name] for name in training if name not in OF_BEFORE}
     changes = [*damages(training), *removals(needed), *misfits(training)]
     assert len(changes) > 50
     for place, change in changes:
@@ -689,6 +693,48 @@ def test_a_training_state_damaged_anywhere_is_passed_over_and_leaves_no_trace(un
         assert torch.equal(torch.get_rng_state(), start_rng), place
         for name, weight in run.model.state_dict().items():
             assert torch.equal(weight, start[name]), place
+
+
+def test_a_workers_state_damaged_anywhere_is_passed_over(workshop, tmp_path, monkeypatch):
+    """A run that stands between two means."""
+    monkeypatch.setattr(local_sgd, "AT_A_TIME", 5)
+    more = ("--workers", 2, "--local-steps", 99, "--max-steps", 10, "--save-every", 5)
+    folder = train(FOUNDATIONAL, foundational(workshop, *more, "--keep-checkpoints", 0), tmp_path)
+    (folder / FINISHED).unlink()
+    last = folder / "checkpoint_step_5.pt"
+    good = last.rename(folder / "good.pt")
+    opened = runs_that_a_script_opens(monkeypatch)
+    workers = torch.load(good, weights_only=True)["training"]["workers"]
+    weights = workers[0]["weights"]
+    assert not torch.equal(weights[0], workers[1]["weights"][0])
+    changes = [
+        *damages({"workers": workers}),
+        *damages(workers[0], ("workers", 0)),
+        *(
+            (path, partial(put, path, value))
+            for path, value in (
+                (("workers",), workers[:1]),
+                (("workers", 1, "weights"), weights[:-1]),
+                (("workers", 0, "weights", 0), torch.zeros(3)),
+            )
+        ),
+    ]
+    for place, change in changes:
+        shutil.copy(good, last)
+        edit(last, lambda content, change=change: change(content["training"]))
+        ended = call(FOUNDATIONAL, "--resume", folder)
+        assert ended.code == 0, (place, ended.err)
+        assert ended.err.startswith(f"warning: {last}: "), (place, ended.err)
+        run = opened.pop()
+        assert [each.step for each in (run, *run.workers)] == [0, 0, 0], place
+        for worker in run.workers:
+            assert all(map(torch.equal, worker.trained, run.trained)), place
+    shutil.copy(good, last)
+    assert call(FOUNDATIONAL, "--resume", folder).code == 0
+    (run,) = opened
+    for worker, saved in zip(run.workers, workers, strict=True):
+        assert worker.step == 5
+        assert all(map(torch.equal, worker.trained, saved["weights"]))
 
 
 @pytest.mark.parametrize(

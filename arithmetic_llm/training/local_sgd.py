@@ -8,9 +8,7 @@ whether a thread or a process computes one changes nothing.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from statistics import fmean
 
@@ -18,13 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from arithmetic_llm.distributed import collectively, gather_shares, share, world_size
+from arithmetic_llm.distributed import collectively, gather_shares, world_size
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.threads import map_at_once
 from arithmetic_llm.training.gradients import threads_side_by_side
-from arithmetic_llm.training.optim import build_optimizer
 from arithmetic_llm.training.run import Run
 from arithmetic_llm.training.step import StepResult, Task, train_step
+
+AT_A_TIME = 25  # steps: so long does a request to stop wait, and then one worker for another
 
 
 def require_a_worker_each(workers: int) -> None:
@@ -40,8 +39,11 @@ def require_a_worker_each(workers: int) -> None:
         )
 
 
-def train_round(run: Run, task: Task, show: Callable[[StepResult], None]) -> list[StepResult]:
-    """All workers' steps up to their next mean.
+def train_workers(run: Run, task: Task, show: Callable[[StepResult], None]) -> list[StepResult]:
+    """Some steps of every worker, up to their mean or at most `AT_A_TIME`.
+
+    The run's model is the mean of all workers then; at every multiple of ``local_steps`` the
+    workers, too, go on from there.
 
     Args:
         show: is given one of a step's results when as many are done as this process has workers.
@@ -50,61 +52,60 @@ def train_round(run: Run, task: Task, show: Callable[[StepResult], None]) -> lis
         Of each step the mean loss and gradient norm of all workers, and their tokens together.
     """
     every = run.config.local_steps
-    end = min((run.step // every + 1) * every, task.total_steps)
-    first, *others = share(range(task.workers))
-    # The first one has the run's own weights, whose gradients are looked at after the first round.
-    workers = [replace(run, worker=first), *(copied(run, number) for number in others)]
-
+    end = min(next_multiple(AT_A_TIME, run.step), next_multiple(every, run.step), task.total_steps)
     done = count(1)
 
     def one_step(worker: Run, own: Task) -> StepResult:
         result = train_step(worker, own)
-        if next(done) % len(workers) == 0:
+        if next(done) % len(run.workers) == 0:
             show(result)
         return result
 
     def steps_of(worker: Run) -> list[StepResult]:
-        own = task.of_worker(worker.worker)
+        own = task.of_worker(worker.number)
         return [one_step(worker, own) for _ in range(run.step, end)]
 
-    results = [*map_at_once(steps_of, workers, threads_side_by_side(run.model))]
-    take_mean(run, workers)
+    results = [*map_at_once(steps_of, run.workers, threads_side_by_side(run.model))]
     run.step = end
+    meet = end % every == 0
+    to_their_mean(run, weights, [run, *(run.workers if meet else [])])
+    if meet:
+        to_their_mean(run, moments, run.workers)
     return [over_workers(step) for step in zip(*gather_shares(results), strict=True)]
 
 
-def copied(run: Run, number: int) -> Run:
-    """A worker with weights and an optimizer of its own, which are as the run's are."""
-    model = copy.deepcopy(run.model)
-    optimizer = build_optimizer(model, run.config, run.precision)
-    optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
-    checkpoint = replace(run.checkpoint, model=model)
-    return replace(run, checkpoint=checkpoint, optimizer=optimizer, worker=number)
+def next_multiple(of: int, after: int) -> int:
+    return (after // of + 1) * of
 
 
 @torch.no_grad()
-def take_mean(run: Run, workers: Sequence[Run]) -> None:
-    """Give a run the mean of all processes' workers: of weights, and of the optimizers' moments."""
-    total = torch.stack([end_to_end(worker) for worker in workers]).sum(0)
+def to_their_mean(run: Run, of: Callable[[Run], list[Tensor]], takers: Iterable[Run]) -> None:
+    """Set tensors of some to the mean over all workers, those of other processes included."""
+    total = torch.stack([end_to_end(of(worker)) for worker in run.workers]).sum(0)
     if world_size() > 1:
         collectively(dist.all_reduce, total)
-    tensors = trained_tensors(run)
-    means = (total / run.config.workers).split([tensor.numel() for tensor in tensors])
-    for tensor, mean in zip(tensors, means, strict=True):
-        tensor.copy_(mean.view_as(tensor))
+    mean = total / run.config.workers
+    for tensors in map(of, takers):
+        parts = mean.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
-def end_to_end(run: Run) -> Tensor:
-    """All that training changes as one vector."""
-    return torch.cat([tensor.flatten() for tensor in trained_tensors(run)])
+def end_to_end(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors as one vector."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def trained_tensors(run: Run) -> list[Tensor]:
-    """Trained weights, and what the optimizer remembers of each, in the same order every time."""
-    weights = [p for group in run.optimizer.param_groups for p in group["params"]]
-    moments = [run.optimizer.state.get(weight, {}) for weight in weights]
-    kept = [value for each in moments for _, value in sorted(each.items())]
-    return [*weights, *(value for value in kept if isinstance(value, Tensor))]
+def weights(worker: Run) -> list[Tensor]:
+    """What is trained."""
+    return worker.trained
+
+
+def moments(worker: Run) -> list[Tensor]:
+    """What the optimizer remembers of each weight, in the same order every time."""
+    states = [worker.optimizer.state.get(weight, {}) for weight in worker.trained]
+    kept = [value for state in states for _, value in sorted(state.items())]
+    return [value for value in kept if isinstance(value, Tensor)]
 
 
 def over_workers(results: Sequence[StepResult]) -> StepResult:

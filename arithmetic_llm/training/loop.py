@@ -35,7 +35,7 @@ from arithmetic_llm.runtime import (
     when_asked_to_stop,
 )
 from arithmetic_llm.training.adapters import save_adapter_files
-from arithmetic_llm.training.local_sgd import train_round
+from arithmetic_llm.training.local_sgd import train_workers
 from arithmetic_llm.training.run import MetricsLog, Run
 from arithmetic_llm.training.step import StepResult, Task, train_step
 
@@ -62,9 +62,11 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
     """
     config, log = run.config, MetricsLog(run.folder)
     task.load_state_dict(run.task_state)
-    witness = FirstUpdate(run.model) if run.step == 0 else None
+    watched, *_ = trained = run.workers or [run]
+    witness = FirstUpdate(watched.model) if run.step == 0 else None
     bar = Progress(task.total_steps, run.checkpoint.stage, "step", run.step)
-    run.model.train()
+    for each in trained:
+        each.model.train()
     with bar, on_request_to_stop() as stop:
         if task.validates_start and run.step == 0:
             validate(run, task, log, bar)
@@ -73,7 +75,7 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
             steps = next_steps(run, task, meter)
             done = Done(run.step - len(steps), run.step, task.total_steps)
             if witness:
-                witness.check(run, steps[0])
+                witness.check(watched, steps[0])
             meter.add(steps)
             if done.passed(config.log_every) or done.passed(task.steps_per_epoch):
                 log.append(**meter.line())
@@ -85,7 +87,8 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
                 run.save_step()
             # All processes stop at the same step.
             if any(added_up([stop.is_set()])) and not done.all:
-                from_main(lambda: save_to_go_on(run))  # all wait, or its line would not be the last
+                run.save_step()
+                from_main(lambda: say_how_to_go_on(run))  # all wait, or it would not be said last
                 raise KeyboardInterrupt
         if witness and witness.before is not None:
             bar.note("warning: no step had an update; the weights are those of the start")
@@ -96,16 +99,16 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
 
 
 def next_steps(run: Run, task: Task, meter: Meter) -> list[StepResult]:
-    """One step or, of workers, all up to their next mean."""
-    if task.workers > 1:
-        return train_round(run, task, meter.show)
+    """One step or, of workers, some of each."""
+    if run.workers:
+        return train_workers(run, task, meter.show)
     step = train_step(run, task)
     meter.show(step)
     return [step]
 
 
 class Done(NamedTuple):
-    """The steps that have just been done: one, or those of a round of workers."""
+    """The steps that have just been done: one, or some of each worker."""
 
     before: int
     now: int
@@ -120,9 +123,8 @@ class Done(NamedTuple):
         return self.now // every > self.before // every or self.all
 
 
-def save_to_go_on(run: Run) -> None:
-    """Save at once, and say how to go on."""
-    run.save_step()
+def say_how_to_go_on(run: Run) -> None:
+    """Say that the run is saved."""
     with contextlib.suppress(OSError):  # the terminal may have gone
         print(f"saved; go on with --resume {run.folder}", file=sys.stderr)
 

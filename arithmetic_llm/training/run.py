@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -16,9 +17,11 @@ from arithmetic_llm.cli import read_json, to_json
 from arithmetic_llm.config import RunConfig
 from arithmetic_llm.distributed import (
     from_main,
+    gather_shares,
     is_main,
     job_name,
     require_same,
+    share,
     world_size,
 )
 from arithmetic_llm.folders import (
@@ -65,8 +68,9 @@ TRAINING = {  # the form of what a resumable checkpoint holds beside its weights
     "processes": int,
     "precision": str,
     "kernels": str,
+    "workers": list[dict],
 }
-OF_BEFORE = {"kernels": "torch"}  # what the checkpoints of earlier versions do not say
+OF_BEFORE = {"kernels": "torch", "workers": []}  # what earlier versions' checkpoints do not say
 
 
 @dataclass
@@ -79,7 +83,8 @@ class Run:
     optimizer: MuonAdamW
     precision: torch.dtype  # of the matrix products
     step: int = 0
-    worker: int = 0  # its number, if several train side by side (`local_sgd`)
+    number: int = 0  # of a worker
+    workers: list[Run] = field(default_factory=list)  # this process's, see `local_sgd`
     best: float = math.inf  # lowest `selection_loss` so far
     task_state: dict[str, Any] = field(default_factory=dict)
 
@@ -88,11 +93,26 @@ class Run:
         """A run before its first step."""
         precision = precision_of(config, checkpoint.model.device)
         optimizer = build_optimizer(checkpoint.model, config, precision)
-        return cls(folder, config, checkpoint, optimizer, precision)
+        run = cls(folder, config, checkpoint, optimizer, precision)
+        if workers_of(config) > 1:
+            run.workers = [run.worker(number) for number in share(range(workers_of(config)))]
+        return run
+
+    def worker(self, number: int) -> Run:
+        """A worker at its start: weights of its own, which are the run's, and an optimizer."""
+        own = replace(self.checkpoint, model=copy.deepcopy(self.model))
+        optimizer = build_optimizer(own.model, self.config, self.precision)
+        return replace(self, checkpoint=own, optimizer=optimizer, number=number)
 
     @property
     def model(self) -> ArithmeticModel:
+        """The model that is evaluated and saved: the one that is trained, or its workers' mean."""
         return self.checkpoint.model
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The weights that change, in the optimizer's order."""
+        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
 
     # -- files
 
@@ -102,10 +122,13 @@ class Run:
         return f"checkpoint_step_{self.step}.pt"
 
     def save(self, name: str, resumable: bool = False) -> None:
-        """Write a checkpoint of this moment into the run folder; of several processes one does."""
+        """Write a checkpoint of this moment into the run folder; of several processes one does.
+
+        Where it is to be resumable, all of them have to call this.
+        """
+        training = self._training_state() if resumable else {}
         if not is_main():
             return
-        training = self._training_state() if resumable else {}
         content = replace(self.checkpoint, step=self.step, training=training)
         save_checkpoint(self.folder / name, content)
 
@@ -138,8 +161,14 @@ class Run:
             "cuda_rng": torch.cuda.get_rng_state_all() if on_gpus else [],
             "threads": torch.get_num_threads(),
             "processes": world_size(),
+            "workers": gather_shares([worker.as_worker() for worker in self.workers]),
             **self._computed_by(),
         }
+
+    def as_worker(self) -> dict[str, Any]:
+        """What a worker is between two means."""
+        weights = [weight.detach().cpu() for weight in self.trained]
+        return {"weights": weights, "optimizer": self.optimizer.state_dict()}
 
     def _computed_by(self) -> dict[str, str]:
         """What the last bits of the weights depend on, beside threads and processes."""
@@ -158,11 +187,13 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.task_state = state["task"]
         self.step, self.best = saved.step, state["best"]
+        for worker, its_state in zip(self.workers, share(state["workers"]), strict=True):
+            worker.take_up(its_state, self.step)
         torch.set_rng_state(state["rng"])
         if torch.cuda.is_available() and world_size() == 1:  # it may go on with fewer devices
             torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
         if state["processes"] != world_size():
-            if getattr(self.config, "workers", 1) == 1:  # they add up in the same order wherever
+            if not self.workers:  # whose work is the same in any process
                 print(
                     f"warning: this run was computed by {in_words(state['processes'])} before, now "
                     f"by {in_words(world_size())}; its weights will not be bit-identical",
@@ -179,6 +210,14 @@ class Run:
                     file=sys.stderr,
                 )
 
+    def take_up(self, state: dict[str, Any], step: int) -> None:
+        """Make a worker what it was; see `as_worker`."""
+        self.step = step
+        self.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for weight, saved in zip(self.trained, state["weights"], strict=True):
+                weight.copy_(saved)
+
     def _check(self, state: dict[str, Any]) -> None:
         """Refuse a training state that could not be taken up whole."""
         if not state:
@@ -189,9 +228,21 @@ class Run:
             if state[name] < 1:
                 raise ValueError(f"training {name} is {state[name]}")
         check_optimizer_state(self.optimizer, state["optimizer"])
+        if len(state["workers"]) != (workers_of(self.config) if self.workers else 0):
+            raise ValueError(f"training workers are {len(state['workers'])}")
+        for saved in state["workers"]:
+            check_optimizer_state(self.optimizer, saved["optimizer"])
+            weights = checked(list[Tensor], saved["weights"], "worker's weights")
+            if [weight.shape for weight in weights] != [weight.shape for weight in self.trained]:
+                raise ValueError("a worker's weights are of other shapes")
         check_random_state("cpu", state["rng"])
         for rng in state["cuda_rng"] if torch.cuda.is_available() else []:
             check_random_state("cuda", rng)
+
+
+def workers_of(config: RunConfig) -> int:
+    """The workers that a run asks for; only some stages may have several."""
+    return getattr(config, "workers", 1)
 
 
 def in_words(processes: int) -> str:

@@ -72,7 +72,7 @@ def train_step(run: Run, task: Task) -> StepResult:
     """One step: as many updates as the task has for it, at one learning rate."""
     scale = learning_rate_factor(run.config, run.step, task.total_steps)
     if world_size() > 1 or task.workers > 1:
-        seed_dropout(run, rank() if task.workers == 1 else run.worker)
+        seed_dropout(run, rank() if task.workers == 1 else run.number)
     updates, tokens = [], 0
     for micro_batches in task.updates(run.step):
         updates.append(update(run, task, micro_batches, scale))
