@@ -331,7 +331,7 @@ def test_nothing_to_go_on_with_is_a_line(tmp_path, monkeypatch, content):
 
 @pytest.mark.parametrize(
     ("speeds", "chosen"),
-    [({1: 100.0, 4: 111.0}, 4), ({1: 100.0, 4: 109.0}, 1), ({1: 100.0, 4: 0.0}, 1)],
+    [({1: 100.0, 4: 106.0}, 4), ({1: 100.0, 4: 104.0}, 1), ({1: 100.0, 4: 0.0}, 1)],
     ids=str,
 )
 def test_several_processes_are_taken_if_they_pay(monkeypatch, capsys, speeds, chosen):
@@ -342,6 +342,17 @@ def test_several_processes_are_taken_if_they_pay(monkeypatch, capsys, speeds, ch
     assert quickstart.fastest("r") == chosen
     assert f"; --processes {chosen} from here on\n" in capsys.readouterr().out
     assert commands == [quickstart.SAMPLE]
+
+
+@pytest.mark.parametrize(("workers", "tried"), [(1, 4), (2, 2), (3, 3), (8, 4)])
+def test_a_process_without_a_worker_is_not_tried(monkeypatch, tmp_path, workers, tried):
+    quickstart, counts = load_script("quickstart.py"), []
+    monkeypatch.setattr(quickstart, "cores", lambda: 4)
+    monkeypatch.setattr(quickstart, "quietly", lambda *_, **__: 0)
+    monkeypatch.setattr(quickstart, "rate", lambda count, **_: counts.append(count) or count)
+    (tmp_path / "foundational.json").write_text(json.dumps({"workers": workers}))
+    assert quickstart.fastest(str(tmp_path)) == tried
+    assert counts == [1, tried]
 
 
 def test_a_trial_that_fails_is_no_speed(tmp_path):
