@@ -3,7 +3,8 @@
     python benchmarks/processes.py
 
 The quickstart's model and corpus. Efficiency is the speed as a share of so many times that of one
-process of one thread. Processes share a batch, so that all sides learn the same.
+process of one thread. Processes share a batch, so that all sides learn the same; workers have a
+batch each (local SGD).
 """
 
 from functools import partial
@@ -31,14 +32,16 @@ def ways():
         if count <= cores():
             yield f"1 process of {count} threads", (1, count)
             yield f"{count} processes of 1 thread", (count, 1)
+            workers = ("--workers", count, "--local-steps", 5)
+            yield f"{count} workers, a process of 1 thread each", (count, 1, *workers)
 
 
-def rate(case, processes, threads):
+def rate(case, processes, threads, *more):
     """Tokens a second of the script."""
-    return ours(case, "--processes", processes, "--threads", threads).rate
+    return ours(case, "--processes", processes, "--threads", threads, *more).rate
 
 
-def row(rates, name, processes, threads):
+def row(rates, name, processes, threads, *_):
     """The row of a way beside one process of one thread."""
     found = Comparison({"ours": rates[name], ONE: rates[ONE]}, {})
     used = processes * threads

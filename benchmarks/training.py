@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from common import (
 from arithmetic_llm.cli import read_json, run_main
 from arithmetic_llm.config import LoRAConfig, ModelConfig
 from arithmetic_llm.corpus.files import read_corpus
+from arithmetic_llm.distributed import cores
 from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.lora import target_names
 from arithmetic_llm.model.tokenizer import PAD, ArithmeticTokenizer
@@ -62,6 +63,7 @@ def measure(config):
     return [
         *speed_rows(quickstart, config, bars=(2, 3, 0.5)),
         memory_row(quickstart, quickstart.runs, 0.8),
+        *workers_rows(quickstart, config),
         *speed_rows(default, config, bars=(1.5, 3, 0.6)),
         memory_row(default, [ours(default, "--batch-tokens", 0, "--batch-size", 32)], 1.5),
         busy_row(quickstart, config),
@@ -175,13 +177,17 @@ def ours(case, *more):
 def rate_of(folder, tokens):
     """Tokens a second of a run's steady part: the harmonic mean over its steps, all alike in size.
 
+    A line may tell of several steps.
+
     The script counts positions, padding included; the corpus has ``tokens``.
     """
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     lines = [line for line in lines if "loss" in line]
     speeds = [line["tokens_per_second"] for line in lines]
-    positions = sum(line["tokens_per_second"] * line["seconds"] for line in lines)
-    steady = statistics.harmonic_mean(speeds[warm_up(len(speeds)) :])
+    steps = [line["steps"] for line in lines]
+    positions = sum(line["tokens_per_second"] * line["seconds"] * line["steps"] for line in lines)
+    first = warm_up(len(lines))
+    steady = statistics.harmonic_mean(speeds[first:], weights=steps[first:])
     return steady * min(1.0, tokens / positions)
 
 
@@ -299,6 +305,23 @@ def speed_rows(case, config, bars):
         ratio_row(subject, found, "plain loop", bars[0], thousands, command=command_of(case)),
         ratio_row(subject, found, "Trainer", bars[1], thousands),
         limit_row(case, found, bars[2]),
+    ]
+
+
+def workers_rows(case, config):
+    """Two workers, as the quickstart's recipe has them, beside one model on the same batches."""
+    processes = min(2, cores())
+    flags = ("--workers", 2, "--local-steps", 5, "--processes", processes)
+    workers = replace(case, words=(*case.words, *flags))
+    peers = {
+        "plain loop": plain_loops(case),
+        "one model": {"on all threads": lambda brief: ours(case).rate},
+    }
+    found = compare(lambda: ours(workers).rate, peers, config.repetitions)
+    subject, command = f"training, {case.name}, two workers", command_of(workers)
+    return [
+        ratio_row(subject, found, "plain loop", 2, thousands, command=command),
+        ratio_row(subject, found, "one model", 1.4, thousands),
     ]
 
 

@@ -183,11 +183,15 @@ def test_the_speed_of_a_run_is_a_share_of_what_its_products_could_do(
 
 
 def test_padding_and_the_first_steps_do_not_count_as_speed(load, tmp_path):
-    """Ten steps of 50 positions each, of which four in five are the corpus's tokens."""
-    speeds = (1, 1, *[100] * 8)
-    lines = [{"loss": 1.0, "tokens_per_second": s, "seconds": 50 / s} for s in speeds]
+    """Steps of 50 positions each, of which four in five are the corpus's tokens."""
+    told = [(1, 1), (1, 1), *[(3, 100), (1, 50)] * 4]  # steps of a line, and their speed
+    lines = [
+        {"loss": 1.0, "steps": steps, "tokens_per_second": speed, "seconds": 50 / speed}
+        for steps, speed in told
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert load("training").rate_of(tmp_path, tokens=400) == pytest.approx(80)
+    tokens = 0.8 * 50 * 18
+    assert load("training").rate_of(tmp_path, tokens) == pytest.approx(0.8 * 80)
 
 
 def test_the_peers_learn_from_the_samples_as_they_are(load, tokenizer):
