@@ -103,6 +103,11 @@ STAGES = (
 def main(argv=None):
     config = parse(QuickstartConfig, argv, __doc__)
     config, seconds = progress() if config.resume else (config, [])
+    if config.processes > (most := most_processes(config.recipe)) and most < MOST:
+        raise UserError(
+            f"--processes {config.processes}: {config.recipe} has {most} workers; give at most "
+            f"{most}"
+        )
     try:
         config = run_stages(config, seconds)
     except (KeyboardInterrupt, UserError):
@@ -222,11 +227,10 @@ TRIAL = (
 def fastest(recipe):
     """One process, or one for each core, if that trains faster on this machine as it is now.
 
-    Of a recipe with workers (local SGD), at most one for each of them. Without, how many there are
-    decides the last bits of the weights, so it is printed, and each run and the report store it. A
-    GPU is one process's.
+    Where processes share batches, their number decides the last bits of the weights; so it is
+    printed, and each run and the report store it. A GPU is one process's.
     """
-    most = min(cores(), workers_of(recipe) or MOST)
+    most = min(cores(), most_processes(recipe))
     if most == 1 or resolve_device("auto").type != "cpu":
         return 1
     print(f"\n== processes\ntrying 1 and {most} for some steps each ...", flush=True)
@@ -239,11 +243,11 @@ def fastest(recipe):
     return chosen
 
 
-def workers_of(recipe):
-    """How many workers the recipe's first training has; 0 if all processes share each batch."""
-    file = Path(recipe) / "foundational.json"
-    workers = read_json(file).get("workers", 1) if file.exists() else 1
-    return workers if workers > 1 else 0
+def most_processes(recipe):
+    """One for each worker, where a training stage has some (local SGD): more are refused."""
+    files = [Path(recipe) / f"{stage}.json" for stage in ("foundational", "instruction", "lora")]
+    workers = [read_json(file).get("workers", 1) for file in files if file.exists()]
+    return min([MOST, *(count for count in workers if count > 1)])
 
 
 def rate(**values):

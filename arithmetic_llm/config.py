@@ -421,8 +421,9 @@ class TrainingConfig(RunConfig):
     )
     workers: int = opt(
         1,
-        "local SGD: so many copies train side by side, a core or process each, every one on "
-        "batches of its own, and become their mean every --local-steps steps",
+        "local SGD: so many copies train side by side, a core or process each (with dropout, "
+        "one after the other on one core), every one on batches of its own, and become their "
+        "mean every --local-steps steps",
         at_least=1,
     )
     local_steps: int = opt(

@@ -23,8 +23,18 @@ def map_at_once(
     function: Callable[[Given], Result], given: Sequence[Given], at_once: int
 ) -> Iterable[Result]:
     """`map` with so many calls at a time; where there is one to make, it has all threads."""
-    each = workers(at_once).map if min(at_once, len(given)) > 1 else map
+    each = pool(at_once).map if min(at_once, len(given)) > 1 else map
     return each(function, given)
+
+
+def map_on_cores(
+    function: Callable[[Given], Result], given: Sequence[Given], at_once: int
+) -> Iterable[Result]:
+    """`map` with so many calls at a time, each on one core even where it is the only one.
+
+    So what is computed does not depend on how many there are.
+    """
+    return pool(at_once).map(function, given)
 
 
 @contextlib.contextmanager
@@ -38,7 +48,7 @@ def setting_on_error(event: threading.Event) -> Iterator[None]:
 
 
 @cache
-def workers(count: int) -> ThreadPoolExecutor:
+def pool(count: int) -> ThreadPoolExecutor:
     """Threads that compute on one core each; kept, for each has kernels and memory of its own."""
 
     def keep_to_one_core() -> None:

@@ -309,10 +309,10 @@ def speed_rows(case, config, bars):
 
 
 def workers_rows(case, config):
-    """Two workers, as the quickstart's recipe has them, beside one model on the same batches."""
+    """Two workers, which `configs/cpu` has, too, beside one model on the same batches."""
     processes = min(2, cores())
     flags = ("--workers", 2, "--local-steps", 5, "--processes", processes)
-    workers = replace(case, words=(*case.words, *flags))
+    workers = replace(case, words=(*case.words, *flags), runs=[])
     peers = {
         "plain loop": plain_loops(case),
         "one model": {"on all threads": lambda brief: ours(case).rate},

@@ -228,9 +228,9 @@ MUTANTS = [
     ),
     Mutant(
         "loop: gradients add up as they come",
-        "workers(at_once).map if",
+        "pool(at_once).map if",
         "(lambda f, b: (done.result() for done in __import__('concurrent.futures').futures"
-        ".as_completed([workers(at_once).submit(f, x) for x in b]))) if",
+        ".as_completed([pool(at_once).submit(f, x) for x in b]))) if",
         "test_data.py -k in_order",
     ),
     Mutant(
@@ -320,8 +320,8 @@ MUTANTS = [
     # --------------------------------------------------------------------------------- local SGD
     Mutant(
         "local SGD: all workers learn from the same batches",
-        "own.plan = self.plan[number :: self.workers]",
-        "own.plan = self.plan[:: self.workers]",
+        "own.plan = self.plan[number :: self.config.workers]",
+        "own.plan = self.plan[:: self.config.workers]",
         f"{STAGE} -k workers",
     ),
     Mutant(
@@ -362,19 +362,32 @@ MUTANTS = [
     ),
     Mutant(
         "local SGD: each process has a mean of its own",
-        "collectively(dist.all_reduce, total)\n",
+        "collectively(dist.broadcast, vector, number % world_size())\n",
         "pass\n",
         f"{TOGETHER} -k a_worker_is_the_same",
     ),
     Mutant(
+        "local SGD: each process adds up its own workers first",
+        "for number in range(run.config.workers):\n        mine",
+        "for number in sorted(range(run.config.workers), key=lambda n: n % world_size()):\n"
+        "        mine",
+        f"{TOGETHER} -k a_worker_is_the_same",
+    ),
+    Mutant(
+        "local SGD: a lone worker has all threads",
+        'map_on_cores if run.model.device.type == "cpu" else map_at_once',
+        "map_at_once",
+        f"{TOGETHER} -k a_worker_is_the_same",
+    ),
+    Mutant(
         "local SGD: gradients are shared by all processes, too",
-        "world_size() > 1 and task.workers == 1:",
+        "world_size() > 1 and task.shares_batches:",
         "world_size() > 1:",
         f"{TOGETHER} -k a_worker_is_the_same",
     ),
     Mutant(
         "local SGD: all workers drop the same",
-        "seed_dropout(run, rank() if task.workers == 1 else run.number)",
+        "seed_dropout(run, rank() if task.shares_batches else run.number)",
         "seed_dropout(run, rank())",
         f"{TOGETHER} -k a_worker_is_the_same",
     ),
@@ -385,9 +398,9 @@ MUTANTS = [
         TOGETHER,
     ),
     Mutant(
-        "loop: a round passes over evaluations and saving",
-        "return self.now // every > self.before // every or self.all",
-        "return self.now % every == 0 or self.all",
+        "local SGD: a round passes over what is due",
+        "return min(task.total_steps, *multiples)",
+        "return min(task.total_steps, *multiples[:2])",
         f"{TOGETHER} -k rounds",
     ),
     # -------------------------------------------------------------------------------- optimizers

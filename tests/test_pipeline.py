@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from browser import look_at
-from helpers import ROOT, load_script, one_thread, recipe, run
+from helpers import ROOT, call, load_script, one_thread, recipe, run
 
 from arithmetic_llm.config import QuickstartConfig
 from arithmetic_llm.distributed import cores
@@ -345,14 +345,24 @@ def test_several_processes_are_taken_if_they_pay(monkeypatch, capsys, speeds, ch
 
 
 @pytest.mark.parametrize(("workers", "tried"), [(1, 4), (2, 2), (3, 3), (8, 4)])
-def test_a_process_without_a_worker_is_not_tried(monkeypatch, tmp_path, workers, tried):
+@pytest.mark.parametrize("stage", ["foundational", "instruction", "lora"])
+def test_a_process_without_a_worker_is_not_tried(monkeypatch, tmp_path, stage, workers, tried):
     quickstart, counts = load_script("quickstart.py"), []
     monkeypatch.setattr(quickstart, "cores", lambda: 4)
     monkeypatch.setattr(quickstart, "quietly", lambda *_, **__: 0)
     monkeypatch.setattr(quickstart, "rate", lambda count, **_: counts.append(count) or count)
-    (tmp_path / "foundational.json").write_text(json.dumps({"workers": workers}))
+    (tmp_path / f"{stage}.json").write_text(json.dumps({"workers": workers}))
     assert quickstart.fastest(str(tmp_path)) == tried
     assert counts == [1, tried]
+
+
+def test_more_processes_than_workers_are_refused_before_the_first_stage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora.json").write_text('{"workers": 2}')
+    ended = call("quickstart.py", "--recipe", tmp_path, "--processes", 3)
+    assert ended.code == 2
+    assert ended.err == f"error: --processes 3: {tmp_path} has 2 workers; give at most 2\n"
+    assert not (tmp_path / "models").exists()
 
 
 def test_a_trial_that_fails_is_no_speed(tmp_path):

@@ -32,7 +32,7 @@ from arithmetic_llm.model.load import load_model
 from arithmetic_llm.model.tokenizer import ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.solution import solve
-from arithmetic_llm.training import local_sgd, loop, supervised
+from arithmetic_llm.training import loop, supervised
 from arithmetic_llm.training.loop import epoch_log
 from arithmetic_llm.training.run import OF_BEFORE, MetricsLog, Run
 from arithmetic_llm.training.supervised import SupervisedTask, counted_logits, train_instruction
@@ -423,7 +423,10 @@ def test_ctrl_c_saves_and_the_run_goes_on(script, arguments, undisturbed, tmp_pa
     assert process.wait() == 130
     *before, saved, interrupted = (tmp_path / "log.txt").read_text().splitlines()
     assert (saved, interrupted) == (f"saved; go on with --resume {folder}", "interrupted")
-    assert "finishing this step and saving; a second Ctrl-C ends at once without saving" in before
+    assert (
+        "finishing the step at hand and saving; a second Ctrl-C ends at once without saving"
+        in before
+    )
     saved = max(folder.glob("checkpoint_step_*.pt"), key=lambda path: path.stat().st_mtime)
     assert load_model(saved).step >= last_step(folder) - 5
     ended = call(script, "--resume", folder)
@@ -697,7 +700,6 @@ def test_a_training_state_damaged_anywhere_is_passed_over_and_leaves_no_trace(un
 
 def test_a_workers_state_damaged_anywhere_is_passed_over(workshop, tmp_path, monkeypatch):
     """A run that stands between two means."""
-    monkeypatch.setattr(local_sgd, "AT_A_TIME", 5)
     more = ("--workers", 2, "--local-steps", 99, "--max-steps", 10, "--save-every", 5)
     folder = train(FOUNDATIONAL, foundational(workshop, *more, "--keep-checkpoints", 0), tmp_path)
     (folder / FINISHED).unlink()
@@ -716,6 +718,7 @@ def test_a_workers_state_damaged_anywhere_is_passed_over(workshop, tmp_path, mon
                 (("workers",), workers[:1]),
                 (("workers", 1, "weights"), weights[:-1]),
                 (("workers", 0, "weights", 0), torch.zeros(3)),
+                (("workers", 1, "optimizer", "state"), {}),
             )
         ),
     ]

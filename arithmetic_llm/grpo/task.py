@@ -47,7 +47,7 @@ REPLAY = 2**20  # a round of its own, so that no replayed prompt is that of a ro
 
 
 class GRPOTask:
-    """Task of the training loop that learns from attempts; see `loop.Task`.
+    """Task of the training loop that learns from attempts; see `step.Task`.
 
     Args:
         validation: held-out expressions to judge the policy by.
@@ -55,7 +55,7 @@ class GRPOTask:
 
     validates_start = True  # what a run adds shows only beside what it began with
     at_once = 1  # its loss notes figures in the order of the micro-batches
-    workers = 1
+    shares_batches = True
 
     def __init__(
         self,

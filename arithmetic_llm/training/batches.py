@@ -269,7 +269,7 @@ def micro_batches(
         shape, device: of the model that reads it.
         least: parts to make at least, as far as there are rows.
         most_rows: rows of a part at most.
-        at_once: parts that are computed side by side: at least as many, which share the memory.
+        at_once: parts, of this batch or others, that are computed side by side: they share memory.
     """
     most_tokens, most_bytes = most_at_once(device)
 
@@ -281,7 +281,7 @@ def micro_batches(
         )
 
     ordered = indices[np.argsort(lengths[indices], kind="stable")]
-    pieces = np.array_split(ordered, max(1, min(max(least, at_once), len(ordered))))
+    pieces = np.array_split(ordered, max(1, min(least, len(ordered))))
     return [part for piece in pieces for part in _cut(piece, lengths, fits)]
 
 

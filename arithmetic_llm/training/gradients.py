@@ -36,7 +36,7 @@ class Loss(Protocol):
     """What is learned, as far as gradients are concerned."""
 
     at_once: int  # micro-batches computed side by side, on a CPU thread each; 1: on all threads
-    workers: int  # that train side by side (`local_sgd`): each one's gradients are its own
+    shares_batches: bool  # do all processes compute a batch's gradients; or is it one worker's
 
     def loss(self, model: ArithmeticModel, batch: MicroBatch) -> Tensor:
         """The loss of a micro-batch, summed (not averaged) over what it counts."""
@@ -55,7 +55,7 @@ def add_gradients(
         with autocast(model.device, precision):  # holds for the thread that enters it
             return task.loss(model, batch.to(model.device)) / total
 
-    if world_size() > 1 and task.workers == 1:
+    if world_size() > 1 and task.shares_batches:
         return _with_other_processes(model, loss_of, share(micro_batches))
     return _by_threads(model, loss_of, micro_batches, task.at_once)
 

@@ -8,22 +8,23 @@ whether a thread or a process computes one changes nothing.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from itertools import count
+from operator import attrgetter
 from statistics import fmean
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from arithmetic_llm.distributed import collectively, gather_shares, world_size
+from arithmetic_llm.distributed import collectively, gather_shares, is_mine, world_size
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.threads import map_at_once
+from arithmetic_llm.threads import map_at_once, map_on_cores, setting_on_error
 from arithmetic_llm.training.gradients import threads_side_by_side
 from arithmetic_llm.training.run import Run
 from arithmetic_llm.training.step import StepResult, Task, train_step
 
-AT_A_TIME = 25  # steps: so long does a request to stop wait, and then one worker for another
+AT_A_TIME = 20  # steps: so long does a request to stop wait, and then one worker for another
 
 
 def require_a_worker_each(workers: int) -> None:
@@ -40,50 +41,61 @@ def require_a_worker_each(workers: int) -> None:
 
 
 def train_workers(run: Run, task: Task, show: Callable[[StepResult], None]) -> list[StepResult]:
-    """Some steps of every worker, up to their mean or at most `AT_A_TIME`.
+    """Some steps of every worker: up to where something is due, but at most `AT_A_TIME`.
 
     The run's model is the mean of all workers then; at every multiple of ``local_steps`` the
-    workers, too, go on from there.
+    workers, too, go on from there. On a CPU a worker is computed on one core, wherever it is.
 
     Args:
-        show: is given one of a step's results when as many are done as this process has workers.
+        show: is given the result of each step of this process's workers, by any thread.
 
     Returns:
         Of each step the mean loss and gradient norm of all workers, and their tokens together.
     """
-    every = run.config.local_steps
-    end = min(next_multiple(AT_A_TIME, run.step), next_multiple(every, run.step), task.total_steps)
-    done = count(1)
+    end, stopped = end_of_round(run, task), threading.Event()
 
-    def one_step(worker: Run, own: Task) -> StepResult:
-        result = train_step(worker, own)
-        if next(done) % len(run.workers) == 0:
-            show(result)
-        return result
-
+    @setting_on_error(stopped)
     def steps_of(worker: Run) -> list[StepResult]:
-        own = task.of_worker(worker.number)
-        return [one_step(worker, own) for _ in range(run.step, end)]
+        own, results = task.of_worker(worker.number), []
+        while worker.step < end and not stopped.is_set():
+            results.append(train_step(worker, own))
+            show(results[-1])
+        return results
 
-    results = [*map_at_once(steps_of, run.workers, threads_side_by_side(run.model))]
+    side_by_side = map_on_cores if run.model.device.type == "cpu" else map_at_once
+    with setting_on_error(stopped):  # Ctrl-C comes to this thread alone
+        results = [*side_by_side(steps_of, run.workers, threads_side_by_side(run.model))]
     run.step = end
-    meet = end % every == 0
-    to_their_mean(run, weights, [run, *(run.workers if meet else [])])
+    meet = end % run.config.local_steps == 0
+    to_their_mean(run, attrgetter("trained"), [run, *(run.workers if meet else [])])
     if meet:
         to_their_mean(run, moments, run.workers)
     return [over_workers(step) for step in zip(*gather_shares(results), strict=True)]
 
 
-def next_multiple(of: int, after: int) -> int:
-    return (after // of + 1) * of
+def end_of_round(run: Run, task: Task) -> int:
+    """The next step at which something is done for all workers together."""
+    config = run.config
+    due = (config.local_steps, config.eval_every, config.save_every, config.log_every)
+    multiples = [
+        (run.step // every + 1) * every for every in (AT_A_TIME, *due, task.steps_per_epoch)
+    ]
+    return min(task.total_steps, *multiples)
 
 
 @torch.no_grad()
 def to_their_mean(run: Run, of: Callable[[Run], list[Tensor]], takers: Iterable[Run]) -> None:
-    """Set tensors of some to the mean over all workers, those of other processes included."""
-    total = torch.stack([end_to_end(of(worker)) for worker in run.workers]).sum(0)
-    if world_size() > 1:
-        collectively(dist.all_reduce, total)
+    """Set tensors of some to the mean over all workers, those of other processes included.
+
+    They are added up by their numbers in every process, so that the sum is the same to the bit.
+    """
+    total = 0.0
+    for number in range(run.config.workers):
+        mine, place = is_mine(number), number // world_size()
+        vector = end_to_end(of(run.workers[place if mine else 0]))
+        if world_size() > 1:
+            collectively(dist.broadcast, vector, number % world_size())
+        total = total + vector
     mean = total / run.config.workers
     for tensors in map(of, takers):
         parts = mean.split([tensor.numel() for tensor in tensors])
@@ -92,13 +104,8 @@ def to_their_mean(run: Run, of: Callable[[Run], list[Tensor]], takers: Iterable[
 
 
 def end_to_end(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors as one vector."""
+    """Tensors as one vector, a copy of them."""
     return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def weights(worker: Run) -> list[Tensor]:
-    """What is trained."""
-    return worker.trained
 
 
 def moments(worker: Run) -> list[Tensor]:

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,11 +36,11 @@ from arithmetic_llm.runtime import (
 )
 from arithmetic_llm.training.adapters import save_adapter_files
 from arithmetic_llm.training.local_sgd import train_workers
-from arithmetic_llm.training.run import MetricsLog, Run
+from arithmetic_llm.training.run import MetricsLog, Run, workers_of
 from arithmetic_llm.training.step import StepResult, Task, train_step
 
 SHOWN = ("reward", "accuracy")  # of a task's figures, on the bar
-STOPPING = b"\nfinishing this step and saving; a second Ctrl-C ends at once without saving\n"
+STOPPING = b"\nfinishing the step at hand and saving; a second Ctrl-C ends at once without saving\n"
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -73,20 +73,20 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
         meter = Meter(run, task, bar)
         while run.step < task.total_steps:
             steps = next_steps(run, task, meter)
-            done = Done(run.step - len(steps), run.step, task.total_steps)
             if witness:
-                witness.check(watched, steps[0])
+                witness.check(watched, steps[-1])
             meter.add(steps)
-            if done.passed(config.log_every) or done.passed(task.steps_per_epoch):
+            last = run.step == task.total_steps
+            epoch_ends = run.step % task.steps_per_epoch == 0 or last
+            if run.step % config.log_every == 0 or epoch_ends:
                 log.append(**meter.line())
-            if done.passed(config.eval_every):
+            if run.step % config.eval_every == 0 or last:
                 validate(run, task, log, bar)
-            if done.all:  # writing the final files may fail, and the training must not be lost
+            if last:  # writing the final files may fail, and the training must not be lost
                 run.save(run.step_file, resumable=True)
-            elif done.passed(config.save_every):
+            elif run.step % config.save_every == 0:
                 run.save_step()
-            # All processes stop at the same step.
-            if any(added_up([stop.is_set()])) and not done.all:
+            if any(added_up([stop.is_set()])) and not last:  # all processes stop at the same step
                 run.save_step()
                 from_main(lambda: say_how_to_go_on(run))  # all wait, or it would not be said last
                 raise KeyboardInterrupt
@@ -99,28 +99,12 @@ def fit(run: Run, task: Task, more_files: Callable[[Run], None] | None = None) -
 
 
 def next_steps(run: Run, task: Task, meter: Meter) -> list[StepResult]:
-    """One step or, of workers, some of each."""
+    """One step or, of workers, some of each, up to where something is due."""
     if run.workers:
         return train_workers(run, task, meter.show)
     step = train_step(run, task)
     meter.show(step)
     return [step]
-
-
-class Done(NamedTuple):
-    """The steps that have just been done: one, or some of each worker."""
-
-    before: int
-    now: int
-    total: int
-
-    @property
-    def all(self) -> bool:
-        return self.now == self.total
-
-    def passed(self, every: int) -> bool:
-        """Whether a multiple of ``every`` was among them, or the last step."""
-        return self.now // every > self.before // every or self.all
 
 
 def say_how_to_go_on(run: Run) -> None:
@@ -130,7 +114,9 @@ def say_how_to_go_on(run: Run) -> None:
 
 
 class FirstUpdate:
-    """Watches the first update of a run: what should train has moved, what is frozen has not."""
+    """Watches a run's first update, of a worker its first ones: what should train has moved, what
+    is frozen has not.
+    """
 
     def __init__(self, model: ArithmeticModel):
         self.before: dict[str, Tensor] | None = {
@@ -264,7 +250,9 @@ class Meter:
     def __init__(self, run: Run, task: Task, bar: Progress):
         self.run, self.task, self.bar = run, task, bar
         self.started = time.monotonic()
-        self.tokens = self.steps = 0
+        self.tokens = self.steps = 0  # of whole steps, all workers'
+        self.tokens_begun = self.results = 0  # of steps at hand, this process's workers'
+        self.lock = threading.Lock()
         self.first_step = run.step
         self._open_window()
 
@@ -279,17 +267,24 @@ class Meter:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / max(self.seconds, 1e-9)
+        mine = len(self.run.workers) or 1
+        begun = self.tokens_begun * workers_of(self.run.config) / mine
+        return (self.tokens + begun) / max(self.seconds, 1e-9)
 
-    def show(self, step: StepResult) -> None:
-        """One more step on the bar, with its loss."""
+    def show(self, result: StepResult) -> None:
+        """A step of the model or of one of its workers on the bar, with its loss; by any thread."""
         metrics = self.task.metrics()
         shown = {name: f"{metrics[name]:.3f}" for name in SHOWN if name in metrics}
-        speed = f"{self.tokens_per_second:,.0f}"
-        self.bar.update(1, loss=f"{step.loss:.3f}", **shown, tokens_per_s=speed)
+        with self.lock:
+            self.tokens_begun += result.tokens
+            self.results += 1
+            if self.results % (len(self.run.workers) or 1) == 0:
+                speed = f"{self.tokens_per_second:,.0f}"
+                self.bar.update(1, loss=f"{result.loss:.3f}", **shown, tokens_per_s=speed)
 
     def add(self, steps: Sequence[StepResult]) -> None:
-        """Count steps."""
+        """Count steps that are done."""
+        self.tokens_begun = 0
         self.window += steps
         self.metrics.append(self.task.metrics())
         self.tokens += sum(step.tokens for step in steps)

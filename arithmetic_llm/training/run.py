@@ -80,7 +80,7 @@ class Run:
     folder: Path
     config: RunConfig
     checkpoint: Checkpoint  # the model, with what every file saved from it must say
-    optimizer: MuonAdamW
+    optimizer: MuonAdamW  # where there are workers, they have their own, and this one does nothing
     precision: torch.dtype  # of the matrix products
     step: int = 0
     number: int = 0  # of a worker
@@ -166,9 +166,14 @@ class Run:
         }
 
     def as_worker(self) -> dict[str, Any]:
-        """What a worker is between two means."""
+        """What a worker is between two means, on the CPU: another GPU may take it up."""
         weights = [weight.detach().cpu() for weight in self.trained]
-        return {"weights": weights, "optimizer": self.optimizer.state_dict()}
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {
+            index: {name: v.cpu() if isinstance(v, Tensor) else v for name, v in state.items()}
+            for index, state in optimizer["state"].items()
+        }
+        return {"weights": weights, "optimizer": optimizer}
 
     def _computed_by(self) -> dict[str, str]:
         """What the last bits of the weights depend on, beside threads and processes."""
@@ -235,6 +240,8 @@ class Run:
             weights = checked(list[Tensor], saved["weights"], "worker's weights")
             if [weight.shape for weight in weights] != [weight.shape for weight in self.trained]:
                 raise ValueError("a worker's weights are of other shapes")
+        if len({str(_keys(saved["optimizer"]["state"])) for saved in state["workers"]}) > 1:
+            raise ValueError("its workers' optimizers do not remember the same")
         check_random_state("cpu", state["rng"])
         for rng in state["cuda_rng"] if torch.cuda.is_available() else []:
             check_random_state("cuda", rng)
@@ -276,6 +283,11 @@ def check_optimizer_state(optimizer: MuonAdamW, saved: dict[str, Any]) -> None:
                 checked(int, value, "optimizer step")
             elif checked(Tensor, value, f"optimizer {name}").shape != parameters[index].shape:
                 raise ValueError(f"optimizer state {name} does not fit the weights")
+
+
+def _keys(state: dict[int, dict]) -> list[tuple[int, list[str]]]:
+    """Which values an optimizer remembers of which parameters."""
+    return [(index, sorted(values)) for index, values in sorted(state.items())]
 
 
 def _layout(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

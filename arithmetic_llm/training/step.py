@@ -28,7 +28,7 @@ class Task(Loss, Protocol):
         """The optimizer updates of a step (mostly one), each as its micro-batches."""
 
     def of_worker(self, number: int) -> Task:
-        """The same with the batches of one of its workers, if there are several."""
+        """The same with the batches of one worker; see `local_sgd`."""
 
     def work(self, step: int) -> float:
         """Work done before ``step``, in any unit; what the time estimate rests on."""
@@ -71,8 +71,8 @@ class StepResult(NamedTuple):
 def train_step(run: Run, task: Task) -> StepResult:
     """One step: as many updates as the task has for it, at one learning rate."""
     scale = learning_rate_factor(run.config, run.step, task.total_steps)
-    if world_size() > 1 or task.workers > 1:
-        seed_dropout(run, rank() if task.workers == 1 else run.number)
+    if world_size() > 1 or not task.shares_batches:
+        seed_dropout(run, rank() if task.shares_batches else run.number)
     updates, tokens = [], 0
     for micro_batches in task.updates(run.step):
         updates.append(update(run, task, micro_batches, scale))

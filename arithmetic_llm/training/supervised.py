@@ -47,7 +47,7 @@ MORE_ROOM = "raise --max-seq-length, or make a corpus of shallower problems"
 
 
 class SupervisedTask:
-    """Next-token prediction over tokenised samples; see `loop.Task`.
+    """Next-token prediction over tokenised samples; see `step.Task`.
 
     Args:
         model: what is trained; its shape decides how batches are cut to fit into memory.
@@ -63,37 +63,41 @@ class SupervisedTask:
         model: ArithmeticModel,
     ):
         self.train, self.held_out, self.config, self.model = train, held_out, config, model
-        self.workers = config.workers
         plan: list[np.ndarray] = []
-        epoch, most = 0, config.max_steps * self.workers
+        workers = config.workers  # a step is a batch of each
+        epoch, most = 0, config.max_steps * workers
         while len(plan) < most if most else epoch < config.num_epochs:
             rng = np.random.default_rng((config.seed, epoch))
             plan += plan_epoch(train.lengths, config.batch_size, config.batch_tokens, rng)
             epoch += 1
-        batches_per_step = self.workers
-        self.steps_per_epoch = math.ceil(len(plan) / epoch / batches_per_step)  # they differ a bit
-        self.total_steps = config.max_steps or math.ceil(len(plan) / batches_per_step)
-        # Where the last step has fewer than it has workers, it begins anew with the first ones.
-        self.plan = [plan[i % len(plan)] for i in range(self.total_steps * batches_per_step)]
+        self.steps_per_epoch = math.ceil(len(plan) / epoch / workers)  # they differ by a few
+        self.total_steps = config.max_steps or math.ceil(len(plan) / workers)
+        # Where the last step would have too few, the first batches are learned from once more.
+        self.plan = [plan[i % len(plan)] for i in range(self.total_steps * workers)]
         tokens = [int(train.lengths[batch].sum()) for batch in self.plan]
-        self._tokens_before = np.cumsum([0, *tokens])[::batches_per_step]
+        self._tokens_before = np.cumsum([0, *tokens])[::workers]
 
     def of_worker(self, number: int) -> SupervisedTask:
         """The same task with the batches of one worker, every N-th of all."""
         own = copy.copy(self)
-        own.plan = self.plan[number :: self.workers]
+        own.plan = self.plan[number :: self.config.workers]
         return own
+
+    @property
+    def shares_batches(self) -> bool:
+        return self.config.workers == 1
 
     @property
     def at_once(self) -> int:
         """One micro-batch a CPU thread, if nobody else is at work."""
-        alone = world_size() == self.workers == 1
+        alone = world_size() == 1 and self.shares_batches
         return threads_side_by_side(self.model) if alone else 1
 
     def updates(self, step: int) -> list[list[Batch]]:
-        sharers = world_size() if self.workers == 1 else 1
+        sharers = world_size() if self.shares_batches else 1
         least = max(self.config.gradient_accumulation_steps, self.at_once, sharers)
-        return [self._batches(self.train, self.plan[step], least, self.at_once)]
+        at_once = max(self.at_once, self.config.workers)  # that share the memory
+        return [self._batches(self.train, self.plan[step], least, at_once)]
 
     def work(self, step: int) -> int:
         """Tokens of the samples before ``step``."""
