@@ -235,8 +235,8 @@ MUTANTS = [
     ),
     Mutant(
         "supervised: dropout on several threads at once",
-        "torch.get_num_threads() if alone and not drops else 1",
-        "torch.get_num_threads() if alone else 1",
+        'torch.get_num_threads() if model.device.type == "cpu" and not drops else 1',
+        'torch.get_num_threads() if model.device.type == "cpu" else 1',
         "test_data.py -k one_after_another",
     ),
     Mutant(
@@ -289,13 +289,13 @@ MUTANTS = [
     ),
     Mutant(
         "loop: the optimizer's state is not restored",
-        'self.optimizer.load_state_dict(state["optimizer"])',
-        "pass",
+        'self.optimizer.load_state_dict(state["optimizer"])\n        self.task_state',
+        "self.task_state",
         "test_training.py -k damaged",
     ),
     Mutant(
         "loop: no check that anything moved",
-        "            witness.check(run, step)\n",
+        "            witness.check(watched, steps[-1])\n",
         "",
         f"{STAGE} -k moves_nothing",
     ),
@@ -338,13 +338,13 @@ MUTANTS = [
     ),
     Mutant(
         "local SGD: the workers never meet",
-        "meet = end % every == 0",
+        "meet = end % run.config.local_steps == 0",
         "meet = False",
         f"{STAGE} -k workers",
     ),
     Mutant(
         "local SGD: the workers meet whenever they stop",
-        "meet = end % every == 0",
+        "meet = end % run.config.local_steps == 0",
         "meet = True",
         f"{STAGE} -k workers",
     ),
@@ -390,12 +390,6 @@ MUTANTS = [
         "seed_dropout(run, rank() if task.shares_batches else run.number)",
         "seed_dropout(run, rank())",
         f"{TOGETHER} -k a_worker_is_the_same",
-    ),
-    Mutant(
-        "local SGD: with dropout side by side",
-        'if model.device.type == "cpu" and not drops else 1',
-        'if model.device.type == "cpu" else 1',
-        TOGETHER,
     ),
     Mutant(
         "local SGD: a round passes over what is due",
@@ -1331,7 +1325,7 @@ MUTANTS = [
     ),
     Mutant(
         "Processes: all drop the same values",
-        "derived_seed(run.config.seed, run.step, rank())",
+        "derived_seed(run.config.seed, run.step, place)",
         "derived_seed(run.config.seed, run.step, 0)",
         f"{TOGETHER} -k drops_other_values",
     ),

@@ -22,9 +22,9 @@ from arithmetic_llm.model.tokenizer import PAD
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.solution import solve
 from arithmetic_llm.task.text import problem_text
-from arithmetic_llm.threads import workers
+from arithmetic_llm.threads import pool
 from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, plan_epoch
-from arithmetic_llm.training.loop import update
+from arithmetic_llm.training.step import update
 from arithmetic_llm.training.supervised import SupervisedTask, held_out_sums
 
 TOKENIZER = make_tokenizer()
@@ -396,11 +396,11 @@ def test_gradients_add_up_in_order_whichever_thread_is_late(monkeypatch, slow):
 
 
 def test_a_worker_computes_on_one_core_whatever_is_set_elsewhere():
-    pool, both = workers.__wrapped__(2), threading.Barrier(2)
+    fresh, both = pool.__wrapped__(2), threading.Barrier(2)
     with on_threads(2):
-        list(pool.map(lambda _: both.wait(), range(2)))
+        list(fresh.map(lambda _: both.wait(), range(2)))
     with on_threads(3):
-        assert [*pool.map(lambda _: torch.get_num_threads(), range(2))] == [1, 1]
+        assert [*fresh.map(lambda _: torch.get_num_threads(), range(2))] == [1, 1]
         assert torch.get_num_threads() == 3
 
 

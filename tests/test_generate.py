@@ -23,7 +23,7 @@ from arithmetic_llm.model.decode import (
     truncated_logprobs,
 )
 from arithmetic_llm.model.tokenizer import BOS, EOS
-from arithmetic_llm.threads import workers
+from arithmetic_llm.threads import pool
 
 VOCAB = 61
 MODEL = random_model(VOCAB, seed=1)
@@ -200,7 +200,7 @@ def test_an_error_in_a_thread_is_told_and_ends_the_others():
         with pytest.raises(MemoryError, match="no more"):
             # 269 passes each, two at a time
             on_so_many(2, generate, MODEL, [PROMPTS[67]] * 32, 400, batch_size=31)
-        list(workers(2).map(lambda _: both.wait(), range(2)))  # until both have nothing to do
+        list(pool(2).map(lambda _: both.wait(), range(2)))  # until both have nothing to do
     assert next(passes) < 200
 
 

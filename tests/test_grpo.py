@@ -28,7 +28,7 @@ from arithmetic_llm.grpo.task import GRPOTask, loss_settings
 from arithmetic_llm.model.decode import SamplingParams, generate
 from arithmetic_llm.model.lora import add_lora
 from arithmetic_llm.model.tokenizer import EOS, PAD
-from arithmetic_llm.training.loop import update
+from arithmetic_llm.training.step import update
 
 VOCABULARY = 40
 LENGTHS = [(4, 1), (3, 7), (6, 12), (2, 5), (5, 9), (3, 3), (7, 2), (4, 11)]  # prompt, completion
