@@ -93,7 +93,6 @@ def test_parts_computed_side_by_side_share_the_memory(lengths, shape, at_once):
     indices = np.arange(len(lengths))
     parts = micro_batches(lengths, indices, shape, CPU, at_once=at_once)
     assert sorted(np.concatenate(parts)) == list(indices)
-    assert len(parts) >= min(at_once, len(indices))
     assert all(len(part) == 1 or fits(lengths[part], shape, CPU, 300, at_once) for part in parts)
 
 
