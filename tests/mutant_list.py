@@ -377,7 +377,7 @@ MUTANTS = [
         "local SGD: a lone worker has all threads",
         'map_on_cores if run.model.device.type == "cpu" else map_at_once',
         "map_at_once",
-        f"{TOGETHER} -k a_worker_is_the_same",
+        f"{TOGETHER} -k one_core",
     ),
     Mutant(
         "local SGD: gradients are shared by all processes, too",

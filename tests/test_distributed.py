@@ -21,6 +21,7 @@ from helpers import (
     call,
     checkpoint_of,
     command,
+    on_threads,
     one_thread,
     random_model,
     records,
@@ -34,6 +35,7 @@ from arithmetic_llm.distributed import Place, gather_shares, is_mine, share
 from arithmetic_llm.folders import FINISHED
 from arithmetic_llm.model.checkpoint import read_checkpoint, save_checkpoint
 from arithmetic_llm.runtime import UserError
+from arithmetic_llm.training import local_sgd
 from arithmetic_llm.training.gradients import _LossModule
 from arithmetic_llm.training.local_sgd import require_a_worker_each
 from arithmetic_llm.training.step import seed_dropout
@@ -274,6 +276,20 @@ def test_a_worker_is_the_same_in_a_thread_or_a_process(world, tmp_path, dropout)
     for other in runs[1:]:
         assert largest_gap(runs[0], other) == 0
         check_figures(runs[0], other)
+
+
+def test_a_worker_is_computed_on_one_core_even_where_it_is_alone(world, tmp_path, monkeypatch):
+    """As with dropout, one after the other: sums of several threads have other last bits."""
+    threads, original = [], local_sgd.train_step
+    monkeypatch.setattr(
+        local_sgd,
+        "train_step",
+        lambda *given: threads.append(torch.get_num_threads()) or original(*given),
+    )
+    script, argv = with_workers(world, "--threads", 2, "--max-steps", 4, "--output-dir", tmp_path)
+    with on_threads(2):
+        assert call(script, *argv).code == 0
+    assert threads == [1] * 8
 
 
 def test_workers_that_were_interrupted_go_on_bit_for_bit(world, tmp_path):
