@@ -258,10 +258,7 @@ def check_dead_groups(run):
 
 @pytest.mark.parametrize("dropout", [0, 0.2])
 def test_a_worker_is_the_same_in_a_thread_or_a_process(world, tmp_path, dropout):
-    """Bit for bit: three on one core, on two threads, in two processes and in three.
-
-    The matrices are so large that several threads would add up their gradients in another order.
-    """
+    """Bit for bit: three on one core, on two threads, in two processes and in three."""
     large = ("--d-model", 192, "--dim-feedforward", 256, "--max-steps", 8)
     runs = []
     for threads, processes in ((1, 1), (2, 1), (2, 2), (1, 3)):

@@ -673,6 +673,21 @@ def test_a_step_with_other_weights_is_passed_over(unfinished, opened):
     assert opened[0].step == 60
 
 
+def resumed_with(changes, good, last):
+    """Resume from a copy of a checkpoint with each of some changes to its training state.
+
+    It is passed over with one warning; yields the change's place, when the run has been opened.
+    """
+    for place, change in changes:
+        shutil.copy(good, last)
+        edit(last, lambda content, change=change: change(content["training"]))
+        ended = call(FOUNDATIONAL, "--resume", last.parent)
+        assert ended.code == 0, (place, ended.err)
+        assert ended.err.startswith(f"warning: {last}: "), (place, ended.err)
+        assert ended.err.count("\n") == 1, place
+        yield place
+
+
 def test_a_training_state_damaged_anywhere_is_passed_over_and_leaves_no_trace(unfinished, opened):
     """Each key taken away or of another type; the run then starts over as if there were no file."""
     (unfinished / "checkpoint_step_60.pt").unlink()
@@ -684,13 +699,7 @@ def test_a_training_state_damaged_anywhere_is_passed_over_and_leaves_no_trace(un
     needed = {name: training[name] for name in training if name not in OF_BEFORE}
     changes = [*damages(training), *removals(needed), *misfits(training)]
     assert len(changes) > 50
-    for place, change in changes:
-        shutil.copy(good, last)
-        edit(last, lambda content, change=change: change(content["training"]))
-        ended = call(FOUNDATIONAL, "--resume", unfinished)
-        assert ended.code == 0, (place, ended.err)
-        assert ended.err.startswith(f"warning: {last}: "), (place, ended.err)
-        assert ended.err.count("\n") == 1, place
+    for place in resumed_with(changes, good, last):
         run = opened.pop()
         assert (run.step, run.best, run.optimizer.state_dict()["state"]) == (0, math.inf, {}), place
         assert torch.equal(torch.get_rng_state(), start_rng), place
@@ -722,12 +731,7 @@ def test_a_workers_state_damaged_anywhere_is_passed_over(workshop, tmp_path, mon
             )
         ),
     ]
-    for place, change in changes:
-        shutil.copy(good, last)
-        edit(last, lambda content, change=change: change(content["training"]))
-        ended = call(FOUNDATIONAL, "--resume", folder)
-        assert ended.code == 0, (place, ended.err)
-        assert ended.err.startswith(f"warning: {last}: "), (place, ended.err)
+    for place in resumed_with(changes, good, last):
         run = opened.pop()
         assert [each.step for each in (run, *run.workers)] == [0, 0, 0], place
         for worker in run.workers:
