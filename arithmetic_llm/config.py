@@ -82,6 +82,11 @@ class SampleSpec:
         "fraction, of every style but chains, whose numbers come from --wide-range, longer and "
         "shorter ones, in place of --num-range; drills have a digit more and either sign",
     )
+    cancel_rate: float = _rate(
+        0.0,
+        "fraction of the drills whose numbers, as long as --wide-rate has them, take away from "
+        "each other; the results are of any length and have many zeros: 1203 - 1187, -221 + 120",
+    )
     flat_terms: int = opt(20, "most numbers in a flat sum", at_least=2, at_most=MAX_FLAT_TERMS)
     chain_numbers: int = opt(
         64, "most numbers in a chain, about", at_least=3, at_most=MAX_CHAIN_NUMBERS
@@ -158,6 +163,9 @@ class CorpusConfig(SampleSpec):
         SampleSpec, "rewrite_leaf_probability", needs=[{"rewrite_rate": Above(0)}]
     )
     wide_range: tuple[int, int] = like(SampleSpec, "wide_range", needs=[{"wide_rate": Above(0)}])
+    cancel_rate: float = like(
+        SampleSpec, "cancel_rate", needs=[{"drill_rate": Above(0)}, {"wide_rate": Above(0)}]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,7 +435,11 @@ class TrainingConfig(RunConfig):
         at_least=1,
     )
     local_steps: int = opt(
-        50, "steps of each worker between two means", at_least=1, needs=[{"workers": Above(1)}]
+        50,
+        "steps of each worker between two means; 0 = none: they have one set of weights, and "
+        "update it in turn, each by the gradient of its batch",
+        at_least=0,
+        needs=[{"workers": Above(1)}],
     )
     prompt_loss_weight: float = opt(1.0, "loss weight of a prompt token", at_least=0.0)
     result_loss_weight: float = opt(

@@ -591,7 +591,8 @@ CORPUS = {
     "--flat-rate 1": "min_depth max_depth",
     "--chain-rate 0": "chain_numbers",
     "--rewrite-rate 0": "rewrite_depth rewrite_steps rewrite_leaf_probability",
-    "--wide-rate 0": "wide_range",
+    "--wide-rate 0": "wide_range cancel_rate",
+    "--drill-rate 0": "cancel_rate",
 }
 VOID = {
     "generate_corpus": {

@@ -35,10 +35,10 @@ from arithmetic_llm.distributed import Place, gather_shares, is_mine, share
 from arithmetic_llm.folders import FINISHED
 from arithmetic_llm.model.checkpoint import read_checkpoint, save_checkpoint
 from arithmetic_llm.runtime import UserError
-from arithmetic_llm.training import local_sgd
+from arithmetic_llm.training import workers as workers_module
 from arithmetic_llm.training.gradients import _LossModule
-from arithmetic_llm.training.local_sgd import require_a_worker_each
 from arithmetic_llm.training.step import seed_dropout
+from arithmetic_llm.training.workers import require_a_worker_each
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
 
@@ -277,9 +277,9 @@ def test_a_worker_is_the_same_in_a_thread_or_a_process(world, tmp_path, dropout)
 
 def test_a_worker_is_computed_on_one_core_even_where_it_is_alone(world, tmp_path, monkeypatch):
     """As with dropout, one after the other: sums of several threads have other last bits."""
-    threads, original = [], local_sgd.train_step
+    threads, original = [], workers_module.train_step
     monkeypatch.setattr(
-        local_sgd,
+        workers_module,
         "train_step",
         lambda *given: threads.append(torch.get_num_threads()) or original(*given),
     )

@@ -198,7 +198,7 @@ READ_BY = {
     "model/load": (LOADING, {"--base-checkpoint": "merge_lora_adapter"}),
     "model/lora": (TRAINING[2:], {}),
     "model/tokenizer": (("train_tokenizer",), {}),
-    "training/local_sgd": (TRAINING[:3], {"--processes": "run_foundational_training"}),
+    "training/workers": (TRAINING[:3], {"--processes": "run_foundational_training"}),
     "training/loop": (TRAINING, {}),
     "training/run": (TRAINING, {}),
     "training/start": (TRAINING, {"--split": "generate_corpus"}),

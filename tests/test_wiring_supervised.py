@@ -225,29 +225,37 @@ def optimizers_of(model, settings):
     return found
 
 
-def plain_loop(model, samples, settings, every=slice(None)):
+def plain_loop(model, samples, settings, every=slice(None), late=0):
     """Train for five steps; yields of each the weights after it, what to log, and the optimizers.
 
-    Its batches are those of the first epoch that `every` names.
+    Its batches are those of the first epoch that `every` names. If gradients come so many updates
+    ``late``, then what is yielded is of each update, and a step has one more of them.
     """
     lengths = np.array([len(ids) for ids, _ in samples])
     order = np.random.default_rng((settings["seed"], 0))
     plan = plan_epoch(lengths, settings["batch_size"], 0, order)[every]
     shares, optimizers = SHARES[settings["schedule"]], optimizers_of(model, settings)
     schedules = {
-        name: torch.optim.lr_scheduler.LambdaLR(each, lambda step: [*shares, 0.0][step])
+        name: torch.optim.lr_scheduler.LambdaLR(each, lambda n: [*shares, 0.0][n // (late + 1)])
         for name, each in optimizers.items()
     }
     limit = settings["gradient_clip"] or math.inf
-    for indices in plan[: len(shares)]:
+    past = [clones(model)] * late
+    for indices in plan[: len(shares) * (late + 1)]:
         model.zero_grad()
+        past.append(clones(model))
+        model.load_state_dict(past[-1 - late])
         loss = backward(model, [samples[index] for index in indices])
+        model.load_state_dict(past[-1])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
         told = {name: each.get_last_lr()[0] for name, each in schedules.items()}
         for each in (*optimizers.values(), *schedules.values()):
             each.step()
-        weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        yield weights, {**told, "grad_norm": float(norm), "loss": loss}, optimizers
+        yield clones(model), {**told, "grad_norm": float(norm), "loss": loss}, optimizers
+
+
+def clones(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def backward(model, samples):
@@ -387,6 +395,32 @@ def test_workers_are_plain_loops_that_become_their_mean(world, tmp_path, kind, t
             loss = np.mean(losses[-at_a_time:])
             assert line["loss"] == pytest.approx(loss, rel=TOLERANCE)
             assert line["grad_norm"] == pytest.approx(norm, rel=TOLERANCE)
+
+
+@pytest.mark.usefixtures("in_fp32")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("threads", "at_a_time"), [(1, 2), (2, 1), (2, 3)])
+def test_workers_in_turn_are_one_loop_with_late_gradients(
+    world, tmp_path, kind, threads, at_a_time
+):
+    """Three workers: a gradient is of the weights before the last two updates."""
+    settings = {"workers": 3, "local_steps": 0, "threads": threads}
+    settings |= {"save_every": at_a_time, "log_every": at_a_time}
+    folder = run(world, "foundational", tmp_path, **KINDS[kind], **settings)
+    settings = {**SETTINGS, **KINDS[kind]}
+    samples, before = samples_of(world, "foundational", settings), read_checkpoint(world.base)
+    loop = plain_loop(of_base(world), samples, settings, late=2)
+    losses, saved = [], 0
+    for step in range(1, 6):
+        _, _, (weights, *_) = updates = [next(loop)[:2] for _ in range(3)]
+        losses.append(np.mean([told["loss"] for _, told in updates]))
+        if step % at_a_time == 0:
+            gaps = apart(weights_after(folder, step), weights, before.weights)
+            assert max(gaps.values()) < TOLERANCE, max(gaps, key=gaps.get)
+            (line,) = (line for line in lines_of(folder, "loss") if line["step"] == step)
+            assert line["loss"] == pytest.approx(np.mean(losses[-at_a_time:]), rel=TOLERANCE)
+            saved += 1
+    assert saved
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from arithmetic_llm.corpus.record import Record, Sample, record_of, rewriting, s
 from arithmetic_llm.corpus.trees import (
     all_flat_sums,
     all_trees,
+    cancelling,
     chain,
     count_flat_sums,
     count_trees,
@@ -136,6 +137,8 @@ def draw(spec: SampleSpec, style: str, rng: Random) -> Postfix | str:
     elif style == "drill":
         # Steps meet results, of either sign and with a digit more than the numbers of a problem.
         reach = 10 * max(map(abs, spec.wide_range)) + 9
+        if spec.cancel_rate and rng.random() < spec.cancel_rate:
+            return cancelling((-reach, reach), rng)
         return _maybe_widened(drill(spec, rng), spec, rng, (-reach, reach))
     elif style == "rewrite":
         depth = rng.randint(spec.max_depth + 1, spec.rewrite_depth)

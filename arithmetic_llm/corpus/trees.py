@@ -97,6 +97,30 @@ def widened(tree: Postfix, num_range: tuple[int, int], rng: Random) -> Postfix:
     return tuple(wide)
 
 
+def cancelling(num_range: tuple[int, int], rng: Random) -> Postfix:
+    """One operation of two numbers that take away from each other, with a result of any length.
+
+    What is hardest is to see, from the units on, where the result ends and which sign it has: if
+    leading digits cancel or are about to, or zeros stand within. So many of its digits are zeros.
+    """
+    low, high = num_range
+    longest = len(str(max(-low, high)))
+    while True:
+        digits = rng.randint(min(2, longest), longest)
+        left, operator = _number_of(digits, num_range, rng), rng.choice("+-")
+        result = _with_zeros(_number_of(rng.randint(1, digits), num_range, rng), rng)
+        right = _operand(left, operator, result)
+        if low <= right <= high and abs(result) < max(abs(left), abs(right)):
+            return (left, right, operator)
+
+
+def _with_zeros(number: int, rng: Random) -> int:
+    """The number with a third of its digits, the first one aside, set to zero."""
+    first, *others = str(abs(number))
+    digits = [first, *(rng.choice((digit, digit, "0")) for digit in others)]
+    return int("".join(digits)) * (1 if number >= 0 else -1)
+
+
 def _operand(left: int, operator: str, result: int) -> int:
     """The second operand with which an operation has that result."""
     return result - left if operator == "+" else left - result

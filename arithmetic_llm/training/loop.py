@@ -35,9 +35,9 @@ from arithmetic_llm.runtime import (
     when_asked_to_stop,
 )
 from arithmetic_llm.training.adapters import save_adapter_files
-from arithmetic_llm.training.local_sgd import train_workers
 from arithmetic_llm.training.run import MetricsLog, Run, workers_of
 from arithmetic_llm.training.step import StepResult, Task, train_step
+from arithmetic_llm.training.workers import train_workers
 
 SHOWN = ("reward", "accuracy")  # of a task's figures, on the bar
 STOPPING = b"\nfinishing the step at hand and saving; a second Ctrl-C ends at once without saving\n"
@@ -102,7 +102,7 @@ def next_steps(run: Run, task: Task, meter: Meter) -> list[StepResult]:
     """One step or, of workers, some of each, up to where something is due."""
     if run.workers:
         return train_workers(run, task, meter.show)
-    step = train_step(run, task)
+    step = train_step(run, task, contextlib.nullcontext())
     meter.show(step)
     return [step]
 

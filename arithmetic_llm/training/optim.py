@@ -91,12 +91,27 @@ class MuonAdamW(torch.optim.Optimizer):
             torch._foreach_mul_(parameters, 1.0 - rate * group["weight_decay"])
             update(parameters, rate, group)
 
+    @staticmethod
+    def _remembered(group: dict) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["muon"] else ("exp_avg", "exp_avg_sq")
+
+    def remember(self) -> None:
+        """Make room for what is remembered of each weight, where there is none yet."""
+        for group in self.param_groups:
+            for name in self._remembered(group):
+                self._buffers(group["params"], name)
+
+    def count_from(self, updates: int) -> None:
+        """Go on as after so many updates."""
+        for group in self.param_groups:
+            if not group["muon"]:
+                self.state[group["params"][0]]["step"] = updates
+
     def _adamw(self, parameters: list[Tensor], rate: float, group: dict) -> None:
         """Loshchilov & Hutter, 2019; the decay is done in :meth:`step`."""
         beta1, beta2 = group["betas"]
         gradients = [p.grad for p in parameters]
-        means = self._buffers(parameters, "exp_avg")
-        squares = self._buffers(parameters, "exp_avg_sq")
+        means, squares = (self._buffers(parameters, name) for name in self._remembered(group))
         count = self._count(parameters)
         torch._foreach_lerp_(means, gradients, 1.0 - beta1)
         torch._foreach_mul_(squares, beta2)
@@ -109,7 +124,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def _muon(self, parameters: list[Tensor], rate: float, group: dict) -> None:
         """Nesterov momentum, then orthogonalisation of all matrices of one shape at once."""
         gradients = [p.grad for p in parameters]
-        momenta = self._buffers(parameters, "momentum_buffer")
+        (momenta,) = (self._buffers(parameters, name) for name in self._remembered(group))
         torch._foreach_lerp_(momenta, gradients, 1.0 - group["momentum"])
         # Nesterov: the gradient again, before the momentum that already holds it.
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])

@@ -84,7 +84,7 @@ class Run:
     precision: torch.dtype  # of the matrix products
     step: int = 0
     number: int = 0  # of a worker
-    workers: list[Run] = field(default_factory=list)  # this process's, see `local_sgd`
+    workers: list[Run] = field(default_factory=list)  # this process's, see `workers`
     best: float = math.inf  # lowest `selection_loss` so far
     task_state: dict[str, Any] = field(default_factory=dict)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from statistics import fmean
 from typing import Any, NamedTuple, Protocol
 
@@ -28,7 +29,7 @@ class Task(Loss, Protocol):
         """The optimizer updates of a step (mostly one), each as its micro-batches."""
 
     def of_worker(self, number: int) -> Task:
-        """The same with the batches of one worker; see `local_sgd`."""
+        """The same with the batches of one worker; see `workers`."""
 
     def work(self, step: int) -> float:
         """Work done before ``step``, in any unit; what the time estimate rests on."""
@@ -68,14 +69,18 @@ class StepResult(NamedTuple):
     gradient_norm: float | None  # of the last update; None if it had none
 
 
-def train_step(run: Run, task: Task) -> StepResult:
-    """One step: as many updates as the task has for it, at one learning rate."""
+def train_step(run: Run, task: Task, turn: AbstractContextManager[None]) -> StepResult:
+    """One step: as many updates as the task has for it, at one learning rate.
+
+    Args:
+        turn: an update's change of the weights is made within; see `turns`.
+    """
     scale = learning_rate_factor(run.config, run.step, task.total_steps)
     if world_size() > 1 or not task.shares_batches:
         seed_dropout(run, rank() if task.shares_batches else run.number)
     updates, tokens = [], 0
     for micro_batches in task.updates(run.step):
-        updates.append(update(run, task, micro_batches, scale))
+        updates.append(update(run, task, micro_batches, scale, turn))
         tokens += sum(batch.tokens for batch in micro_batches)
     run.step += 1
     run.task_state = task.state_dict()
@@ -92,7 +97,13 @@ def seed_dropout(run: Run, place: int) -> None:
     torch.manual_seed(derived_seed(run.config.seed, run.step, place))
 
 
-def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) -> UpdateResult:
+def update(
+    run: Run,
+    task: Task,
+    micro_batches: list[MicroBatch],
+    scale: float,
+    turn: AbstractContextManager[None],
+) -> UpdateResult:
     """One optimizer update.
 
     Raises:
@@ -105,5 +116,6 @@ def update(run: Run, task: Task, micro_batches: list[MicroBatch], scale: float) 
         if not math.isfinite(value):
             flags = run.config.rate_flags
             raise UserError(f"the {name} is {value} at step {run.step}; lower {flags}")
-    run.optimizer.step(scale)
+    with turn:
+        run.optimizer.step(scale)
     return UpdateResult(loss_sum, norm)

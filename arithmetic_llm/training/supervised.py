@@ -38,10 +38,10 @@ from arithmetic_llm.training.batches import (
     plan_epoch,
 )
 from arithmetic_llm.training.gradients import threads_side_by_side
-from arithmetic_llm.training.local_sgd import require_a_worker_each
 from arithmetic_llm.training.loop import fit
 from arithmetic_llm.training.run import Run, open_run
 from arithmetic_llm.training.start import Beginning, Sources, begin, held_out_records
+from arithmetic_llm.training.workers import require_a_worker_each
 
 MORE_ROOM = "raise --max-seq-length, or make a corpus of shallower problems"
 
@@ -194,7 +194,7 @@ def _train(
     shape: ModelConfig | None = None,
     lora: LoRAConfig | None = None,
 ) -> Path:
-    require_a_worker_each(config.workers)
+    require_a_worker_each(config)
     prepare_training(config.threads, config.seed)
     beginning = begin(config, sources, shape=shape, lora=lora)
     task = _task(config, sources.corpus, beginning, loss)

@@ -1,0 +1,36 @@
+"""What workers tell one another of their weights and optimizers, as one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from arithmetic_llm.training.run import Run
+
+
+def moments(worker: Run) -> list[Tensor]:
+    """What the optimizer remembers of each weight, in the same order every time."""
+    states = [worker.optimizer.state.get(weight, {}) for weight in worker.trained]
+    kept = [value for state in states for _, value in sorted(state.items())]
+    return [value for value in kept if isinstance(value, Tensor)]
+
+
+def end_to_end(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors as one vector, a copy of them."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def in_one_piece(tensors: Sequence[Tensor]) -> Tensor:
+    """Lay tensors end to end in memory; returns the vector that they are parts of from now on."""
+    vector = end_to_end(tensors)
+    for tensor, part in zip(tensors, parts_of(vector, tensors), strict=True):
+        tensor.data = part
+    return vector
+
+
+def parts_of(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of a vector that belong to each of the tensors, in their shapes."""
+    parts = vector.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
