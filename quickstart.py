@@ -220,7 +220,7 @@ TRIAL = (
     "run_foundational_training.py --config {recipe}/foundational.json "
     "--model-config {recipe}/model.json --corpus-path {folder}/corpus.txt "
     "--tokenizer-path data/tokenizer --output-dir {folder}/{count} --processes {count} "
-    "--max-steps 40 --log-every 20 --eval-every 40 --eval-samples 4"
+    "--max-steps 24 --log-every 12 --eval-every 24 --eval-samples 4"
 )
 
 

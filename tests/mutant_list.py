@@ -338,20 +338,20 @@ MUTANTS = [
     ),
     Mutant(
         "local SGD: the workers never meet",
-        "meet = end % run.config.local_steps == 0",
-        "meet = False",
+        "together = run.step % run.config.local_steps == 0",
+        "together = False",
         f"{STAGE} -k workers",
     ),
     Mutant(
         "local SGD: the workers meet whenever they stop",
-        "meet = end % run.config.local_steps == 0",
-        "meet = True",
+        "together = run.step % run.config.local_steps == 0",
+        "together = True",
         f"{STAGE} -k workers",
     ),
     Mutant(
         "local SGD: what is evaluated and saved is of the last mean",
-        "[run, *(run.workers if meet else [])]",
-        "[run, *run.workers] if meet else []",
+        "[run, *(run.workers if together else [])]",
+        "[run, *run.workers] if together else []",
         f"{STAGE} -k workers",
     ),
     Mutant(
@@ -396,6 +396,61 @@ MUTANTS = [
         "return min(task.total_steps, *multiples)",
         "return min(task.total_steps, *multiples[:2])",
         f"{TOGETHER} -k rounds",
+    ),
+    # ------------------------------------------------------------------------------------- turns
+    Mutant(
+        "turns: each worker goes on from its own weights",
+        "state.copy_(self.states[(update - 1) % self.run.config.workers])",
+        "pass",
+        f"{STAGE} -k in_turn",
+    ),
+    Mutant(
+        "turns: whoever is ready first",
+        "while self.next != update and not self.stopped.is_set():",
+        "while False:",
+        f"{STAGE} -k in_turn",
+    ),
+    Mutant(
+        "turns: moments stay with each worker",
+        "return [*worker.trained, *moments(worker)]",
+        "return worker.trained",
+        f"{STAGE} -k in_turn",
+    ),
+    Mutant(
+        "turns: each worker counts its own updates alone",
+        "        worker.optimizer.count_from(update)\n",
+        "",
+        f"{STAGE} -k in_turn",
+    ),
+    Mutant(
+        "turns: gradients are of the last update's weights, in the first of a round",
+        "        if update == self.first:\n            state.copy_(self.state)",
+        "        if update == self.first:\n            pass",
+        f"{STAGE} -k in_turn",
+    ),
+    Mutant(
+        "turns: the run is what the first worker has left",
+        "last = (self.end - 1) % self.run.config.workers",
+        "last = 0",
+        f"{STAGE} -k in_turn",
+    ),
+    Mutant(
+        "turns: each process goes on from its own weights",
+        "collectively(dist.recv, state, (update - 1) % world_size())",
+        "collectively(dist.recv, state.clone(), (update - 1) % world_size())",
+        f"{TOGETHER} -k in_turn",
+    ),
+    Mutant(
+        "turns: each process keeps what its own worker has left",
+        "collectively(dist.broadcast, self.state, last)",
+        "pass",
+        f"{TOGETHER} -k in_turn",
+    ),
+    Mutant(
+        "turns: who waits does not see that another has failed",
+        "while self.next != update and not self.stopped.is_set():",
+        "while self.next != update:",
+        f"{TOGETHER} -k that_fails",
     ),
     # -------------------------------------------------------------------------------- optimizers
     Mutant(

@@ -254,6 +254,28 @@ def test_wide_numbers_cancel_as_often_as_not():
         assert short / len(results) > 0.2  # of numbers drawn evenly 0.1
 
 
+def test_cancelling_drills_take_away_and_their_results_have_every_length_and_many_zeros():
+    samples = [*draw_samples(replace(WIDE_DRILLS, cancel_rate=1.0), 4000, seed=4)]
+    trees = [tree_of(sample) for sample in samples]
+    assert {sample.style for sample in samples} == {"drill"}
+    assert max(abs(n) for left, right, _ in trees for n in (left, right)) in range(9000, 10000)
+    results = [apply(left, operator, right) for left, right, operator in trees]
+    for (left, right, _), result in zip(trees, results, strict=True):
+        assert abs(result) < max(abs(left), abs(right))
+    long = [
+        result
+        for (left, right, _), result in zip(trees, results, strict=True)
+        if min(abs(left), abs(right)) > 999
+    ]
+    lengths = Counter(len(str(abs(result))) for result in long)
+    assert min(lengths[digits] for digits in (1, 2, 3)) > 0.15 * len(long)
+    assert 0.4 < sum(result < 0 for result in results) / len(results) < 0.6
+    later = "".join(str(abs(result))[1:] for result in results)
+    assert 0.3 < later.count("0") / len(later) < 0.45  # of digits drawn evenly 0.1
+    mixed = draw_samples(replace(WIDE_DRILLS, cancel_rate=0.5), 4000, seed=4)
+    assert sum(abs(apply(a, o, b)) >= max(abs(a), abs(b)) for a, b, o in map(tree_of, mixed)) > 600
+
+
 @pytest.mark.parametrize(
     "wide", [(5, 5), (100, 200), (-7, -3), (0, 0), (-3, 250), (10**60, 10**60 + 5)], ids=str
 )
@@ -264,6 +286,7 @@ def test_any_range_will_do_for_wide_numbers(wide):
     }
     assert all(wide[0] <= number <= wide[1] for number in numbers)
     assert len(numbers) > min(5, wide[1] - wide[0])
+    assert [*draw_samples(replace(spec, drill_rate=1.0, typed_rate=0.0, cancel_rate=1.0), 9, 4)]
 
 
 def test_without_wide_numbers_nothing_changes():

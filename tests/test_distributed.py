@@ -29,7 +29,7 @@ from helpers import (
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from arithmetic_llm import distributed
-from arithmetic_llm.config import RunConfig
+from arithmetic_llm.config import RunConfig, TrainingConfig
 from arithmetic_llm.corpus.files import json_line
 from arithmetic_llm.distributed import Place, gather_shares, is_mine, share
 from arithmetic_llm.folders import FINISHED
@@ -275,6 +275,35 @@ def test_a_worker_is_the_same_in_a_thread_or_a_process(world, tmp_path, dropout)
         check_figures(runs[0], other)
 
 
+@pytest.mark.parametrize("dropout", [0, 0.2])
+def test_workers_in_turn_are_the_same_in_threads_or_processes(world, tmp_path, dropout):
+    """Bit for bit: three on one core, on two threads, and in three processes."""
+    runs = []
+    for threads, processes in ((1, 1), (2, 1), (1, 3)):
+        output = tmp_path / f"{threads} {processes}"
+        more = ("--workers", 3, "--local-steps", 0, "--dropout", dropout, "--threads", threads)
+        script, argv = with_workers(world, *more, "--output-dir", output)
+        if processes == 1:
+            assert call(script, *argv).code == 0
+        else:
+            in_turn(processes, [(script, [*map(str, argv)])], tmp_path)
+        runs.append(the_run_in(output))
+    for other in runs[1:]:
+        assert largest_gap(runs[0], other) == 0
+        check_figures(runs[0], other)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_worker_that_fails_ends_those_that_wait_for_their_turn(world, tmp_path, threads):
+    script, argv = with_workers(world, "--local-steps", 0, "--threads", threads, "--dropout", 0)
+    with on_threads(threads):
+        ended = call(script, *argv, "--muon-learning-rate", 1e30, "--output-dir", tmp_path)
+    assert ended.code == 2
+    assert re.search(
+        "error: the (loss|gradient norm) is (nan|inf) at step [0-9]+; lower", ended.err
+    )
+
+
 def test_a_worker_is_computed_on_one_core_even_where_it_is_alone(world, tmp_path, monkeypatch):
     """As with dropout, one after the other: sums of several threads have other last bits."""
     threads, original = [], workers_module.train_step
@@ -289,10 +318,12 @@ def test_a_worker_is_computed_on_one_core_even_where_it_is_alone(world, tmp_path
     assert threads == [1] * 8
 
 
-def test_workers_that_were_interrupted_go_on_bit_for_bit(world, tmp_path):
-    """Between two means, in as many processes or in one."""
-    more = ("--local-steps", 190, "--max-steps", 200, "--log-every", 20, "--keep-checkpoints", 1)
-    script, argv = with_workers(world, *more, "--save-every", 500, "--eval-every", 100)
+@pytest.mark.parametrize("local_steps", [190, 0])
+def test_workers_that_were_interrupted_go_on_bit_for_bit(world, tmp_path, local_steps):
+    """Between two means or two turns, in as many processes or in one."""
+    more = ("--max-steps", 200, "--log-every", 20, "--keep-checkpoints", 1)
+    more += ("--local-steps", local_steps, "--save-every", 500, "--eval-every", 100)
+    script, argv = with_workers(world, *more)
     whole = tmp_path / "whole"
     assert call(script, *argv, "--output-dir", whole).code == 0
     for processes in (1, 2):
@@ -327,10 +358,12 @@ def test_rounds_end_where_something_is_due(world, tmp_path):
 
 def test_a_process_without_a_worker_is_refused(monkeypatch):
     monkeypatch.setattr(distributed, "_place", Place(0, 3))
-    for workers in (1, 3, 4):
-        require_a_worker_each(workers)
+    for workers, local_steps in ((1, 50), (3, 50), (4, 50), (3, 0)):
+        require_a_worker_each(TrainingConfig(workers=workers, local_steps=local_steps))
     with pytest.raises(UserError, match="--workers 2: is fewer than the 3 processes; start at mo"):
-        require_a_worker_each(2)
+        require_a_worker_each(TrainingConfig(workers=2))
+    with pytest.raises(UserError, match=r"--workers 4: take turns .* start 1 or 4, not 3"):
+        require_a_worker_each(TrainingConfig(workers=4, local_steps=0))
 
 
 def test_each_process_and_step_drops_other_values():

@@ -30,6 +30,12 @@ def in_one_piece(tensors: Sequence[Tensor]) -> Tensor:
     return vector
 
 
+def on_their_own(tensors: Sequence[Tensor]) -> None:
+    """Undo `in_one_piece`: a part that is saved or sent would take all of the vector with it."""
+    for tensor in tensors:
+        tensor.data = tensor.data.clone()
+
+
 def parts_of(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The parts of a vector that belong to each of the tensors, in their shapes."""
     parts = vector.split([tensor.numel() for tensor in tensors])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from arithmetic_llm.distributed import collectively, world_size
 from arithmetic_llm.training.run import Run
-from arithmetic_llm.training.state import in_one_piece, moments
+from arithmetic_llm.training.state import in_one_piece, moments, on_their_own
 
 WAKES_AFTER = 0.1  # seconds, to see whether another worker has failed
 
@@ -40,8 +40,8 @@ class Turns:
         self.first, self.end = run.step * run.config.workers, end * run.config.workers
         self.next = self.first  # whose turn it is: the updates of all workers before
         self.sending: dist.Work | None = None
-        self.state = state_of(run)
-        self.states = {worker.number: state_of(worker) for worker in run.workers}
+        self.state = in_one_piece(remembered(run))
+        self.states = {w.number: in_one_piece(remembered(w)) for w in run.workers}
 
     @contextlib.contextmanager
     def of(self, worker: Run) -> Iterator[None]:
@@ -91,9 +91,11 @@ class Turns:
         if world_size() > 1:
             collectively(dist.broadcast, self.state, last)
         self.run.optimizer.count_from(self.end)
+        for each in (self.run, *self.run.workers):
+            on_their_own(remembered(each))
 
 
-def state_of(worker: Run) -> Tensor:
-    """Its weights and moments in one piece."""
+def remembered(worker: Run) -> list[Tensor]:
+    """Its weights and moments."""
     worker.optimizer.remember()
-    return in_one_piece([*worker.trained, *moments(worker)])
+    return [*worker.trained, *moments(worker)]
