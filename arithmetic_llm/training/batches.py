@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from arithmetic_llm.config import ModelConfig
 from arithmetic_llm.corpus.record import Record
+from arithmetic_llm.distributed import gather_shares, is_mine
 from arithmetic_llm.model.fused import BLOCK
 from arithmetic_llm.model.tokenizer import BOS, EOS, PAD, THINK, UNK, ArithmeticTokenizer
 from arithmetic_llm.runtime import UserError, moved
@@ -91,24 +95,19 @@ class TokenisedSamples:
         loss: LossWeights,
         excerpt_tokens: int = 0,
     ):
-        parts: list[np.ndarray] = []
-        prompts: list[int] = []  # tokens of each part that its solution begins after
-        self.kept, self.dropped = 0, []
-        for chunk in _chunks(records, _CHUNK):
-            texts = [record.sequence for record in chunk]
-            for record, ids in zip(chunk, tokenizer.encode_batch(texts), strict=True):
-                _check(record, ids)
-                pieces = _pieces(record, ids, tokenizer, excerpt_tokens)
-                if max(len(piece) for _, piece in pieces) > max_seq_length:
-                    self.dropped.append(record.expression)
-                else:
-                    self.kept += 1
-                    prompts += [prompt for prompt, _ in pieces]
-                    parts += [np.array(piece, dtype=np.int32) for _, piece in pieces]
-        self.starts = np.cumsum([0, *map(len, parts)])
-        self.ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+        whole = partial(
+            tokenised, tokenizer=tokenizer, context=max_seq_length, excerpt_tokens=excerpt_tokens
+        )
+        chunks = enumerate(_chunks(records, _CHUNK))  # processes share them out
+        parts = gather_shares([whole(chunk) for place, chunk in chunks if is_mine(place)])
+        self.kept = sum(part.kept for part in parts)
+        self.dropped = [expression for part in parts for expression in part.dropped]
+        self.ids = np.concatenate([np.zeros(0, dtype=np.int32), *(part.ids for part in parts)])
+        lengths = np.concatenate([np.zeros(1, dtype=np.int64), *(part.lengths for part in parts)])
+        prompts = np.concatenate([np.zeros(0, dtype=np.int64), *(part.prompts for part in parts)])
+        self.starts = np.cumsum(lengths)
         place = np.arange(len(self.ids)) - np.repeat(self.starts[:-1], self.lengths)
-        in_prompt = place < np.repeat(np.array(prompts, dtype=np.int64), self.lengths)
+        in_prompt = place < np.repeat(prompts, self.lengths)
         self.weights = token_weights(self.ids, in_prompt, tokenizer, loss)
 
     def __len__(self) -> int:
@@ -129,6 +128,37 @@ class TokenisedSamples:
             ids[row, : end - start] = self.ids[start:end]
             weights[row, : end - start] = self.weights[start:end]
         return Batch.of(ids, weights)
+
+
+class Tokenised(NamedTuple):
+    """Some records as samples, laid end to end."""
+
+    ids: np.ndarray
+    lengths: np.ndarray  # tokens of each sample
+    prompts: np.ndarray  # tokens of each that its solution begins after
+    kept: int
+    dropped: list[str]
+
+
+def tokenised(
+    records: Sequence[Record], tokenizer: ArithmeticTokenizer, context: int, excerpt_tokens: int
+) -> Tokenised:
+    """Records as samples, but for those of which one would be longer than the context."""
+    found: list[Piece] = []
+    kept, dropped = 0, []
+    encoded = tokenizer.encode_batch([record.sequence for record in records])
+    for record, ids in zip(records, encoded, strict=True):
+        _check(record, ids)
+        pieces = _pieces(record, ids, tokenizer, excerpt_tokens)
+        if max(len(piece) for _, piece in pieces) > context:
+            dropped.append(record.expression)
+        else:
+            kept += 1
+            found += pieces
+    lengths = np.array([len(ids) for _, ids in found], dtype=np.int64)
+    prompts = np.array([prompt for prompt, _ in found], dtype=np.int64)
+    ids = np.fromiter(chain.from_iterable(ids for _, ids in found), np.int32, lengths.sum())
+    return Tokenised(ids, lengths, prompts, kept, dropped)
 
 
 Piece = tuple[int, list[int]]  # how many tokens its first step begins after, and all tokens

@@ -102,7 +102,7 @@ def next_steps(run: Run, task: Task, meter: Meter) -> list[StepResult]:
     """One step or, of workers, some of each, up to where something is due."""
     if run.workers:
         return train_workers(run, task, meter.show)
-    step = train_step(run, task, contextlib.nullcontext())
+    step = train_step(run, task)
     meter.show(step)
     return [step]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from statistics import fmean
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +16,9 @@ from arithmetic_llm.runtime import UserError, derived_seed
 from arithmetic_llm.training.gradients import Loss, MicroBatch, add_gradients, clip_gradients
 from arithmetic_llm.training.optim import learning_rate_factor, learning_rates
 from arithmetic_llm.training.run import Run
+
+Turn = AbstractContextManager[None]  # what an update's change of the weights is made within
+ANY_TIME = nullcontext()
 
 
 class Task(Loss, Protocol):
@@ -69,12 +72,8 @@ class StepResult(NamedTuple):
     gradient_norm: float | None  # of the last update; None if it had none
 
 
-def train_step(run: Run, task: Task, turn: AbstractContextManager[None]) -> StepResult:
-    """One step: as many updates as the task has for it, at one learning rate.
-
-    Args:
-        turn: an update's change of the weights is made within; see `turns`.
-    """
+def train_step(run: Run, task: Task, turn: Turn = ANY_TIME) -> StepResult:
+    """One step: as many updates as the task has for it, at one learning rate."""
     scale = learning_rate_factor(run.config, run.step, task.total_steps)
     if world_size() > 1 or not task.shares_batches:
         seed_dropout(run, rank() if task.shares_batches else run.number)
@@ -98,11 +97,7 @@ def seed_dropout(run: Run, place: int) -> None:
 
 
 def update(
-    run: Run,
-    task: Task,
-    micro_batches: list[MicroBatch],
-    scale: float,
-    turn: AbstractContextManager[None],
+    run: Run, task: Task, micro_batches: list[MicroBatch], scale: float, turn: Turn = ANY_TIME
 ) -> UpdateResult:
     """One optimizer update.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from statistics import fmean
 
 from arithmetic_llm.config import TrainingConfig
@@ -20,7 +20,7 @@ from arithmetic_llm.threads import map_at_once, map_on_cores, setting_on_error
 from arithmetic_llm.training.gradients import threads_side_by_side
 from arithmetic_llm.training.local_sgd import meet
 from arithmetic_llm.training.run import Run
-from arithmetic_llm.training.step import StepResult, Task, train_step
+from arithmetic_llm.training.step import ANY_TIME, StepResult, Task, train_step
 from arithmetic_llm.training.turns import Stopped, Turns
 
 AT_A_TIME = 20  # steps: so long does a request to stop wait, and then one worker for another
@@ -65,7 +65,7 @@ def train_workers(run: Run, task: Task, show: Callable[[StepResult], None]) -> l
         own, results = task.of_worker(worker.number), []
         with suppress(Stopped):
             while worker.step < end and not stopped.is_set():
-                turn = turns.of(worker) if turns else nullcontext()
+                turn = turns.of(worker) if turns else ANY_TIME
                 results.append(train_step(worker, own, turn))
                 show(results[-1])
         return results
