@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from arithmetic_llm.cli import parse, read_json, run_main
-from arithmetic_llm.config import QuickstartConfig
+from arithmetic_llm.config import QuickstartConfig, TrainingConfig
 from arithmetic_llm.distributed import cores
 from arithmetic_llm.folders import FACTS, FINISHED, step_checkpoints
 from arithmetic_llm.runtime import UserError, atomic_write_text, pasted, quoted, resolve_device
@@ -103,11 +103,8 @@ STAGES = (
 def main(argv=None):
     config = parse(QuickstartConfig, argv, __doc__)
     config, seconds = progress() if config.resume else (config, [])
-    if config.processes > (most := most_processes(config.recipe)) and most < MOST:
-        raise UserError(
-            f"--processes {config.processes}: {config.recipe} has {most} workers; give at most "
-            f"{most}"
-        )
+    if why := refusal(config.recipe, config.processes):
+        raise UserError(why)
     try:
         config = run_stages(config, seconds)
     except (KeyboardInterrupt, UserError):
@@ -220,7 +217,7 @@ TRIAL = (
     "run_foundational_training.py --config {recipe}/foundational.json "
     "--model-config {recipe}/model.json --corpus-path {folder}/corpus.txt "
     "--tokenizer-path data/tokenizer --output-dir {folder}/{count} --processes {count} "
-    "--max-steps 24 --log-every 12 --eval-every 24 --eval-samples 4"
+    "--max-steps 20 --log-every 10 --eval-every 20 --eval-samples 4"
 )
 
 
@@ -230,7 +227,8 @@ def fastest(recipe):
     Where processes share batches, their number decides the last bits of the weights; so it is
     printed, and each run and the report store it. A GPU is one process's.
     """
-    most = min(cores(), most_processes(recipe))
+    counts = range(1, min(cores(), MOST) + 1)
+    most = max(count for count in counts if not refusal(recipe, count))
     if most == 1 or resolve_device("auto").type != "cpu":
         return 1
     print(f"\n== processes\ntrying 1 and {most} for some steps each ...", flush=True)
@@ -243,11 +241,21 @@ def fastest(recipe):
     return chosen
 
 
-def most_processes(recipe):
-    """One for each worker, where a training stage has some (local SGD): more are refused."""
-    files = [Path(recipe) / f"{stage}.json" for stage in ("foundational", "instruction", "lora")]
-    workers = [read_json(file).get("workers", 1) for file in files if file.exists()]
-    return min([MOST, *(count for count in workers if count > 1)])
+def refusal(recipe, processes):
+    """What the first training stage to refuse so many processes will say; none may."""
+    if processes < 2:
+        return None
+    from arithmetic_llm.training.workers import require_a_worker_each
+
+    for name in ("foundational", "instruction", "lora"):
+        file = Path(recipe) / f"{name}.json"
+        said = read_json(file) if file.exists() else {}
+        workers = {key: said[key] for key in ("workers", "local_steps") if key in said}
+        try:
+            require_a_worker_each(TrainingConfig(**workers), processes)
+        except UserError as error:
+            return f"{file}: {error}"
+    return None
 
 
 def rate(**values):

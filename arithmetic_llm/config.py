@@ -80,7 +80,8 @@ class SampleSpec:
     wide_rate: float = _rate(
         0.0,
         "fraction, of every style but chains, whose numbers come from --wide-range, longer and "
-        "shorter ones, in place of --num-range; drills have a digit more and either sign",
+        "shorter ones, in place of --num-range; drills, but for those of --cancel-rate, have a "
+        "digit more and either sign",
     )
     cancel_rate: float = _rate(
         0.0,
@@ -429,15 +430,14 @@ class TrainingConfig(RunConfig):
     )
     workers: int = opt(
         1,
-        "local SGD: so many copies train side by side, a core or process each (with dropout, "
-        "one after the other on one core), every one on batches of its own, and become their "
-        "mean every --local-steps steps",
+        "so many copies train side by side, a core or process each (with dropout, one after the "
+        "other on one core), every one on batches of its own; see --local-steps",
         at_least=1,
     )
     local_steps: int = opt(
         50,
-        "steps of each worker between two means; 0 = none: they have one set of weights, and "
-        "update it in turn, each by the gradient of its batch",
+        "steps of each worker after which all become their mean (local SGD); 0 = they have one "
+        "set of weights, and update it in turn, each by the gradient of its batch",
         at_least=0,
         needs=[{"workers": Above(1)}],
     )

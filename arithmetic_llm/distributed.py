@@ -2,8 +2,9 @@
 
 ``torchrun`` or ``--processes`` starts them; each finds its rank in the environment and meets the
 others in `together`. All run the same script with the same seed, so each knows the whole plan of a
-step, and takes its `share` of the work. What they tell one another is sums of gradients and the
-results of shares. Rank 0 is the main one: it alone writes, files as well as lines on the terminal.
+step, and takes its `share` of the work. What they tell one another is sums of gradients or workers'
+weights, and the results of shares. Rank 0 is the main one: it alone writes, files as well as lines
+on the terminal.
 """
 
 from __future__ import annotations

@@ -400,7 +400,7 @@ MUTANTS = [
     # ------------------------------------------------------------------------------------- turns
     Mutant(
         "turns: each worker goes on from its own weights",
-        "state.copy_(self.states[(update - 1) % self.run.config.workers])",
+        "copy_to(mine, self.of_workers[(update - 1) % self.run.config.workers])",
         "pass",
         f"{STAGE} -k in_turn",
     ),
@@ -424,25 +424,25 @@ MUTANTS = [
     ),
     Mutant(
         "turns: gradients are of the last update's weights, in the first of a round",
-        "        if update == self.first:\n            state.copy_(self.state)",
+        "        if update == self.first:\n            copy_to(mine, self.of_run)",
         "        if update == self.first:\n            pass",
         f"{STAGE} -k in_turn",
     ),
     Mutant(
         "turns: the run is what the first worker has left",
-        "last = (self.end - 1) % self.run.config.workers",
+        "last = self.run.config.workers - 1",
         "last = 0",
         f"{STAGE} -k in_turn",
     ),
     Mutant(
         "turns: each process goes on from its own weights",
-        "collectively(dist.recv, state, (update - 1) % world_size())",
-        "collectively(dist.recv, state.clone(), (update - 1) % world_size())",
+        "collectively(dist.recv, self.vector, (update - 1) % world_size())",
+        "collectively(dist.recv, self.vector.clone(), (update - 1) % world_size())",
         f"{TOGETHER} -k in_turn",
     ),
     Mutant(
         "turns: each process keeps what its own worker has left",
-        "collectively(dist.broadcast, self.state, last)",
+        "collectively(dist.broadcast, vector, last)",
         "pass",
         f"{TOGETHER} -k in_turn",
     ),
@@ -547,8 +547,8 @@ MUTANTS = [
     ),
     Mutant(
         "data: a sample of just the context is dropped",
-        "if max(len(piece) for _, piece in pieces) > max_seq_length:",
-        "if max(len(piece) for _, piece in pieces) >= max_seq_length:",
+        "if max(len(piece) for _, piece in pieces) > context:",
+        "if max(len(piece) for _, piece in pieces) >= context:",
         "test_data.py",
     ),
     # -------------------------------------------------------------------------------------- model

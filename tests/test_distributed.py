@@ -356,14 +356,20 @@ def test_rounds_end_where_something_is_due(world, tmp_path):
     assert sum(line["steps"] for line in lines if "loss" in line) == STEPS
 
 
-def test_a_process_without_a_worker_is_refused(monkeypatch):
-    monkeypatch.setattr(distributed, "_place", Place(0, 3))
-    for workers, local_steps in ((1, 50), (3, 50), (4, 50), (3, 0)):
-        require_a_worker_each(TrainingConfig(workers=workers, local_steps=local_steps))
+def test_a_process_without_a_worker_is_refused():
+    def require(processes, workers, local_steps=50):
+        config = TrainingConfig(workers=workers, local_steps=local_steps)
+        require_a_worker_each(config, processes)
+
+    for processes, workers in ((3, 1), (3, 3), (3, 4), (1, 2)):
+        require(processes, workers)
+    for processes, workers in ((3, 1), (3, 3), (1, 2)):
+        require(processes, workers, local_steps=0)
     with pytest.raises(UserError, match="--workers 2: is fewer than the 3 processes; start at mo"):
-        require_a_worker_each(TrainingConfig(workers=2))
-    with pytest.raises(UserError, match=r"--workers 4: take turns .* start 1 or 4, not 3"):
-        require_a_worker_each(TrainingConfig(workers=4, local_steps=0))
+        require(3, 2)
+    for workers in (2, 4):
+        with pytest.raises(UserError, match=f"{workers}: take turns .* 1 or {workers}, not 3"):
+            require(3, workers, local_steps=0)
 
 
 def test_each_process_and_step_drops_other_values():

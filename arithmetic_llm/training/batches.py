@@ -76,6 +76,8 @@ class Batch:
 class TokenisedSamples:
     """All samples of a corpus in one flat array, ready to be cut into batches.
 
+    Several processes share out the work, so all of them have to make it together.
+
     Attributes:
         ids: all token ids, one sample after the other.
         weights: the loss weight of each token as a target.
@@ -95,11 +97,11 @@ class TokenisedSamples:
         loss: LossWeights,
         excerpt_tokens: int = 0,
     ):
-        whole = partial(
+        of_chunk = partial(
             tokenised, tokenizer=tokenizer, context=max_seq_length, excerpt_tokens=excerpt_tokens
         )
         chunks = enumerate(_chunks(records, _CHUNK))  # processes share them out
-        parts = gather_shares([whole(chunk) for place, chunk in chunks if is_mine(place)])
+        parts = gather_shares([of_chunk(chunk) for place, chunk in chunks if is_mine(place)])
         self.kept = sum(part.kept for part in parts)
         self.dropped = [expression for part in parts for expression in part.dropped]
         self.ids = np.concatenate([np.zeros(0, dtype=np.int32), *(part.ids for part in parts)])

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from operator import attrgetter
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from arithmetic_llm.distributed import collectively, is_mine, world_size
 from arithmetic_llm.training.run import Run
-from arithmetic_llm.training.state import end_to_end, moments, parts_of
+from arithmetic_llm.training.state import copy_to, end_to_end, moments, parts_of
 
 
 def meet(run: Run) -> None:
@@ -26,7 +25,6 @@ def meet(run: Run) -> None:
         to_their_mean(run, moments, run.workers)
 
 
-@torch.no_grad()
 def to_their_mean(run: Run, of: Callable[[Run], list[Tensor]], takers: Iterable[Run]) -> None:
     """Set tensors of some to the mean over all workers, those of other processes included.
 
@@ -41,5 +39,4 @@ def to_their_mean(run: Run, of: Callable[[Run], list[Tensor]], takers: Iterable[
         total = total + vector
     mean = total / run.config.workers
     for taker in takers:
-        for tensor, part in zip(of(taker), parts_of(mean, of(taker)), strict=True):
-            tensor.copy_(part)
+        copy_to(of(taker), parts_of(mean, of(taker)))

@@ -92,13 +92,13 @@ class MuonAdamW(torch.optim.Optimizer):
             update(parameters, rate, group)
 
     @staticmethod
-    def _remembered(group: dict) -> tuple[str, ...]:
+    def _kept(group: dict) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["muon"] else ("exp_avg", "exp_avg_sq")
 
-    def remember(self) -> None:
+    def make_room(self) -> None:
         """Make room for what is remembered of each weight, where there is none yet."""
         for group in self.param_groups:
-            for name in self._remembered(group):
+            for name in self._kept(group):
                 self._buffers(group["params"], name)
 
     def count_from(self, updates: int) -> None:
@@ -111,8 +111,8 @@ class MuonAdamW(torch.optim.Optimizer):
         """Loshchilov & Hutter, 2019; the decay is done in :meth:`step`."""
         beta1, beta2 = group["betas"]
         gradients = [p.grad for p in parameters]
-        means, squares = (self._buffers(parameters, name) for name in self._remembered(group))
-        count = self._count(parameters)
+        means, squares = (self._buffers(parameters, name) for name in self._kept(group))
+        count = self._count(group["params"])
         torch._foreach_lerp_(means, gradients, 1.0 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1.0 - beta2)
@@ -124,7 +124,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def _muon(self, parameters: list[Tensor], rate: float, group: dict) -> None:
         """Nesterov momentum, then orthogonalisation of all matrices of one shape at once."""
         gradients = [p.grad for p in parameters]
-        (momenta,) = (self._buffers(parameters, name) for name in self._remembered(group))
+        (momenta,) = (self._buffers(parameters, name) for name in self._kept(group))
         torch._foreach_lerp_(momenta, gradients, 1.0 - group["momentum"])
         # Nesterov: the gradient again, before the momentum that already holds it.
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])

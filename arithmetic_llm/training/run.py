@@ -80,7 +80,7 @@ class Run:
     folder: Path
     config: RunConfig
     checkpoint: Checkpoint  # the model, with what every file saved from it must say
-    optimizer: MuonAdamW  # where there are workers, they have their own, and this one does nothing
+    optimizer: MuonAdamW  # where there are workers, they have their own, and this does no step
     precision: torch.dtype  # of the matrix products
     step: int = 0
     number: int = 0  # of a worker
@@ -106,7 +106,7 @@ class Run:
 
     @property
     def model(self) -> ArithmeticModel:
-        """The model that is evaluated and saved: the one that is trained, or its workers' mean."""
+        """The model that is evaluated and saved: what is trained, or what its workers come to."""
         return self.checkpoint.model
 
     @property
@@ -166,7 +166,7 @@ class Run:
         }
 
     def as_worker(self) -> dict[str, Any]:
-        """What a worker is between two means, on the CPU: another GPU may take it up."""
+        """What a worker is between two rounds, on the CPU: another GPU may take it up."""
         weights = [weight.detach().cpu() for weight in self.trained]
         optimizer = self.optimizer.state_dict()
         optimizer["state"] = {

@@ -10,6 +10,12 @@ from torch import Tensor
 from arithmetic_llm.training.run import Run
 
 
+def weights_and_moments(worker: Run) -> list[Tensor]:
+    """All that an update changes, moments of zero where there has been none."""
+    worker.optimizer.make_room()
+    return [*worker.trained, *moments(worker)]
+
+
 def moments(worker: Run) -> list[Tensor]:
     """What the optimizer remembers of each weight, in the same order every time."""
     states = [worker.optimizer.state.get(weight, {}) for weight in worker.trained]
@@ -20,6 +26,12 @@ def moments(worker: Run) -> list[Tensor]:
 def end_to_end(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors as one vector, a copy of them."""
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+@torch.no_grad()
+def copy_to(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Set tensors to others of their shapes."""
+    torch._foreach_copy_(list(tensors), list(values))
 
 
 def in_one_piece(tensors: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from statistics import fmean
 from typing import Any, NamedTuple, Protocol
@@ -17,8 +17,7 @@ from arithmetic_llm.training.gradients import Loss, MicroBatch, add_gradients, c
 from arithmetic_llm.training.optim import learning_rate_factor, learning_rates
 from arithmetic_llm.training.run import Run
 
-Turn = AbstractContextManager[None]  # what an update's change of the weights is made within
-ANY_TIME = nullcontext()
+Turn = Callable[[], AbstractContextManager[None]]  # what weights are changed within
 
 
 class Task(Loss, Protocol):
@@ -72,7 +71,7 @@ class StepResult(NamedTuple):
     gradient_norm: float | None  # of the last update; None if it had none
 
 
-def train_step(run: Run, task: Task, turn: Turn = ANY_TIME) -> StepResult:
+def train_step(run: Run, task: Task, turn: Turn = nullcontext) -> StepResult:
     """One step: as many updates as the task has for it, at one learning rate."""
     scale = learning_rate_factor(run.config, run.step, task.total_steps)
     if world_size() > 1 or not task.shares_batches:
@@ -97,7 +96,7 @@ def seed_dropout(run: Run, place: int) -> None:
 
 
 def update(
-    run: Run, task: Task, micro_batches: list[MicroBatch], scale: float, turn: Turn = ANY_TIME
+    run: Run, task: Task, micro_batches: list[MicroBatch], scale: float, turn: Turn = nullcontext
 ) -> UpdateResult:
     """One optimizer update.
 
@@ -111,6 +110,6 @@ def update(
         if not math.isfinite(value):
             flags = run.config.rate_flags
             raise UserError(f"the {name} is {value} at step {run.step}; lower {flags}")
-    with turn:
+    with turn():
         run.optimizer.step(scale)
     return UpdateResult(loss_sum, norm)

@@ -194,7 +194,7 @@ def _train(
     shape: ModelConfig | None = None,
     lora: LoRAConfig | None = None,
 ) -> Path:
-    require_a_worker_each(config)
+    require_a_worker_each(config, world_size())
     prepare_training(config.threads, config.seed)
     beginning = begin(config, sources, shape=shape, lora=lora)
     task = _task(config, sources.corpus, beginning, loss)

@@ -10,39 +10,41 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import partial
 from statistics import fmean
 
 from arithmetic_llm.config import TrainingConfig
-from arithmetic_llm.distributed import gather_shares, world_size
+from arithmetic_llm.distributed import gather_shares
 from arithmetic_llm.runtime import UserError
 from arithmetic_llm.threads import map_at_once, map_on_cores, setting_on_error
 from arithmetic_llm.training.gradients import threads_side_by_side
 from arithmetic_llm.training.local_sgd import meet
 from arithmetic_llm.training.run import Run
-from arithmetic_llm.training.step import ANY_TIME, StepResult, Task, train_step
+from arithmetic_llm.training.step import StepResult, Task, train_step
 from arithmetic_llm.training.turns import Stopped, Turns
 
 AT_A_TIME = 20  # steps: so long does a request to stop wait, and then one worker for another
 
 
-def require_a_worker_each(config: TrainingConfig) -> None:
-    """Refuse processes that would have nothing to do, or too much for turns between them.
+def require_a_worker_each(config: TrainingConfig, processes: int) -> None:
+    """Refuse processes that would have no worker or, where workers take turns, several.
 
     Raises:
-        UserError: there are several workers, but fewer than processes; or they take turns, and are
-            more than processes, of which there are several.
+        UserError: there are fewer workers than processes, or more that take turns.
     """
-    workers, processes = config.workers, world_size()
-    if 1 < workers < processes:
-        raise UserError(
-            f"--workers {workers}: is fewer than the {processes} processes; start at most "
-            f"{workers}, or have --workers {processes}, or 1, which share out each batch"
-        )
-    if 1 < processes < workers and config.local_steps == 0:
+    workers = config.workers
+    if min(workers, processes) == 1 or workers == processes:
+        return
+    if take_turns(config):
         raise UserError(
             f"--workers {workers}: take turns (--local-steps 0), and that in one process or one "
             f"each; start 1 or {workers}, not {processes}"
+        )
+    if workers < processes:
+        raise UserError(
+            f"--workers {workers}: is fewer than the {processes} processes; start at most "
+            f"{workers}, or have --workers {processes}, or 1, which share out each batch"
         )
 
 
@@ -58,14 +60,14 @@ def train_workers(run: Run, task: Task, show: Callable[[StepResult], None]) -> l
         Of each step the mean loss and gradient norm of all workers, and their tokens together.
     """
     end, stopped = end_of_round(run, task), threading.Event()
-    turns = Turns(run, end, stopped) if take_turns(run) else None
+    turns = Turns(run, end, stopped) if take_turns(run.config) else None
 
     @setting_on_error(stopped)
     def steps_of(worker: Run) -> list[StepResult]:
         own, results = task.of_worker(worker.number), []
+        turn = partial(turns.of, worker) if turns else nullcontext
         with suppress(Stopped):
             while worker.step < end and not stopped.is_set():
-                turn = turns.of(worker) if turns else ANY_TIME
                 results.append(train_step(worker, own, turn))
                 show(results[-1])
         return results
@@ -78,9 +80,9 @@ def train_workers(run: Run, task: Task, show: Callable[[StepResult], None]) -> l
     return [over_workers(step) for step in zip(*gather_shares(results), strict=True)]
 
 
-def take_turns(run: Run) -> bool:
+def take_turns(config: TrainingConfig) -> bool:
     """Whether the workers have one set of weights."""
-    return run.config.local_steps == 0
+    return config.local_steps == 0
 
 
 def workers_at_once(run: Run) -> int:
@@ -89,7 +91,7 @@ def workers_at_once(run: Run) -> int:
     Who takes turns is either all at work, on however few cores, or one after the other.
     """
     threads = threads_side_by_side(run.model)
-    return len(run.workers) if take_turns(run) and threads > 1 else threads
+    return len(run.workers) if take_turns(run.config) and threads > 1 else threads
 
 
 def end_of_round(run: Run, task: Task) -> int:
@@ -98,7 +100,7 @@ def end_of_round(run: Run, task: Task) -> int:
     One after the other, those who take turns have one step each.
     """
     config = run.config
-    one_by_one = take_turns(run) and workers_at_once(run) < len(run.workers)
+    one_by_one = take_turns(run.config) and workers_at_once(run) < len(run.workers)
     at_most = 1 if one_by_one else AT_A_TIME
     due = (config.local_steps, config.eval_every, config.save_every, config.log_every)
     multiples = [
