@@ -23,6 +23,7 @@ from arithmetic_llm.runtime import UserError
 from arithmetic_llm.task.solution import solve
 from arithmetic_llm.task.text import problem_text
 from arithmetic_llm.threads import pool
+from arithmetic_llm.training import batches
 from arithmetic_llm.training.batches import LossWeights, TokenisedSamples, plan_epoch
 from arithmetic_llm.training.step import update
 from arithmetic_llm.training.supervised import SupervisedTask, held_out_sums
@@ -475,3 +476,19 @@ def test_exact_are_the_samples_whose_every_solution_token_is_right():
         device=torch.device("cpu"), hidden_states=lambda ids: logits, lm_head=nn.Identity()
     )
     assert held_out_sums(model, batch)[2] == 2
+
+
+def test_processes_share_out_the_tokens_of_a_corpus(monkeypatch):
+    """In chunks, in turn; together they have all, in order."""
+    whole, shares = tokenised(RECORDS[:40], max_seq_length=60), []
+    monkeypatch.setattr(batches, "_CHUNK", 7)
+    for rank in (0, 1):
+        monkeypatch.setattr(batches, "is_mine", lambda place, rank=rank: place % 2 == rank)
+        monkeypatch.setattr(batches, "gather_shares", lambda mine: shares.append(mine) or mine)
+        tokenised(RECORDS[:40], max_seq_length=60)
+    assert [*map(len, shares)] == [3, 3]
+    in_order = [part for pair in zip(*shares, strict=True) for part in pair]
+    assert np.concatenate([part.ids for part in in_order]).tolist() == whole.ids.tolist()
+    assert np.concatenate([part.lengths for part in in_order]).tolist() == whole.lengths.tolist()
+    assert sum(part.kept for part in in_order) == whole.kept
+    assert [e for part in in_order for e in part.dropped] == whole.dropped != []

@@ -76,7 +76,10 @@ def train_workers(run: Run, task: Task, show: Callable[[StepResult], None]) -> l
     with setting_on_error(stopped):  # Ctrl-C comes to this thread alone
         results = [*side_by_side(steps_of, run.workers, workers_at_once(run))]
     run.step = end
-    turns.close() if turns else meet(run)
+    if turns:
+        turns.close()
+    else:
+        meet(run)
     return [over_workers(step) for step in zip(*gather_shares(results), strict=True)]
 
 
