@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from arithmetic_llm.cli import parse, read_json, run_main
@@ -29,6 +29,7 @@ INSTRUCTION = "models/instruction_YYYYMMDD_HHMMSS/best_model.pt"
 LORA = "models/instruction_lora_YYYYMMDD_HHMMSS/lora_adapter.pt"
 GRPO = "models/grpo/grpo_YYYYMMDD_HHMMSS/final_model.pt"
 REPORT = "evaluation_results/report.html"
+TRAINED = ("foundational", "instruction", "lora")  # by a corpus
 PROGRESS = Path("models/quickstart.json")  # what --resume goes by
 ROOM = 20 * 2**30  # bytes of a card that has room for the caches of many long texts
 
@@ -100,11 +101,19 @@ STAGES = (
 )
 
 
+@dataclass(frozen=True)
+class Settings(QuickstartConfig):
+    """The flags, and what the trial has found."""
+
+    for_workers: int = 0  # processes at most of a stage that has workers; 0 = as all others
+
+
 def main(argv=None):
-    config = parse(QuickstartConfig, argv, __doc__)
+    config = Settings(**vars(parse(QuickstartConfig, argv, __doc__)))
     config, seconds = progress() if config.resume else (config, [])
-    if why := refusal(config.recipe, config.processes):
-        raise UserError(why)
+    for stage in TRAINED if config.processes > 1 and not config.for_workers else ():
+        if why := refusal(Path(config.recipe) / f"{stage}.json", config.processes):
+            raise UserError(why)
     try:
         config = run_stages(config, seconds)
     except (KeyboardInterrupt, UserError):
@@ -122,7 +131,8 @@ def run_stages(config, seconds):
     """Run the stages that are not done yet, and keep count of them and of their ``seconds``."""
     for name, command, _ in STAGES[len(seconds) :]:
         if command.startswith("run_") and not config.processes:
-            config = replace(config, processes=fastest(config.recipe))
+            processes, most = fastest(config.recipe)
+            config = replace(config, processes=processes, for_workers=most)
         keep_progress(config, seconds)
         arguments = words(command, config)
         seconds.append(run(name, going_on(arguments) if config.resume else arguments))
@@ -152,7 +162,7 @@ def words(command, config):
     script, *flags = (word.format(recipe=config.recipe) for word in command.split())
     if script == "run_evaluation.py":
         flags += on_gpu(resolve_device("auto"))
-    return [script, *flags, *(in_processes(config) if script.startswith("run_") else [])]
+    return [script, *flags, *(in_processes(config, flags) if script.startswith("run_") else [])]
 
 
 def on_gpu(device):
@@ -165,9 +175,18 @@ def on_gpu(device):
     return ["--device", "cuda", "--batch-size", str(rows)]
 
 
-def in_processes(config):
-    """The flag of training and evaluation, if they are to have several."""
-    return ["--processes", str(config.processes)] if config.processes > 1 else []
+def in_processes(config, flags):
+    """The flag of training and evaluation, if they are to have several.
+
+    Workers are a little faster with a process each than as threads, whatever the trial has found of
+    a stage without.
+    """
+    file = flags[flags.index("--config") + 1] if "--config" in flags else None
+    if config.for_workers and file and workers_of(file):
+        count = fitting(file, config.for_workers)
+    else:
+        count = config.processes
+    return ["--processes", str(count)] if count > 1 else []
 
 
 # ------------------------------------------------------------------- going on after Ctrl-C
@@ -176,8 +195,8 @@ def in_processes(config):
 def keep_progress(config, seconds):
     """Write down what is done, with what is the same for all stages."""
     PROGRESS.parent.mkdir(exist_ok=True)
-    said = {"recipe": config.recipe, "processes": config.processes, "seconds": seconds}
-    atomic_write_text(PROGRESS, json.dumps(said) + "\n")
+    said = {name: getattr(config, name) for name in ("recipe", "processes", "for_workers")}
+    atomic_write_text(PROGRESS, json.dumps({**said, "seconds": seconds}) + "\n")
 
 
 def progress():
@@ -186,7 +205,7 @@ def progress():
         raise UserError(f"--resume: no quickstart has begun here ({PROGRESS}); leave it out")
     said = read_json(PROGRESS)
     try:
-        config = QuickstartConfig(said["recipe"], said["processes"], resume=True)
+        config = Settings(said["recipe"], said["processes"], True, said["for_workers"])
         return config, said["seconds"][: len(STAGES)]
     except (KeyError, TypeError):
         raise UserError(f"{PROGRESS}: not of a quickstart; leave --resume out") from None
@@ -226,35 +245,44 @@ def fastest(recipe):
 
     Where processes share batches, their number decides the last bits of the weights; so it is
     printed, and each run and the report store it. A GPU is one process's.
+
+    Returns:
+        That count, and how many can be started.
     """
-    counts = range(1, min(cores(), MOST) + 1)
-    most = max(count for count in counts if not refusal(recipe, count))
+    most = fitting(Path(recipe) / "foundational.json", min(cores(), MOST))
     if most == 1 or resolve_device("auto").type != "cpu":
-        return 1
+        return 1, 1
     print(f"\n== processes\ntrying 1 and {most} for some steps each ...", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         quietly(SAMPLE, recipe=recipe, folder=folder)
         rates = {n: rate(recipe=recipe, folder=folder, count=n) for n in (1, most)}
     chosen = most if rates[most] > PAYS * rates[1] else 1
     tried = ", ".join(f"{count}: {speed:,.0f} tokens/s" for count, speed in rates.items())
-    print(f"{tried}; --processes {chosen} from here on", flush=True)
-    return chosen
+    print(f"{tried}; --processes {chosen} from here on, or one for each worker", flush=True)
+    return chosen, most if rates[most] else 1
 
 
-def refusal(recipe, processes):
-    """What the first training stage to refuse so many processes will say; none may."""
-    if processes < 2:
-        return None
+def workers_of(file):
+    """What a training stage's config says of workers; empty if there is one."""
+    said = read_json(Path(file)) if Path(file).exists() else {}
+    if said.get("workers", 1) == 1:
+        return {}
+    return {key: said[key] for key in ("workers", "local_steps") if key in said}
+
+
+def fitting(file, most):
+    """The most processes that a stage takes, up to so many."""
+    return next(count for count in range(most, 0, -1) if not refusal(file, count))
+
+
+def refusal(file, processes):
+    """What a training stage would say of so many processes; None if it takes them."""
     from arithmetic_llm.training.workers import require_a_worker_each
 
-    for name in ("foundational", "instruction", "lora"):
-        file = Path(recipe) / f"{name}.json"
-        said = read_json(file) if file.exists() else {}
-        workers = {key: said[key] for key in ("workers", "local_steps") if key in said}
-        try:
-            require_a_worker_each(TrainingConfig(**workers), processes)
-        except UserError as error:
-            return f"{file}: {error}"
+    try:
+        require_a_worker_each(TrainingConfig(**workers_of(file)), processes)
+    except UserError as error:
+        return f"{file}: {error}"
     return None
 
 

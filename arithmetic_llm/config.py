@@ -861,7 +861,8 @@ class QuickstartConfig:
     processes: int = opt(
         0,
         "processes that share the work of training and evaluation; 0 = one, or one for each CPU "
-        "core (4 at most) if a short trial says that this is faster",
+        "core (4 at most) if a short trial says that this is faster; stages with workers then have "
+        "one for each, where several can be started",
         at_least=0,
         needs=[{"resume": False}],
     )

@@ -11,7 +11,6 @@ from browser import NAMES
 from helpers import ROOT, call, load_script
 
 from arithmetic_llm.cli import parse_many
-from arithmetic_llm.config import QuickstartConfig
 
 REFERENCE = runpy.run_path(str(ROOT / "docs" / "flags.py"))
 FLAGS = (ROOT / "docs" / "FLAGS.md").read_text(encoding="utf-8")
@@ -102,7 +101,7 @@ RECIPES = [f"configs/{path.parent.name}" for path in (ROOT / "configs").glob("*/
 def test_the_commands_of_the_quickstart_are_accepted_without_a_word(recipe, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     quickstart = load_script("quickstart.py")
-    config = QuickstartConfig(recipe=recipe, processes=2)
+    config = quickstart.Settings(recipe=recipe, processes=2)
     for _, command, _ in quickstart.STAGES:
         script, *argv = quickstart.words(command, config)
         accept(script.removesuffix(".py"), argv)

@@ -16,7 +16,6 @@ import torch
 from browser import look_at
 from helpers import ROOT, call, load_script, one_thread, recipe, run
 
-from arithmetic_llm.config import QuickstartConfig
 from arithmetic_llm.distributed import cores
 from arithmetic_llm.runtime import UserError
 
@@ -330,35 +329,59 @@ def test_nothing_to_go_on_with_is_a_line(tmp_path, monkeypatch, content):
 
 
 @pytest.mark.parametrize(
-    ("speeds", "chosen"),
-    [({1: 100.0, 4: 106.0}, 4), ({1: 100.0, 4: 104.0}, 1), ({1: 100.0, 4: 0.0}, 1)],
+    ("speeds", "chosen", "most"),
+    [({1: 100.0, 4: 106.0}, 4, 4), ({1: 100.0, 4: 104.0}, 1, 4), ({1: 100.0, 4: 0.0}, 1, 1)],
     ids=str,
 )
-def test_several_processes_are_taken_if_they_pay(monkeypatch, capsys, speeds, chosen):
+def test_several_processes_are_taken_if_they_pay(monkeypatch, capsys, speeds, chosen, most):
     quickstart, commands = load_script("quickstart.py"), []
     monkeypatch.setattr(quickstart, "cores", lambda: 4)
     monkeypatch.setattr(quickstart, "quietly", lambda command, **_: commands.append(command))
     monkeypatch.setattr(quickstart, "rate", lambda recipe, folder, count: speeds[count])
-    assert quickstart.fastest("r") == chosen
-    assert f"; --processes {chosen} from here on\n" in capsys.readouterr().out
+    assert quickstart.fastest("r") == (chosen, most)
+    assert f"; --processes {chosen} from here on, or one for each" in capsys.readouterr().out
     assert commands == [quickstart.SAMPLE]
 
 
-@pytest.mark.parametrize(("workers", "tried"), [(1, 4), (2, 2), (3, 3), (8, 4)])
-@pytest.mark.parametrize("stage", ["foundational", "instruction", "lora"])
-def test_a_process_without_a_worker_is_not_tried(monkeypatch, tmp_path, stage, workers, tried):
+@pytest.mark.parametrize(
+    ("workers", "local_steps", "tried"),
+    [(1, 50, 4), (2, 50, 2), (3, 0, 3), (5, 50, 4), (5, 0, None)],
+)
+def test_a_process_without_a_worker_is_not_tried(
+    monkeypatch, tmp_path, workers, local_steps, tried
+):
+    """And those who take turns do so in one process or in one each."""
     quickstart, counts = load_script("quickstart.py"), []
     monkeypatch.setattr(quickstart, "cores", lambda: 4)
     monkeypatch.setattr(quickstart, "quietly", lambda *_, **__: 0)
     monkeypatch.setattr(quickstart, "rate", lambda count, **_: counts.append(count) or count)
-    (tmp_path / f"{stage}.json").write_text(json.dumps({"workers": workers}))
-    assert quickstart.fastest(str(tmp_path)) == tried
-    assert counts == [1, tried]
-    counts.clear()
-    other = {"workers": 5, "local_steps": 0}  # who takes turns does so in 1 process or 5
-    (tmp_path / "lora.json").write_text(json.dumps(other))
-    if stage != "lora":
-        assert (quickstart.fastest(str(tmp_path)), counts) == (1, [])
+    first = {"workers": workers, "local_steps": local_steps}
+    (tmp_path / "foundational.json").write_text(json.dumps(first))
+    assert quickstart.fastest(str(tmp_path)) == ((tried, tried) if tried else (1, 1))
+    assert counts == ([1, tried] if tried else [])
+
+
+def test_workers_have_a_process_each_where_several_can_be_started(tmp_path):
+    """Whatever the trial has chosen for the other stages; what a user asks for all stages have."""
+    quickstart = load_script("quickstart.py")
+    (tmp_path / "foundational.json").write_text("{}")
+    (tmp_path / "instruction.json").write_text('{"workers": 2, "local_steps": 0}')
+    (tmp_path / "lora.json").write_text('{"workers": 8}')
+
+    def counts(processes, for_workers):
+        config = quickstart.Settings(str(tmp_path), processes, for_workers=for_workers)
+        found = []
+        for _, line, _ in quickstart.STAGES:
+            words = quickstart.words(line, config)
+            if words[0].startswith("run_"):
+                found.append(int(words[-1]) if "--processes" in words else 1)
+        return found
+
+    #  foundational, its evaluation, instruction, ..., LoRA, ..., GRPO, ...
+    assert counts(1, 4) == [1, 1, 2, 1, 4, 1, 1, 1]
+    assert counts(4, 4) == [4, 4, 2, 4, 4, 4, 4, 4]
+    assert counts(1, 1) == [1] * 8
+    assert counts(2, 0) == [2] * 8
 
 
 def test_more_processes_than_workers_are_refused_before_the_first_stage(tmp_path, monkeypatch):
@@ -381,14 +404,14 @@ def test_one_core_is_not_tried(monkeypatch):
     quickstart = load_script("quickstart.py")
     monkeypatch.setattr(quickstart, "cores", lambda: 1)
     monkeypatch.setattr(quickstart, "quietly", None)
-    assert quickstart.fastest("r") == 1
+    assert quickstart.fastest("r") == (1, 1)
 
 
 def test_the_quickstart_hands_its_processes_to_training_and_evaluation_alone():
     quickstart = load_script("quickstart.py")
     lines = [line for _, line, _ in quickstart.STAGES]
     for count, added in ((1, []), (3, ["--processes", "3"])):
-        config = QuickstartConfig(recipe="r", processes=count)
+        config = quickstart.Settings(recipe="r", processes=count)
         for line in lines:
             trains = line.startswith("run_")
             expected = [*line.format(recipe="r").split(), *(added if trains else [])]
@@ -399,7 +422,7 @@ def test_the_quickstart_hands_its_processes_to_training_and_evaluation_alone():
 def test_evaluations_run_on_a_gpu_if_there_is_one(monkeypatch):
     """By themselves they stay on the CPU."""
     quickstart = load_script("quickstart.py")
-    config = QuickstartConfig(recipe="r", processes=1)
+    config = quickstart.Settings(recipe="r", processes=1)
     for kind, gib, added in (
         ("cpu", 0, []),
         ("cuda", 8, ["--device", "cuda", "--batch-size", "64"]),
