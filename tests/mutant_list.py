@@ -438,13 +438,19 @@ MUTANTS = [
         "turns: each process goes on from its own weights",
         "collectively(dist.recv, self.vector, (update - 1) % world_size())",
         "collectively(dist.recv, self.vector.clone(), (update - 1) % world_size())",
-        f"{TOGETHER} -k in_turn",
+        f"{TOGETHER} -k a_worker_is_the_same",
     ),
     Mutant(
         "turns: each process keeps what its own worker has left",
         "collectively(dist.broadcast, vector, last)",
         "pass",
-        f"{TOGETHER} -k in_turn",
+        f"{TOGETHER} -k a_worker_is_the_same",
+    ),
+    Mutant(
+        "turns: what is saved is the vector, once for each of its parts",
+        "            on_their_own(*self.of_workers.values())\n",
+        "",
+        f"{TOGETHER} -k a_worker_is_the_same",
     ),
     Mutant(
         "turns: who waits does not see that another has failed",
