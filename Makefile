@@ -1,6 +1,5 @@
 # Two commands do everything on a fresh machine, set-up included:
 #     make quickstart     the whole pipeline on the CPU recipe, ending in a report;
-#                         RECIPE=configs/cpu_fast takes less time and errs more
 #     make test           lint and tests
 # and for developers
 #     make mutants        wrong edits of the package, one at a time: do the tests notice?

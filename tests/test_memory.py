@@ -117,7 +117,7 @@ def test_a_small_models_batch_is_cut_by_tokens():
         assert [len(part) for part in parts] == [most, 143]
 
 
-@pytest.mark.parametrize(("recipe", "device"), [("cpu", CPU), ("cpu_fast", CPU), ("gpu", GPU)])
+@pytest.mark.parametrize(("recipe", "device"), [("cpu", CPU), ("gpu", GPU)])
 def test_no_batch_of_a_recipe_is_cut_or_put_in_another_order(card, monkeypatch, recipe, device):
     """The largest batch of every length is whole, in the order that it had."""
     monkeypatch.setattr(card, "total_memory", 32 * GIB)
