@@ -2,7 +2,7 @@
 
     make quickstart                                      (sets up a virtual environment first)
     python quickstart.py                                 (inside one)
-    python quickstart.py --processes 1                   as README.md has its figures
+    python quickstart.py --processes 2                   as README.md has its figures
     python quickstart.py --recipe configs/gpu
     python quickstart.py --resume                        go on after Ctrl-C
 
